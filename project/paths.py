@@ -1,0 +1,116 @@
+"""Where things live: the data folder, the logs folder, and the folder of one run. Nothing else builds paths.
+
+::
+
+    <data>/                                 Paths().data     PROJECT_DATA_DIR, else ./data
+    <logs>/<experiment>/<version>/          Run              PROJECT_LOGS_DIR, else ./logs
+        config.yaml  environment.json  metrics.csv  summary.json  events.out.tfevents.*  checkpoints/{best,last}.ckpt
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+
+class Paths:
+    """The data and logs folders.
+
+    Args:
+        data: folder of the data sets; ``None`` takes ``PROJECT_DATA_DIR``, else ``data`` beside the package's checkout.
+        logs: folder of all runs; ``None`` takes ``PROJECT_LOGS_DIR``, else ``logs`` likewise.
+    """
+
+    system_datasets = Path("/usr/share/datasets")
+    """Where Linux distributions install data sets (Debian's dataset-fashion-mnist does)."""
+
+    def __init__(self, data: str | os.PathLike[str] | None = None, logs: str | os.PathLike[str] | None = None) -> None:
+        self.data = Path(data or os.environ.get("PROJECT_DATA_DIR") or _root() / "data")
+        self.logs = Path(logs or os.environ.get("PROJECT_LOGS_DIR") or _root() / "logs")
+
+    def new_run(self, experiment: str) -> "Run":
+        """The next free folder ``<logs>/<experiment>/version_N``; made at once, so that two runs never share one."""
+        parent = self.logs / experiment
+        parent.mkdir(parents=True, exist_ok=True)
+        number = 1 + max((run.number for run in _runs(parent)), default=-1)
+        while True:
+            try:
+                (parent / f"version_{number}").mkdir()
+            except FileExistsError:
+                number += 1
+            else:
+                return Run(parent / f"version_{number}")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The folder of one run and what lies in it."""
+
+    folder: Path
+
+    @classmethod
+    def find(cls, folder: str | os.PathLike[str]) -> "Run":
+        """The run in ``folder``, or the newest one below it when ``folder`` is an experiment.
+
+        Raises:
+            ValueError: when there is no run.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise ValueError(f"run is {str(path)!r}, but there is no such folder: name a run's folder below logs/.")
+        if (path / "config.yaml").is_file():
+            return cls(path)
+        runs = [run for run in _runs(path) if run.config.is_file()]
+        if not runs:
+            raise ValueError(
+                f"run is {str(path)!r}, but neither it nor a version_* folder in it holds a config.yaml: "
+                "name a run's folder, as `project fit` printed it."
+            )
+        return max(runs, key=lambda run: run.number)
+
+    @property
+    def number(self) -> int:
+        """N of ``version_N``; -1 for another name."""
+        suffix = self.folder.name.removeprefix("version_")
+        return int(suffix) if suffix.isdigit() else -1
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        return self.folder / "environment.json"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.csv"
+
+    @property
+    def summary(self) -> Path:
+        return self.folder / "summary.json"
+
+    @property
+    def predictions(self) -> Path:
+        return self.folder / "predictions.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        return self.checkpoints / "best.ckpt"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        return self.checkpoints / "last.ckpt"
+
+
+def _root() -> Path:
+    """The checkout that holds the package (editable install), else the working directory."""
+    checkout = Path(__file__).resolve().parent.parent
+    return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
+
+
+def _runs(parent: Path) -> list[Run]:
+    return [run for folder in parent.glob("version_*") if (run := Run(folder)).number >= 0]
