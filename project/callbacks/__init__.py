@@ -1,0 +1,28 @@
+"""When something happens. Each callback is thin; formulas live in ``losses``, ``metrics`` and ``compression``."""
+
+from project.callbacks.checkpoint import BestAndLast
+from project.callbacks.defaults import default_callbacks
+from project.callbacks.ema import EMA
+from project.callbacks.hparams import HParams
+from project.callbacks.log_graph import LogGraph
+from project.callbacks.look_at_batch import LookAtBatch
+from project.callbacks.nan_guard import StopOnNaN
+from project.callbacks.progress import ProgressLines, default_progress_bar
+from project.callbacks.summary import WriteSummary
+from project.callbacks.test_report import TestReport
+from project.callbacks.weight_histograms import WeightHistograms
+
+__all__ = [
+    "EMA",
+    "BestAndLast",
+    "HParams",
+    "LogGraph",
+    "LookAtBatch",
+    "ProgressLines",
+    "StopOnNaN",
+    "TestReport",
+    "WeightHistograms",
+    "WriteSummary",
+    "default_callbacks",
+    "default_progress_bar",
+]

@@ -1,0 +1,46 @@
+"""Data modules, data sets and batched augmentation."""
+
+from project.data.array_dataset import ArrayDataset, BatchDataset, EpochSampler, pass_through
+from project.data.cifar import CIFAR10, CIFAR100
+from project.data.datamodule import ImageDataModule
+from project.data.digits import Digits
+from project.data.erasing import Cutout, RandomErasing
+from project.data.image_files import ImageFiles, decode_image, find_images
+from project.data.image_folder import ImageFolder
+from project.data.mix import BatchMix, CutMix, MixUp
+from project.data.mnist import KMNIST, MNIST, FashionMNIST
+from project.data.random import BatchRandom
+from project.data.random_resized_crop import RandomResizedCrop
+from project.data.split import stratified_split
+from project.data.transforms import BatchTransform, HorizontalFlip, Normalize, PadCrop, RandomAffine
+
+__all__ = [
+    "CIFAR10",
+    "CIFAR100",
+    "KMNIST",
+    "MNIST",
+    "ArrayDataset",
+    "BatchDataset",
+    "BatchMix",
+    "BatchRandom",
+    "BatchTransform",
+    "CutMix",
+    "Cutout",
+    "Digits",
+    "EpochSampler",
+    "FashionMNIST",
+    "HorizontalFlip",
+    "ImageDataModule",
+    "ImageFiles",
+    "ImageFolder",
+    "MixUp",
+    "Normalize",
+    "PadCrop",
+    "RandomAffine",
+    "RandomErasing",
+    "RandomResizedCrop",
+    "decode_image",
+    "find_images",
+    "pass_through",
+    "stratified_split",
+]

@@ -1,0 +1,6 @@
+"""Classification losses and penalties on weights."""
+
+from project.losses.cross_entropy import CrossEntropy
+from project.losses.penalties import MaxNorm, Penalties
+
+__all__ = ["CrossEntropy", "MaxNorm", "Penalties"]

@@ -1,12 +1,12 @@
 """Inception blocks: parallel convolutions of several sizes, side by side in the output's channels.
 
-Going deeper with convolutions, Szegedy et al. 2014 (arXiv:1409.4842): figure 2a (naive) and 2b (1x1 bottlenecks).
-Rethinking the Inception architecture, Szegedy et al. 2015 (arXiv:1512.00567): figure 5 (5x5 as two 3x3), figure 6 (nx1 and 1xn),
-figure 7 (expanded filter bank), figure 10 (grid reduction).
+Going deeper with convolutions, Szegedy et al. 2014 (arXiv:1409.4842): figure 2a (naive) and 2b (1x1 bottlenecks). The
+factorised blocks of the third version are in :mod:`project.models.inception_v3_blocks`.
 
 Every block takes ``[N, in_channels, H, W]`` and has ``out_channels``. Its convolutions come from a ``conv`` factory
-(:func:`project.models.layers.conv_factory`: norm and activation are chosen there); ``dropout`` makes the module that acts on each
-branch's output, so that :class:`~project.models.layers.DropPath` drops whole branches and channel dropout whole feature maps.
+(:func:`project.models.layers.conv_factory`: norm and activation are chosen there); ``dropout`` makes the module that
+acts on each branch's output, so that :class:`~project.models.layers.DropPath` drops whole branches and channel dropout
+whole feature maps.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,13 @@ from project.models.layers import ConvFactory, ConvNormAct
 DropoutMaker = Callable[[], nn.Module]
 
 
-class _Branches(nn.Module):
-    """Runs its branches on one input and concatenates them along the channels."""
+class Branches(nn.Module):
+    """Runs its branches on one input and concatenates them along the channels, in the order given.
+
+    Args:
+        dropout: makes the module on each branch's output.
+        branches: modules that give maps of one size.
+    """
 
     out_channels: int
 
@@ -33,7 +38,7 @@ class _Branches(nn.Module):
         return torch.cat([self.dropouts[name](branch(x)) for name, branch in self.branches.items()], dim=1)
 
 
-class NaiveInception(_Branches):
+class NaiveInception(Branches):
     """Figure 2a: 1x1, 3x3, 5x5 and 3x3 max pooling straight from the input.
 
     The pooling branch keeps all ``in_channels``, so widths only grow: what figure 2b repairs.
@@ -59,7 +64,7 @@ class NaiveInception(_Branches):
         self.out_channels = conv1x1 + conv3x3 + conv5x5 + in_channels
 
 
-class Inception(_Branches):
+class Inception(Branches):
     """Figure 2b: 1x1 convolutions shrink the channels before the 3x3 and 5x5, and after the pooling.
 
     Args:

@@ -1,10 +1,11 @@
-"""The layers every net here is made of: convolution + norm + activation, norms with one signature, dropout of three kinds.
+"""The layers every net is made of: convolution + norm + activation, norms with one signature, dropout of three kinds.
 
 Norms are handed to nets as factories that take the number of channels first, so that ``norm: project.models.GroupNorm``
-in YAML just works (``torch.nn.GroupNorm`` takes ``num_groups`` first). Dropout is handed over as a class that takes the rate.
+in YAML just works (``torch.nn.GroupNorm`` takes ``num_groups`` first). Dropout is handed over as a class that
+takes the rate.
 
-Papers: batch norm, Ioffe & Szegedy 2015 (arXiv:1502.03167, Alg. 1); group norm, Wu & He 2018 (arXiv:1803.08494, sec. 3);
-layer norm, Ba et al. 2016 (arXiv:1607.06450, eq. 4); instance norm, Ulyanov et al. 2016 (arXiv:1607.08022, eq. 5);
+Papers: batch norm, Ioffe & Szegedy 2015 (arXiv:1502.03167, Alg. 1); group norm, Wu & He 2018 (arXiv:1803.08494, sec.
+3); layer norm, Ba et al. 2016 (arXiv:1607.06450, eq. 4); instance norm, Ulyanov et al. 2016 (arXiv:1607.08022, eq. 5);
 dropout, Srivastava et al. 2014 (JMLR 15, sec. 4); channel dropout, Tompson et al. 2015 (arXiv:1411.4280, sec. 3.2);
 drop path, Larsson et al. 2017 (arXiv:1605.07648, sec. 3.1).
 """
@@ -49,13 +50,18 @@ class LayerNorm(nn.GroupNorm):
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """Instance norm with learned scale and shift; 1x1 maps are normalised to the shift alone, so they pass untouched."""
+    """Instance norm with learned scale and shift.
+
+    A 1x1 map equals its mean, so that normalising leaves nothing of it: such maps get the scale and the shift only.
+    """
 
     def __init__(self, num_channels: int) -> None:
         super().__init__(num_channels, affine=True)
 
     def forward(self, input: Tensor) -> Tensor:
-        return input if input.shape[-2:].numel() == 1 else super().forward(input)
+        if input.shape[-2:].numel() > 1:
+            return super().forward(input)
+        return input * self.weight[:, None, None] + self.bias[:, None, None]
 
 
 class NoNorm(nn.Identity):
@@ -66,14 +72,14 @@ class NoNorm(nn.Identity):
 
 
 class ReLU(nn.ReLU):
-    """ReLU in place: the norm before it does not need its output for the gradient, so a copy of every feature map is saved."""
+    """ReLU in place: the norm before it does not need its output for the gradient, so one copy per map is saved."""
 
     def __init__(self) -> None:
         super().__init__(inplace=True)
 
 
 def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero whole samples of a branch with probability ``p`` and scale the others by ``1 / (1 - p)``; identity in eval."""
+    """Zero whole samples with probability ``p`` and scale the others by ``1 / (1 - p)``; identity in eval."""
     if p == 0.0 or not training:
         return x
     keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - p)
@@ -81,10 +87,18 @@ def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """Drop a branch for some samples (Larsson et al. 2017, sec. 3.1, local sampling; scaled so that the mean is kept)."""
+    """Drop a branch for some samples (Larsson et al. 2017, sec. 3.1, local sampling; scaled so that the mean is kept).
+
+    Args:
+        p: probability to drop a sample's branch, in [0, 1).
+
+    Raises:
+        ValueError: for a ``p`` outside [0, 1).
+    """
 
     def __init__(self, p: float = 0.5) -> None:
         super().__init__()
+        _check_rate(p, "p")
         self.p = p
 
     def forward(self, x: Tensor) -> Tensor:
@@ -105,9 +119,13 @@ def make_dropout(dropout: DropoutFactory, rate: float, name: str) -> nn.Module:
     Raises:
         ValueError: for a rate outside [0, 1).
     """
+    _check_rate(rate, name)
+    return dropout(rate) if rate > 0 else nn.Identity()
+
+
+def _check_rate(rate: float, name: str) -> None:
     if not 0 <= rate < 1:
         raise ValueError(f"{name} is {rate}, but a dropout rate lies in [0, 1): 0 switches it off.")
-    return dropout(rate) if rate > 0 else nn.Identity()
 
 
 class ConvNormAct(nn.Sequential):
@@ -168,17 +186,43 @@ def scale_channels(channels: int, width: float) -> int:
     return max(8, int(channels * width / 8 + 0.5) * 8)
 
 
-def check_images(images: Tensor, image_shape: tuple[int, int, int], net: nn.Module) -> None:
+def check_images(images: Tensor, image_shape: tuple[int, ...], net: nn.Module) -> None:
     """Refuse images that the net was not built for.
 
     Raises:
         ValueError: when ``images`` is not ``[N, C, H, W]`` with the net's ``image_shape``.
     """
     if images.dim() != 4 or tuple(images.shape[1:]) != tuple(image_shape):
+        wanted = ", ".join(map(str, image_shape))
         raise ValueError(
-            f"images are {list(images.shape)}, but this {type(net).__name__} takes [N, {', '.join(map(str, image_shape))}]: "
+            f"images are {list(images.shape)}, but this {type(net).__name__} takes [N, {wanted}]: "
             "resize or convert the images, or build the net with their image_shape."
         )
+
+
+def check_sides(image_shape: tuple[int, int, int], smallest: int, net: nn.Module) -> None:
+    """Refuse to build a net whose last maps would be empty.
+
+    Raises:
+        ValueError: when height or width is under ``smallest`` pixels.
+    """
+    _, height, width = image_shape
+    if min(height, width) < smallest:
+        raise ValueError(
+            f"image_shape is {tuple(image_shape)}, but {type(net).__name__} takes sides of at least {smallest} pixels: "
+            "resize the images (data.image_size) or choose project.models.SmallInception."
+        )
+
+
+def scale_widths(channels: tuple[int, ...], width: float) -> tuple[int, ...]:
+    """:func:`scale_channels` of several counts.
+
+    Raises:
+        ValueError: for a ``width`` that is not positive.
+    """
+    if not width > 0:
+        raise ValueError(f"width is {width}, but it multiplies channel counts: choose a number above 0.")
+    return tuple(scale_channels(count, width) for count in channels)
 
 
 def spatial_size(size: int, kernel_size: int, stride: int, padding: int) -> int:

@@ -1,0 +1,30 @@
+"""Best and last checkpoint, under names that do not change: ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+
+class BestAndLast(ModelCheckpoint):
+    """Keeps the best epoch by ``monitor`` and the last one; without validation data, the last one alone.
+
+    Args:
+        monitor: logged metric; names that end in ``loss`` are to fall, all others to rise.
+        every_n_epochs: how often checkpoints are written.
+    """
+
+    def __init__(self, monitor: str = "val/accuracy", every_n_epochs: int = 1) -> None:
+        super().__init__(
+            filename="best",
+            monitor=monitor,
+            mode="min" if monitor.endswith("loss") else "max",
+            save_top_k=1,
+            save_last=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+            every_n_epochs=every_n_epochs,
+        )
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if sum(trainer.num_val_batches) == 0 if isinstance(trainer.num_val_batches, list) else True:
+            self.monitor = None
+        super().on_train_start(trainer, pl_module)

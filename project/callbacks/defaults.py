@@ -1,0 +1,41 @@
+"""What every run has, unless the configuration puts another of the same class in its place."""
+
+from collections.abc import Sequence
+
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+
+from project.callbacks.checkpoint import BestAndLast
+from project.callbacks.hparams import HParams
+from project.callbacks.log_graph import LogGraph
+from project.callbacks.look_at_batch import LookAtBatch
+from project.callbacks.nan_guard import StopOnNaN
+from project.callbacks.progress import default_progress_bar
+from project.callbacks.summary import WriteSummary
+from project.callbacks.test_report import TestReport
+from project.callbacks.weight_histograms import WeightHistograms
+
+
+def default_callbacks(
+    own: Sequence[Callback] = (), *, observe: bool = True, checkpoint: bool = True, progress: bool = True
+) -> list[Callback]:
+    """The configured callbacks and the defaults whose kind is not among them.
+
+    Args:
+        own: configured callbacks; they come first.
+        observe: add those that draw in TensorBoard.
+        checkpoint: add the best and the last checkpoint.
+        progress: add a progress bar or lines.
+    """
+    kinds: list[type[Callback]] = [StopOnNaN, WriteSummary]
+    if observe:
+        kinds += [LookAtBatch, LogGraph, WeightHistograms, TestReport, HParams]
+    callbacks = [*own, *(kind() for kind in kinds if not _has(own, kind))]
+    if progress and not _has(own, ProgressBar):
+        callbacks.append(default_progress_bar())
+    if checkpoint and not _has(own, ModelCheckpoint):
+        callbacks.append(BestAndLast())
+    return callbacks
+
+
+def _has(callbacks: Sequence[Callback], kind: type[Callback]) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)

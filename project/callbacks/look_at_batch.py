@@ -1,0 +1,63 @@
+"""Look at your batch: the images that the net is about to see, as augmentation and mixing have left them, with their
+labels.
+"""
+
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+from project.callbacks.places import run_of, tensorboard, write_whole
+
+
+class LookAtBatch(Callback):
+    """Draws the first training batch before the first step: in TensorBoard and as ``training_batch.png`` in the run's
+    folder.
+
+    Args:
+        num_images: how many of the batch, 1 or more.
+
+    Raises:
+        ValueError: for a number below 1.
+    """
+
+    def __init__(self, num_images: int = 32) -> None:
+        if num_images < 1:
+            raise ValueError(f"num_images is {num_images}, but it counts the images to draw: choose 1 or more.")
+        self.num_images = num_images
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step or batch_idx:  # also: a resumed run has its picture
+            return
+        writer, run = tensorboard(trainer), run_of(trainer)
+        if writer is None and run is None:
+            return
+        from project.plots import figure_to_image, plot_images
+
+        images, targets = (tensor[: self.num_images].detach().cpu() for tensor in batch[:2])
+        titles = describe_targets(targets, pl_module.class_names)
+        figure = plot_images(denormalize(images, pl_module), titles, heading="first training batch, augmented")
+        if writer is not None:
+            writer.add_image("training_batch", figure_to_image(figure), 0, dataformats="HWC")
+        if run is not None:
+            write_whole(run.folder / "training_batch.png", figure.savefig)
+
+
+def denormalize(images: Tensor, module: Any) -> Tensor:
+    """Normalised images ``[N, C, H, W]`` back to pixels in [0, 1], by the ``mean`` and ``std`` of the classifier."""
+    mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (module.mean, module.std))
+    return images.float() * std + mean
+
+
+def describe_targets(targets: Tensor, class_names: tuple[str, ...]) -> list[str]:
+    """A class name for each target, or for mixed targets the two largest with their shares."""
+    if targets.dim() == 1:
+        return [class_names[label] for label in targets.tolist()]
+    shares, classes = targets.topk(min(2, targets.shape[1]), dim=1)
+    return [
+        "\n".join(f"{class_names[c]} {s:.0%}" for s, c in zip(*pair, strict=True) if s > 0.005)
+        if pair[0][0] < 0.995
+        else class_names[pair[1][0]]
+        for pair in zip(shares.tolist(), classes.tolist(), strict=True)
+    ]

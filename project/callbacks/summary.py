@@ -1,0 +1,102 @@
+"""``environment.json`` at the start of a run and ``summary.json`` at its end."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from project.callbacks.clock import Clock
+from project.callbacks.places import run_of, write_whole
+from project.metrics import count_parameters, describe_environment
+
+
+class WriteSummary(Callback):
+    """Writes what a run came to, as plain numbers, into its folder; a test that follows adds its metrics.
+
+    ``train_seconds`` is the time in training epochs without validation, ``fit_seconds`` all from the start of ``fit``
+    to its end. Both add up over a run that is resumed. ``images_per_second`` is training images over ``train_seconds``.
+    """
+
+    def __init__(self) -> None:
+        self._train, self._fit = Clock(), Clock()
+        self._num_images = 0
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        self._train, self._fit, self._num_images = Clock(), Clock(), 0
+        if (run := run_of(trainer)) is not None:
+            _write_json(run.environment, describe_environment())
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._fit.start()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._train.start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._num_images += len(batch[0]) * trainer.world_size
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._train.pause()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._train.resume()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._train.stop()
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._train.stop()
+        self._fit.stop()
+        if (run := run_of(trainer)) is not None:
+            _write_json(run.summary, _metrics(trainer) | self._measured(trainer, pl_module))
+
+    def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if (run := run_of(trainer)) is not None:
+            metrics = {name: value for name, value in _metrics(trainer).items() if name.startswith("test/")}
+            _write_json(run.summary, read_summary(run.summary) | metrics)
+
+    def state_dict(self) -> dict[str, Any]:
+        seconds = {"train_seconds": self._train.seconds, "fit_seconds": self._fit.seconds}
+        return {**seconds, "num_images": self._num_images}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._train, self._fit = Clock(state_dict["train_seconds"]), Clock(state_dict["fit_seconds"])
+        self._num_images = state_dict["num_images"]
+
+    def _measured(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
+        net = getattr(module, "net", module)
+        checkpoint = trainer.checkpoint_callback
+        best: str = getattr(checkpoint, "best_model_path", "")
+        score: Tensor | None = getattr(checkpoint, "best_model_score", None)
+        seconds = self._train.seconds
+        return {
+            "num_epochs": trainer.current_epoch,
+            "num_steps": trainer.global_step,
+            "train_seconds": round(seconds, 3),
+            "fit_seconds": round(self._fit.seconds, 3),
+            "images_per_second": round(self._num_images / seconds, 1) if seconds else None,
+            "num_parameters": count_parameters(net),
+            "best_checkpoint": Path(best).name or None,
+            "monitor": getattr(checkpoint, "monitor", None),
+            "best_score": None if score is None else score.item(),
+        }
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The summary of a run; empty before its end."""
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    """What the module has logged last under ``stage/name``."""
+    return {name: value.item() for name, value in sorted(trainer.callback_metrics.items()) if "/" in name}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))

@@ -1,0 +1,159 @@
+"""What went wrong at test: the confusion matrix, the most confident mistakes, the accuracy of every class."""
+
+import csv
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from project.callbacks.look_at_batch import denormalize
+from project.callbacks.places import run_of, tensorboard, write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+
+class TestReport(Callback):
+    """Writes ``confusion_matrix.png``, ``mistakes.png`` and ``per_class_accuracy.csv`` to the run's folder; the
+    pictures also to TensorBoard.
+
+    Of all images only the mistakes wanted are kept while the test runs. Several processes each see their share of the
+    images; counts and mistakes are those of all.
+
+    Args:
+        num_mistakes: how many mistakes to draw, 0 or more.
+
+    Raises:
+        ValueError: for a negative number.
+    """
+
+    __test__ = False  # not a test for pytest, whatever its name
+
+    def __init__(self, num_mistakes: int = 24) -> None:
+        if num_mistakes < 0:
+            raise ValueError(f"num_mistakes is {num_mistakes}, but it counts the images to draw: choose 0 or more.")
+        self.num_mistakes = num_mistakes
+        self.matrix: Tensor | None = None
+        """Counts ``[K, K]``: true classes down, predicted ones across."""
+        self.mistakes: Mistakes | None = None
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.matrix, self.mistakes = None, Mistakes(self.num_mistakes)
+
+    def on_test_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        assert self.mistakes is not None
+        logits, labels = outputs["logits"].detach().float(), outputs["labels"]
+        confidences, predictions = logits.softmax(dim=1).max(dim=1)
+        counts = count_confusions(labels, predictions, logits.shape[1])
+        self.matrix = counts if self.matrix is None else self.matrix + counts
+        self.mistakes.update(batch[0], labels, predictions, confidences)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if self.matrix is None or self.mistakes is None:
+            return
+        if trainer.world_size > 1:
+            self.matrix = trainer.strategy.reduce(self.matrix, reduce_op="sum")
+            self.mistakes.gather_(pl_module)
+        run, writer = run_of(trainer), tensorboard(trainer)
+        if run is None and writer is None:
+            return
+        for name, figure in self._figures(pl_module).items():
+            if run is not None:
+                write_whole(run.folder / f"{name}.png", figure.savefig)
+            if writer is not None:
+                from project.plots import figure_to_image
+
+                writer.add_image(f"test/{name}", figure_to_image(figure), trainer.global_step, dataformats="HWC")
+        if run is not None:
+            path, matrix = run.folder / "per_class_accuracy.csv", self.matrix
+            write_whole(path, lambda part: write_per_class(part, matrix, pl_module.class_names))
+            log.info("Confusion matrix, mistakes and accuracy per class are in %s", run.folder)
+
+    def _figures(self, module: Any) -> "dict[str, Figure]":
+        from project.plots import plot_confusion_matrix, plot_images
+
+        assert self.matrix is not None and self.mistakes is not None
+        names = module.class_names
+        figures = {"confusion_matrix": plot_confusion_matrix(self.matrix, names)}
+        if rows := self.mistakes.rows():
+            titles = [f"{names[predicted]} {confidence:.1%}\nis {names[true]}" for true, predicted, confidence in rows]
+            images = denormalize(self.mistakes.images[: len(rows)], module)
+            figures["mistakes"] = plot_images(images, titles, columns=6, heading="most confident mistakes")
+        return figures
+
+
+class Mistakes:
+    """The ``size`` wrongly classified images of the highest confidence so far, without a wait for the device.
+
+    Args:
+        size: how many to keep.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.images = torch.empty(0)
+        """``[size, C, H, W]``, the most confident first; those beyond the number of mistakes are no mistakes."""
+        self._labels = torch.empty(0)
+        self._predictions = torch.empty(0)
+        self._confidences = torch.empty(0)
+
+    def update(self, images: Tensor, labels: Tensor, predictions: Tensor, confidences: Tensor) -> None:
+        """Merge a batch: images ``[N, C, H, W]``, the others ``[N]``."""
+        confidences = torch.where(predictions == labels, -1.0, confidences)
+        new = (images, labels, predictions, confidences)
+        best = confidences.topk(min(self.size, len(confidences))).indices
+        self._keep(*(tensor.detach()[best] for tensor in new))
+
+    def rows(self) -> list[tuple[int, int, float]]:
+        """(true, predicted, confidence) of the mistakes, the most confident first."""
+        columns = (self._labels.tolist(), self._predictions.tolist(), self._confidences.tolist())
+        return [row for row in zip(*columns, strict=True) if row[2] >= 0]
+
+    def gather_(self, module: Any) -> None:
+        """Merge the mistakes of all processes. Each may hold another number, so each pads to ``size``."""
+        kept = [self.images, self._labels, self._predictions, self._confidences]
+        missing = self.size - len(self._confidences)
+        padded = [torch.cat([t, t.new_full((missing, *t.shape[1:]), -1)]) for t in kept]
+        gathered = [module.all_gather(tensor).flatten(0, 1) for tensor in padded]
+        self.__init__(self.size)  # type: ignore[misc]
+        self._keep(*gathered)
+
+    def _keep(self, *new: Tensor) -> None:
+        kept = (self.images, self._labels, self._predictions, self._confidences)
+        merged = [torch.cat([old, more]) if len(old) else more for old, more in zip(kept, new, strict=True)]
+        order = merged[-1].topk(min(self.size, len(merged[-1]))).indices
+        self.images, self._labels, self._predictions, self._confidences = (tensor[order] for tensor in merged)
+
+
+def count_confusions(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """Counts ``[K, K]`` of (true, predicted)."""
+    return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def write_per_class(path: Path, matrix: Tensor, class_names: tuple[str, ...]) -> None:
+    """CSV of every class: its test images, how many were right, the accuracy, and the class it is most often taken
+    for.
+    """
+    counts = matrix.cpu()
+    with path.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["class", "num_images", "num_correct", "accuracy", "most_confused_with"])
+        for index, name in enumerate(class_names):
+            row = counts[index].clone()
+            total, correct = int(row.sum()), int(row[index])
+            row[index] = 0
+            other = class_names[int(row.argmax())] if row.sum() else ""
+            writer.writerow([name, total, correct, round(correct / total, 6) if total else "", other])

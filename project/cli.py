@@ -1,0 +1,149 @@
+"""The command line: ``project {fit,validate,test,predict} --config …``, on LightningCLI.
+
+A further verb is a method of :class:`project.trainer.Trainer` and a line in :meth:`CLI.subcommands`.
+"""
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+
+from project.data import ImageDataModule
+from project.models import Classifier
+from project.parser import Parser
+from project.paths import Run
+from project.trainer import Trainer, check_checkpoint
+
+log = logging.getLogger(__name__)
+
+_FROM_DATA_TO_NET = ("num_classes", "image_shape")
+_FROM_DATA_TO_CLASSIFIER = ("num_classes", "image_shape", "class_names", "mean", "std")
+_RUN_OPTIONS = ("--run", "--resume")
+
+
+class CLI(LightningCLI):
+    """Builds classifier, data module and trainer from YAML and options, and runs a verb.
+
+    Args:
+        args: command line; ``None`` takes the process's.
+        run: run the verb that ``args`` begin with. Without it ``args`` have no verb, and ``model``, ``datamodule`` and
+            ``trainer`` are there to be used: ``CLI(["--config", "configs/digits.yaml"], run=False)``.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        super().__init__(
+            Classifier,
+            ImageDataModule,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            parser_class=Parser,
+            parser_kwargs={"description": "Train, shrink, measure and deploy image classifiers."},
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        for key in _FROM_DATA_TO_NET:
+            parser.link_arguments(f"data.{key}", f"model.net.init_args.{key}", apply_on="instantiate")
+        for key in _FROM_DATA_TO_CLASSIFIER:
+            parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if args is None or isinstance(args, list):
+            args = _with_config_of_run(sys.argv[1:] if args is None else args)
+            self.config = parser.parse_args(args)
+        else:
+            self.config = parser.parse_object(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Configuration comes from YAML and options alone; of a checkpoint only that it is one is looked at here."""
+        if "subcommand" not in self.config:
+            return
+        config = self.config[self.config.subcommand]
+        check_checkpoint(config.get("ckpt_path"))
+        weights = config.get("ckpt_path") or config.get("run")
+        if self.config.subcommand != "fit" and not weights:
+            raise ValueError(
+                f"{self.config.subcommand} needs trained weights: give --run DIR (a run's folder below logs/) "
+                "or --ckpt_path FILE."
+            )
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.trainer.experiment is None and config.get("config"):
+            config.trainer.experiment = Path(str(config.config[0])).stem
+
+    def instantiate_classes(self) -> None:
+        """Predicting on image files needs the checkpoint alone: the data set need not be there."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if self.subcommand != "predict" or config.images is None:
+            super().instantiate_classes()
+            return
+        path = config.ckpt_path or Run.find(config.run).best_checkpoint
+        check_checkpoint(path)
+        self.config_init = self.config
+        self.datamodule = None
+        self.model = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False)
+
+    def after_fit(self) -> None:
+        """Say what came out, where it is, and what to type next."""
+        trainer = self.trainer
+        assert isinstance(trainer, Trainer)
+        if not trainer.is_global_zero or trainer.run is None:
+            return
+        accuracy = trainer.callback_metrics.get("test/accuracy")
+        folder = _relative(trainer.run.folder)
+        log.info("")
+        if accuracy is not None:
+            log.info("test accuracy  %.2f %%", 100 * float(accuracy))
+        log.info("run            %s", folder)
+        log.info("look           tensorboard --logdir %s", folder.parent)
+        log.info("test           project test --run %s", folder)
+        log.info("predict        project predict --run %s --images PATH", folder)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole resolved configuration to the run's ``config.yaml`` when a fit begins."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        run = getattr(trainer, "run", None)
+        if stage != "fit" or run is None:
+            return
+        keep = ("seed_everything", "trainer", "model", "data")
+        config = self.config.clone()
+        for key in [key for key in config.__dict__ if key not in keep]:
+            del config[key]
+        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        beside = run.config.with_suffix(".yaml.part")
+        beside.write_text(text)
+        os.replace(beside, run.config)
+
+
+def _with_config_of_run(args: list[str]) -> list[str]:
+    """``verb --run DIR …`` -> ``verb --config DIR/config.yaml --run DIR …``; options after it still win."""
+    for index, arg in enumerate(args):
+        option, _, value = arg.partition("=")
+        if index > 0 and option in _RUN_OPTIONS:
+            folder = value or next(iter(args[index + 1 :]), "")
+            run = Run.find(folder)
+            return [args[0], "--config", str(run.config), *args[1:]]
+    return args
+
+
+def _relative(path: Path) -> Path:
+    """``path`` as seen from the working directory, when it lies below it."""
+    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
+
+
+def main(args: list[str] | None = None) -> Any:
+    """Run the command line with ``args`` in place of the process's (for tests and notebooks)."""
+    return CLI(args)

@@ -1,0 +1,34 @@
+"""Handwritten digits: 1797 images of 8x8 pixels that come inside scikit-learn, so nothing is downloaded.
+
+Optical recognition of handwritten digits, Alpaydin & Kaynak 1998, UCI Machine Learning Repository
+(https://doi.org/10.24432/C50P49), the set's test part of 13 writers. It has no split of its own: a fifth, stratified, is held
+out as test set by a constant seed, the same in every run. The split is by image, not by writer, so the accuracy says how
+well known writers' digits are read.
+"""
+
+import torch
+from torch import Tensor
+
+from project.data.datamodule import ImageDataModule
+from project.data.split import stratified_split
+
+
+class Digits(ImageDataModule):
+    """8x8 gray digits: 1438 images for training and validation, 359 for test."""
+
+    class_names = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+    image_shape = (1, 8, 8)
+    mean = (0.3049,)
+    std = (0.3757,)
+
+    test_fraction = 0.2
+    test_seed = 1797
+
+    def load(self, train: bool) -> tuple[Tensor, Tensor]:
+        from sklearn.datasets import load_digits  # here, because its import takes a second
+
+        digits = load_digits()
+        images = torch.from_numpy(digits.images).mul(255 / 16).round().to(torch.uint8)[:, None]  # [N, 1, 8, 8]
+        labels = torch.from_numpy(digits.target).long()
+        chosen = stratified_split(labels, self.test_fraction, self.test_seed)[0 if train else 1]
+        return images[chosen], labels[chosen]

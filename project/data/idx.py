@@ -1,0 +1,69 @@
+"""Reader of IDX files, plain or gzipped: the format of MNIST (http://yann.lecun.com/exdb/mnist/, "File formats").
+
+Two zero bytes, a type (8: unsigned byte), the number of dimensions, each dimension as a big-endian 32-bit integer,
+then the values.
+"""
+
+import hashlib
+import struct
+import zlib
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+_UNSIGNED_BYTE = 8
+
+
+def read_idx(path: Path) -> Tensor:
+    """The array in an IDX file of unsigned bytes, as uint8.
+
+    Raises:
+        ValueError: when the file is not IDX, truncated, too long or damaged.
+    """
+    return parse_idx(read_bytes(path), path)
+
+
+def read_bytes(path: Path) -> bytearray:
+    """The contents of a file, unzipped when it is gzip (by its first bytes, whatever its name).
+
+    A truncated gzip file gives what is left of it.
+
+    Raises:
+        ValueError: when the gzip stream is damaged.
+    """
+    raw = path.read_bytes()
+    if raw[:2] != b"\x1f\x8b":
+        return bytearray(raw)
+    stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        return bytearray(stream.decompress(raw))
+    except zlib.error as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and download it again.") from None
+
+
+def parse_idx(contents: bytearray, path: Path) -> Tensor:
+    """The array in the contents of the IDX file ``path``."""
+    if len(contents) < 4 or contents[:2] != b"\0\0" or contents[2] != _UNSIGNED_BYTE:
+        raise ValueError(
+            f"{path} is not an IDX file of bytes (expected it to begin with 00 00 08, "
+            f"found {contents[:4].hex(' ') or 'nothing'}): delete it and download it again."
+        )
+    num_dims = contents[3]
+    start = 4 + 4 * num_dims
+    shape = struct.unpack(f">{num_dims}I", contents[4:start]) if len(contents) >= start else ()
+    expected = start + prod(shape) if shape else start
+    if len(contents) != expected:
+        fault = "truncated" if len(contents) < expected else "too long"
+        raise ValueError(
+            f"{path} is {fault}: expected {expected} bytes by its header, found {len(contents)} (unzipped): "
+            "delete it and download it again."
+        )
+    values = torch.frombuffer(contents, dtype=torch.uint8)[start:] if expected > start else torch.empty(0).byte()
+    return values.view(shape)
+
+
+def md5(contents: bytes | bytearray) -> str:
+    """The checksum data sets are published with (against damage, not against malice)."""
+    return hashlib.md5(contents, usedforsecurity=False).hexdigest()

@@ -1,0 +1,183 @@
+"""Any folder of class folders as a data set: gray or colour, images of mixed sizes.
+
+::
+
+    root/train/<class>/*.png   root/val/<class>/*.png   root/test/<class>/*.png
+    root/<class>/*.png
+
+Without ``val`` a stratified share of the training images is held out; without ``test`` the folder ``val`` is the test
+set (as on ImageNet, whose test labels are not public), and without both a stratified share, by a constant seed. A set
+that fits in memory is decoded once into one uint8 tensor; a larger one is decoded by the loader's workers, batch by
+batch.
+"""
+
+import logging
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from project.data.array_dataset import ArrayDataset, BatchDataset
+from project.data.datamodule import ImageDataModule
+from project.data.image_files import ImageFiles, OnCorrupt, find_images
+from project.data.random_resized_crop import RandomResizedCrop
+from project.data.split import check_fraction, stratified_split
+
+log = logging.getLogger(__name__)
+
+_STATISTICS = {
+    # ImageNet's; for gray the mean over its channels. A net adapts to any that is about right.
+    1: ((0.449,), (0.226,)),
+    3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+
+class ImageFolder(ImageDataModule):
+    """Images sorted into one folder per class.
+
+    Args:
+        root: the folder; a relative one is looked for here, then in the data folder.
+        image_size: side in pixels of the square images the net gets: shorter side resized, centre cropped.
+        channels: 3 (RGB) or 1 (gray); files are converted.
+        on_corrupt: refuse a file that cannot be decoded, or skip it with a warning.
+        in_memory: decode all once, or batch by batch in the workers; ``None`` decides by ``memory_limit_mb``.
+        memory_limit_mb: largest decoded size that is kept in memory, in MB of the training images.
+        random_crop: smallest and largest share of the area for random crops of the training images (GoogLeNet: 0.08,
+        1.0);
+            decodes batch by batch.
+        test_fraction: share held out for test where there is no folder for it, in [0, 1).
+        mean, std: per channel, for pixels in [0, 1]; ``None`` takes ImageNet's.
+        kwargs: as in :class:`~project.data.datamodule.ImageDataModule`.
+
+    Raises:
+        ValueError: for a missing folder, one without class folders, or numbers outside their range.
+    """
+
+    test_seed = 1797
+
+    def __init__(
+        self,
+        root: str,
+        image_size: int = 224,
+        channels: Literal[1, 3] = 3,
+        on_corrupt: OnCorrupt = "error",
+        in_memory: bool | None = None,
+        memory_limit_mb: float = 2048.0,
+        random_crop: tuple[float, float] | None = None,
+        test_fraction: float = 0.2,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if image_size < 1:
+            raise ValueError(f"image_size is {image_size}, but it counts pixels: give 1 or more.")
+        if channels not in _STATISTICS:
+            raise ValueError(f"channels is {channels}, but files are decoded to 1 (gray) or 3 (RGB): give one of them.")
+        check_fraction("test_fraction", test_fraction)
+        if in_memory and random_crop is not None:
+            raise ValueError(
+                "in_memory is true, but random_crop needs each image in its own size: leave one of them out."
+            )
+        for name, value in (("mean", mean), ("std", std)):
+            if value is not None and len(value) != channels:
+                raise ValueError(f"{name} is {value}, but the images have {channels} channels: give as many numbers.")
+        self.random_crop = None if random_crop is None else RandomResizedCrop((random_crop[0], random_crop[1]))
+        self.root = self._find_root(root)
+        self.image_shape = (channels, image_size, image_size)
+        self.mean, self.std = mean or _STATISTICS[channels][0], std or _STATISTICS[channels][1]
+        self.on_corrupt, self.in_memory, self.memory_limit_mb = on_corrupt, in_memory, memory_limit_mb
+        self.test_fraction = test_fraction
+        self.parts = {part: self.root / part for part in ("train", "val", "test") if (self.root / part).is_dir()}
+        if "train" not in self.parts:
+            self.parts = {"train": self.root}
+        self.class_names = tuple(folder.name for folder in _folders(self.parts["train"]))
+        if not self.class_names:
+            raise ValueError(
+                f"{self.parts['train']} holds no class folders: put each class's images in a folder of its name."
+            )
+
+    def load(self, train: bool) -> tuple[Tensor, Tensor]:
+        """All training or test images in memory."""
+        return self._decode_all(self._files(train))
+
+    def load_dataset(self, train: bool) -> BatchDataset:
+        """
+        Raises:
+            ValueError: for an empty class folder, one that training does not have, or a corrupt file
+            (``on_corrupt``).
+        """
+        return self._dataset(self._files(train))
+
+    def split(self, dataset: BatchDataset) -> tuple[BatchDataset, BatchDataset]:
+        """Parts for training and validation; random crops are for training alone."""
+        if "val" in self.parts and "test" in self.parts:
+            train, val = dataset, self._dataset(self._list("val"))
+        else:
+            train, val = super().split(dataset)
+        if isinstance(train, ImageFiles) and isinstance(val, ImageFiles):
+            train.random_crop = self.random_crop
+        return train, val
+
+    def _dataset(self, files: ImageFiles) -> BatchDataset:
+        size_mb = len(files) * torch.Size(self.image_shape).numel() / 1e6
+        fits = self.random_crop is None and size_mb <= self.memory_limit_mb
+        return ArrayDataset(*self._decode_all(files)) if (fits if self.in_memory is None else self.in_memory) else files
+
+    def _files(self, train: bool) -> ImageFiles:
+        """Files for training and validation, or for test."""
+        for part in ("test", "val"):
+            if part in self.parts:
+                return self._list("train" if train else part)
+        files = self._list("train")
+        chosen = stratified_split(files.labels, self.test_fraction, self.test_seed)[0 if train else 1]
+        paths = [files.paths[index] for index in chosen.tolist()]
+        return self._image_files(paths, files.labels[chosen])
+
+    def _list(self, part: str) -> ImageFiles:
+        """The files of a part with their labels."""
+        paths: list[Path] = []
+        labels: list[int] = []
+        for folder in _folders(self.parts[part]):
+            if folder.name not in self.class_names:
+                raise ValueError(
+                    f"{folder} is a class that {self.parts['train']} does not have: remove it, or add images there."
+                )
+            try:
+                found = find_images(folder)
+            except ValueError:
+                raise ValueError(
+                    f"{folder} holds no images: put images of this class in it, or remove the folder."
+                ) from None
+            paths += found
+            labels += [self.class_names.index(folder.name)] * len(found)
+        if not paths:
+            raise ValueError(f"{self.parts[part]} holds no class folders: put images in them, or remove {part}.")
+        return self._image_files(paths, torch.tensor(labels))
+
+    def _image_files(self, paths: list[Path], labels: Tensor) -> ImageFiles:
+        return ImageFiles(paths, self.image_shape, labels, on_corrupt=self.on_corrupt, seed=self.run_seed)
+
+    def _decode_all(self, files: ImageFiles) -> tuple[Tensor, Tensor]:
+        """Threads suffice: the decoders let go of Python's lock."""
+        log.info("Decoding %d images of %s", len(files), self.root)
+        parts = files.indices.split(64)
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            decoded = list(pool.map(files.decode, parts))
+        images, kept = (torch.cat(tensors) for tensors in zip(*decoded, strict=True))
+        return images, files.all_labels[kept]
+
+    def _find_root(self, root: str) -> Path:
+        for path in (Path(root), self.data_dir / root):
+            if path.is_dir():
+                return path
+        raise ValueError(
+            f"root is {root!r}, but there is no such folder here or in {self.data_dir}: name a folder of class folders."
+        )
+
+
+def _folders(parent: Path) -> list[Path]:
+    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))

@@ -1,0 +1,82 @@
+"""Where metrics go besides TensorBoard: one CSV file in the run's folder, and log lines on the terminal."""
+
+import csv
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
+
+class MetricsCSV(Logger):
+    """Appends every logged row to ``metrics.csv``; a new metric's column rewrites the file, beside first, then renamed.
+
+    Args:
+        path: the file; rows already in it are kept (a resumed run goes on in it).
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        self.columns: list[str] = ["step"]
+        if path.is_file():
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self.rows = [{key: value for key, value in row.items() if value} for row in reader]
+                self.columns = list(reader.fieldnames or self.columns)
+
+    @property
+    def name(self) -> str:
+        return self.path.parent.parent.name
+
+    @property
+    def version(self) -> str:
+        return self.path.parent.name
+
+    @rank_zero_only
+    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+        """Nothing: hyperparameters stand in ``config.yaml``."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        row: dict[str, Any] = {"step": step, **metrics}
+        self.rows.append(row)
+        new = [key for key in row if key not in self.columns]
+        if new or not self.path.is_file():
+            self.columns += new
+            self._rewrite()
+        else:
+            with self.path.open("a", newline="") as file:
+                csv.DictWriter(file, self.columns).writerow(row)
+
+    @rank_zero_only
+    def forget_after(self, step: int) -> None:
+        """Drop the rows after ``step``: a resumed run logs them again."""
+        if self.rows:
+            self.rows = [row for row in self.rows if int(row["step"]) <= step]
+            self._rewrite()
+
+    def _rewrite(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = self.path.with_suffix(".csv.part")
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        os.replace(beside, self.path)
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """The package's log lines to standard output, bare; Lightning's from warnings on."""
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("project")
+    logger.handlers = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

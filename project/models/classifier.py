@@ -1,0 +1,247 @@
+"""The LightningModule: a net, its loss, penalties, metrics, optimizer and schedule. It combines; each formula lives elsewhere.
+
+Linear scaling rule: Goyal et al. 2017 (arXiv:1706.02677, sec. 2.1). No weight decay on norms and biases: the same, sec. 5.3.
+"""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from project.losses import CrossEntropy, MaxNorm, Penalties
+from project.schedules import Schedule
+
+log = logging.getLogger(__name__)
+
+
+class Classifier(LightningModule):
+    """A net that learns to classify images: ``[N, C, H, W] -> logits [N, num_classes]``.
+
+    The command line fills in ``num_classes``, ``image_shape``, ``class_names``, ``mean`` and ``std`` from the data module.
+
+    Args:
+        net: plain module, normalised images -> logits.
+        num_classes: K.
+        image_shape: (C, H, W) that the net takes.
+        class_names: K names, in the order of the logits; ``None`` numbers them.
+        mean, std: per channel, of pixels in [0, 1]; what ``predict`` normalises with.
+        loss: of training.
+        penalties: added to the loss; see :class:`project.losses.Penalties`.
+        max_norm: bound on every unit's weights, kept after each step; see :class:`project.losses.MaxNorm`.
+        optimizer: parameters -> optimizer. Its ``weight_decay`` acts on weights alone, never on norms or biases.
+        schedule: see :mod:`project.schedules`; ``None`` keeps the rate constant.
+        base_batch_size: the batch size that the optimizer's ``lr`` is meant for: the rate is multiplied by
+            (global batch size / ``base_batch_size``). ``None`` takes ``lr`` as it is.
+        channels_last: keep weights and activations channels-last in memory: two to three times faster on CPUs.
+        compile: run the net through ``torch.compile``; checkpoints stay those of the plain net.
+
+    Raises:
+        ValueError: for a base batch size below 1.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int = 10,
+        image_shape: tuple[int, int, int] = (1, 28, 28),
+        class_names: tuple[str, ...] | None = None,
+        mean: tuple[float, ...] = (0.5,),
+        std: tuple[float, ...] = (0.5,),
+        loss: CrossEntropy | None = None,
+        penalties: Penalties | None = None,
+        max_norm: MaxNorm | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.SGD(  # noqa: B008
+            parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+        ),
+        schedule: Schedule | None = None,
+        base_batch_size: int | None = None,
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if base_batch_size is not None and base_batch_size < 1:
+            raise ValueError(f"base_batch_size is {base_batch_size}: choose 1 or more, or null to take lr as it is.")
+        self.save_hyperparameters(logger=False)
+        _keep_plain_(self.hparams)
+        self.net = net
+        self.num_classes = num_classes
+        self.image_shape = tuple(image_shape)
+        self.class_names = tuple(class_names or map(str, range(num_classes)))
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.loss = loss or CrossEntropy()
+        self.penalties = penalties or Penalties()
+        self.max_norm = max_norm or MaxNorm()
+        self.make_optimizer = optimizer
+        self.schedule = schedule or Schedule()
+        self.base_batch_size = base_batch_size
+        self.channels_last = channels_last
+        self.compile_net = compile
+        self.val_metrics = MetricCollection(
+            {
+                "val/loss": MeanMetric(),
+                "val/accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+            },
+            compute_groups=False,
+        )
+        self.test_loss = MeanMetric()
+        self.test_metrics = MetricCollection(
+            {
+                "test/accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+                "test/calibration_error": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
+                "per_class": MulticlassAccuracy(num_classes, average="none", validate_args=False),
+            },
+            compute_groups=False,
+        )
+        self._train_sums: Tensor | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
+        return self.net(images)
+
+    def setup(self, stage: str) -> None:
+        if self.channels_last:
+            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if self.compile_net and stage == "fit":
+            self.net.compile()
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Targets are classes ``[N]`` or, mixed, distributions ``[N, K]``."""
+        images, targets = batch
+        logits = self.net(images)
+        loss = self.loss(logits, targets)
+        self._add_up(loss.detach(), logits.detach(), targets)
+        penalty = self.penalties(self.net)
+        return loss if penalty is None else loss + penalty
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.max_norm(self.net)
+
+    def on_train_epoch_start(self) -> None:
+        self._train_sums = None
+
+    def on_train_epoch_end(self) -> None:
+        if self._train_sums is not None:
+            loss, correct, count = self._train_sums
+            values = {"train/loss": loss / count, "train/accuracy": correct / count}
+            self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+
+    def _add_up(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Sums stay on the device: reading one costs a wait in every step."""
+        labels = targets if targets.dim() == 1 else targets.argmax(dim=1)
+        correct = (logits.argmax(dim=1) == labels).sum()
+        sums = torch.stack([loss * len(labels), correct.to(loss.dtype), loss.new_tensor(len(labels))])
+        self._train_sums = sums if self._train_sums is None else self._train_sums + sums
+
+    # -- validation, test, prediction ----------------------------------------------------------------------------
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Plain cross entropy, without smoothing or penalties, so that runs with different losses compare."""
+        images, labels = batch
+        logits = self.net(images)
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.val_metrics["val/loss"].update(loss, len(labels))
+        self.val_metrics["val/accuracy"].update(logits, labels)
+        return {"logits": logits, "labels": labels}
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.val_metrics.compute())
+        self.val_metrics.reset()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        logits = self.net(images)
+        self.test_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
+        self.test_metrics.update(logits, labels)
+        return {"logits": logits, "labels": labels}
+
+    def on_test_epoch_end(self) -> None:
+        values = self.test_metrics.compute()
+        per_class = values.pop("per_class")
+        values["test/loss"] = self.test_loss.compute()
+        values |= {f"test/accuracy/{name}": per_class[index] for index, name in enumerate(self.class_names)}
+        self.log_dict(values)
+        self.test_metrics.reset()
+        self.test_loss.reset()
+
+    def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """Probabilities ``[N, K]``; uint8 images are normalised here, float images are taken as normalised."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        return self.net(self.normalize(images) if images.dtype == torch.uint8 else images).softmax(dim=1)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images of uint8 ``[N, C, H, W]`` -> float, with the classifier's mean and standard deviation."""
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    # -- optimizer -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        weights = [p for p in self.parameters() if p.dim() > 1 and p.requires_grad]
+        others = [p for p in self.parameters() if p.dim() <= 1 and p.requires_grad]
+        groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        optimizer = self.make_optimizer([group for group in groups if group["params"]])
+        scale = self._lr_scale()
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * scale
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        steps_per_epoch = total_steps / max(self.trainer.max_epochs or 1, 1)
+        if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:
+            steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        scheduler = self.schedule.build(optimizer, total_steps, steps_per_epoch, scale)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[typeddict-item]
+
+    def _lr_scale(self) -> float:
+        """The linear scaling rule: global batch size over the one that the rate is meant for."""
+        if self.base_batch_size is None:
+            return 1.0
+        batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        scale = batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches / self.base_batch_size
+        log.info("linear scaling rule: the learning rate is multiplied by %g", scale)
+        return scale
+
+    # -- checkpoint ----------------------------------------------------------------------------------------------
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse another net's weights in one sentence instead of a page of keys."""
+        problem = _mismatch(self.state_dict(), checkpoint.get("state_dict", {}))
+        if problem:
+            raise ValueError(
+                f"the checkpoint belongs to another net ({problem}): give the configuration that it was trained with, "
+                "as `--run DIR` does, or another checkpoint."
+            )
+
+
+def _mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+    """The first difference between two state dicts, in words."""
+    for key, value in wanted.items():
+        if key not in given:
+            return f"it has no {key}"
+        if given[key].shape != value.shape:
+            return f"{key} is {list(given[key].shape)}, this net's is {list(value.shape)}"
+    extra = next((key for key in given if key not in wanted), None)
+    return extra and f"it has {extra}, which this net lacks"
+
+
+def _keep_plain_(hparams: dict[str, Any]) -> None:
+    """Drop what is no plain value (a net handed over from Python), so that checkpoints load with ``weights_only=True``."""
+    for key in [key for key, value in hparams.items() if not _is_plain(value)]:
+        del hparams[key]
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

@@ -1,0 +1,70 @@
+"""Classify image files and write what the net says of them."""
+
+import csv
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+log = logging.getLogger(__name__)
+
+
+class _Decoded(Dataset[Tensor]):
+    """Image files, decoded to uint8 ``[C, H, W]``."""
+
+    def __init__(self, files: Sequence[Path], image_shape: tuple[int, int, int]) -> None:
+        self.files = files
+        self.image_shape = image_shape
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> Tensor:
+        from project.data.image_files import decode_image
+
+        return decode_image(self.files[index], self.image_shape)
+
+
+def image_loader(
+    path: str | os.PathLike[str], image_shape: tuple[int, int, int], batch_size: int = 256
+) -> tuple[DataLoader[Tensor], list[str]]:
+    """A loader of uint8 batches ``[N, C, H, W]`` over the images at ``path``, and their names.
+
+    Raises:
+        ValueError: when there is no image, or (while loading) one cannot be decoded.
+    """
+    from project.data.image_files import find_images
+
+    files = find_images(path)
+    return DataLoader(_Decoded(files, image_shape), batch_size=batch_size), [str(file) for file in files]
+
+
+def write_predictions(
+    path: Path, names: Sequence[str] | None, probabilities: Tensor, class_names: Sequence[str]
+) -> None:
+    """Write ``file, class, confidence, <one probability per class>``, beside first, then renamed.
+
+    Args:
+        path: the CSV file.
+        names: of the images; ``None`` numbers them.
+        probabilities: ``[N, K]``.
+        class_names: K names.
+    """
+    confidences, classes = probabilities.max(dim=1)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    with beside.open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["file", "class", "confidence", *class_names])
+        for index, row in enumerate(probabilities.tolist()):
+            name = names[index] if names is not None else str(index)
+            values = [f"{value:.6f}" for value in (confidences[index].item(), *row)]
+            writer.writerow([name, class_names[int(classes[index])], *values])
+    os.replace(beside, path)
+    log.info("%d predictions: %s", len(probabilities), path)
+    for index in range(min(len(probabilities), 5) if names is not None else 0):
+        name = names[index] if names is not None else index
+        log.info("  %s: %s (%.1f %%)", name, class_names[int(classes[index])], 100 * confidences[index].item())

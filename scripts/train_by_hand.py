@@ -1,0 +1,61 @@
+"""The template's fast path without Lightning: a loop written by hand, to see what the framework costs.
+
+The same net, data tensor, batched augmentation, memory layout, optimizer, schedule and loss as ``project fit``.
+
+    python scripts/train_by_hand.py --config configs/fashion_mnist.yaml --epochs 2
+"""
+
+import argparse
+import math
+import time
+
+import torch
+
+from project.cli import CLI
+from project.data import BatchRandom
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/fashion_mnist.yaml")
+    parser.add_argument("--epochs", type=int, default=2)
+    args = parser.parse_args()
+
+    cli = CLI(["--config", args.config], run=False)
+    data, model = cli.datamodule, cli.model
+    data.prepare_data()
+    data.setup("fit")
+    images, labels = data.train_set.images, data.train_set.labels
+    net, augment, batch_size = model.net.to(memory_format=torch.channels_last), data.augment, data.batch_size
+    steps = len(labels) // batch_size
+    weights = [p for p in net.parameters() if p.dim() > 1]
+    others = [p for p in net.parameters() if p.dim() <= 1]
+    optimizer = model.make_optimizer([{"params": weights}, {"params": others, "weight_decay": 0.0}])
+    schedule = model.schedule.build(optimizer, args.epochs * steps, steps)["scheduler"]
+    mean, std = torch.tensor(data.mean).view(-1, 1, 1), torch.tensor(data.std).view(-1, 1, 1)
+
+    net.train()
+    start = time.perf_counter()
+    for epoch in range(args.epochs):
+        order = torch.randperm(len(labels))
+        total = torch.zeros(())
+        for step in range(steps):
+            indices = order[step * batch_size : (step + 1) * batch_size]
+            batch, targets = images[indices].float().div_(255), labels[indices]
+            random = BatchRandom(0, epoch, indices)
+            for transform in augment:
+                batch = transform(batch, random)
+            batch = ((batch - mean) / std).contiguous(memory_format=torch.channels_last)
+            loss = model.loss(net(batch), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.detach()
+        assert math.isfinite(total.item())
+    seconds = time.perf_counter() - start
+    print(f"images_per_second {args.epochs * steps * batch_size / seconds:.1f}")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""The way most templates train: torchvision's data set, a transform per image, DataLoader workers, fp32, contiguous layout.
+
+The same net, batch size, optimizer and augmentation policy as ``project fit`` on Fashion-MNIST, through Lightning with
+torchmetrics and ``self.log`` in each step, as the templates do.
+
+    python scripts/train_the_usual_way.py --config configs/fashion_mnist.yaml --steps 100 --workers 2
+"""
+
+import argparse
+import gzip
+import tempfile
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+import torchmetrics
+import torchvision
+from torch.utils.data import DataLoader
+from torchvision.transforms import Compose, Normalize, RandomCrop, RandomHorizontalFlip, ToTensor
+
+from project.cli import CLI
+from project.data.mnist import FashionMNIST
+
+WARMUP = 10  # steps not counted: workers start, kernels are chosen
+
+
+class UsualModule(pl.LightningModule):
+    """Net, cross entropy, accuracy; logged in each step."""
+
+    def __init__(self, net: torch.nn.Module, label_smoothing: float) -> None:
+        super().__init__()
+        self.net = net
+        self.criterion = torch.nn.CrossEntropyLoss(label_smoothing=label_smoothing)
+        self.train_accuracy = torchmetrics.Accuracy(task="multiclass", num_classes=10)
+        self.start = self.stop = 0.0
+
+    def training_step(self, batch: tuple[torch.Tensor, torch.Tensor], batch_idx: int) -> torch.Tensor:
+        if batch_idx == WARMUP:
+            self.start = time.perf_counter()
+        images, labels = batch
+        logits = self.net(images)
+        loss = self.criterion(logits, labels)
+        self.train_accuracy(logits, labels)
+        self.log("train/loss", loss, on_step=False, on_epoch=True)
+        self.log("train/acc", self.train_accuracy, on_step=False, on_epoch=True)
+        return loss
+
+    def on_train_batch_end(self, *_: object) -> None:
+        self.stop = time.perf_counter()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/fashion_mnist.yaml")
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--workers", type=int, default=2)
+    args = parser.parse_args()
+
+    cli = CLI(["--config", args.config], run=False)
+    assert isinstance(cli.datamodule, FashionMNIST)
+    batch_size = cli.datamodule.batch_size
+    transform = Compose([RandomCrop(28, padding=2), RandomHorizontalFlip(), ToTensor(), Normalize((0.286,), (0.353,))])
+    with tempfile.TemporaryDirectory() as root:
+        unpack_for_torchvision(cli.datamodule, Path(root))
+        dataset = torchvision.datasets.FashionMNIST(root, train=True, transform=transform)
+        loader = DataLoader(
+            dataset, batch_size, shuffle=True, num_workers=args.workers, drop_last=True, persistent_workers=True
+        )
+        module = UsualModule(cli.model.net, cli.model.loss.label_smoothing)
+        trainer = pl.Trainer(
+            max_epochs=1,
+            limit_train_batches=WARMUP + args.steps,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader)
+    print(f"images_per_second {args.steps * batch_size / (module.stop - module.start):.1f}")  # noqa: T201
+
+
+def unpack_for_torchvision(data: FashionMNIST, root: Path) -> None:
+    """Put the four files where ``torchvision.datasets.FashionMNIST`` looks for them."""
+    data.prepare_data()
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    for path in data.files():
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        (folder / path.name.removesuffix(".gz")).write_bytes(raw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+import sys
+
+import pytest
+import torch
+
+from project.plots import figure_to_image, plot_confusion_matrix, plot_curves, plot_images, read_curves
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("num_images", [1, 5, 16])
+def test_every_image_is_drawn_with_its_title(channels, num_images):
+    images = torch.linspace(0, 1, num_images * channels * 64).view(num_images, channels, 8, 8)
+    titles = [f"image {index}" for index in range(num_images)]
+    axes = plot_images(images, titles, columns=4).axes
+    assert [axis.get_title() for axis in axes if axis.images] == titles
+    drawn = torch.as_tensor(axes[0].images[0].get_array())
+    wanted = (images[0] * 255).round().to(torch.uint8).movedim(0, -1)
+    assert torch.equal(drawn, wanted[..., 0] if channels == 1 else wanted)
+
+
+def test_bytes_and_floats_give_the_same_picture():
+    images = torch.arange(64, dtype=torch.uint8).view(1, 1, 8, 8) * 4
+    assert (figure_to_image(plot_images(images)) == figure_to_image(plot_images(images / 255))).all()
+
+
+def test_picture_is_what_tensorboard_takes():
+    image = figure_to_image(plot_images(torch.zeros(2, 1, 8, 8)))
+    assert image.dtype == "uint8" and image.shape[2] == 3 and image.min() == 0 and image.max() == 255
+
+
+def test_confusion_matrix_writes_the_counts_of_few_classes_and_names_of_many():
+    matrix = torch.tensor([[8, 2], [0, 10]])
+    axis = plot_confusion_matrix(matrix, ("cat", "dog")).axes[0]
+    assert [text.get_text() for text in axis.texts] == ["8", "2", "10"]
+    assert axis.get_title() == "18 of 20 right: 90.00%"
+    assert torch.allclose(torch.as_tensor(axis.images[0].get_array()), torch.tensor([[0.8, 0.2], [0, 1]]).double())
+    many = plot_confusion_matrix(torch.eye(100), [f"class {i}" for i in range(100)]).axes[0]
+    assert not many.texts and len(many.get_xticklabels()) == 100
+    assert plot_confusion_matrix(torch.zeros(3, 3), "abc").axes[0].get_title() == ""
+
+
+def test_curves_of_a_metrics_file(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step,train/loss,val/loss,test/loss\n0,9,,0.9,\n0,9,1.0,,\n1,19,,0.7,\n1,19,0.5,,\n2,20,,,0.6\n")
+    assert read_curves(path) == {"val/loss": ([0, 1], [0.9, 0.7]), "train/loss": ([0, 1], [1.0, 0.5])}
+    (panel,) = plot_curves(path).axes
+    assert panel.get_title() == "loss" and {line.get_label() for line in panel.lines} == {"train", "val"}
+
+
+def test_curves_of_nothing_are_refused(tmp_path):
+    path = tmp_path / "metrics.csv"
+    path.write_text("epoch,step\n")
+    with pytest.raises(ValueError, match=r"holds no curve such as train/loss"):
+        plot_curves(path)
+
+
+def test_no_global_state_of_pyplot_is_touched():
+    plot_images(torch.zeros(1, 1, 8, 8))
+    assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
