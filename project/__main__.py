@@ -17,7 +17,9 @@ def main() -> None:
     except (ValueError, OSError) as error:
         if os.environ.get("PROJECT_DEBUG"):
             raise
-        sys.stderr.write(f"error: {error}\n")
+        from project.parser import one_sentence
+
+        sys.stderr.write(f"error: {one_sentence(str(error))}\n")
         sys.exit(2)
 
 

@@ -9,10 +9,17 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
-_GROUP = re.compile(r"Group '(?P<group>[\w.]*)' does not accept option '(?P<key>[\w.]+)'")
-_CLASS = re.compile(r"class_path '(?P<path>[\w.]+)':\s+Option '(?P<key>[\w.]+)' is not accepted")
-_FLAG = re.compile(r"[Uu]nrecognized arguments: --(?P<key>[\w.]+)")
-_OTHER = re.compile(r"(?:Option|[Kk]ey) ['\"](?P<key>[\w.]+)['\"] is not (?:accepted|expected|found)")
+_UNKNOWN = (
+    re.compile(r"class_path '(?P<path>[\w.]+)':\s+Option '(?P<key>[\w.]+)' is not accepted"),
+    re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<key>\w+)'"),
+    re.compile(r"Group '(?P<group>[\w.]*)' does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"[Uu]nrecognized arguments: --(?P<key>[\w.]+)"),
+)
+_BULLET = re.compile(r"^\s*- ", re.MULTILINE)
+_OTHER_KINDS = ("Expected a <class 'NoneType'>", "Expected a path but")
+_KEYS = re.compile(r'Parser key "([\w.]+)":\s*')
+_PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\s*")
 
 
 class Parser(LightningArgumentParser):
@@ -27,31 +34,43 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
         if not self.exit_on_error:
             super().error(message, ex)
-        sentence = " ".join(message.split())
         near = self._nearest(message)
         hint = f" Did you mean {near!r}?" if near else ""
-        sys.stderr.write(f"error: {sentence.rstrip('.')}.{hint} (--help lists all options)\n")
+        sys.stderr.write(f"error: {one_sentence(message).rstrip('.')}.{hint} (--help lists all options)\n")
         sys.exit(2)
 
     def _nearest(self, message: str) -> str | None:
         """The known key that is most like the one that ``message`` complains of."""
-        if match := _CLASS.search(message):
-            known = _parameters(match["path"])
-            return _closest(match["key"], known)
-        for pattern in (_GROUP, _FLAG, _OTHER):
-            if match := pattern.search(message):
-                key, group = match["key"], match.groupdict().get("group") or ""
-                return _closest(key, self._keys_in(group)) or _closest(key, self._keys_in(None))
-        return None
+        match = next((match for pattern in _UNKNOWN if (match := pattern.search(message))), None)
+        if match is None:
+            return None
+        found = match.groupdict()
+        if "path" in found:
+            return _closest(found["key"], _parameters(found["path"]))
+        if "module" in found:
+            return _closest(found["key"], dir(importlib.import_module(found["module"])))
+        keys = self._keys_below(found.get("group", ""))
+        return _closest(found["key"], keys)
 
-    def _keys_in(self, group: str | None) -> list[str]:
-        """Options below ``group``; all options in full, for ``None``."""
-        options = [action.dest for action in self._actions if action.dest]
-        if group is None:
-            return options
+    def _keys_below(self, group: str) -> list[str]:
+        """Options below ``group``, without its name."""
         prefix = f"{group}." if group else ""
-        below = [option[len(prefix) :] for option in options if option.startswith(prefix)]
-        return sorted({option.split(".")[0] for option in below if option})
+        options = [action.dest for action in self._actions if action.dest]
+        return sorted({option[len(prefix) :] for option in options if option.startswith(prefix)})
+
+
+def one_sentence(message: str) -> str:
+    """What jsonargparse says in a tree of lines, one branch for each type that a value could have had, in one sentence."""
+    branches = [branch.strip() for branch in _BULLET.split(message)]
+    head, tried = branches[0], [branch for branch in branches[1:] if not branch.startswith(_OTHER_KINDS)]
+    keys = _KEYS.findall(head)
+    if tried:
+        head = tried[0].split("Given value type:")[0]
+    else:
+        head = _KEYS.sub("", head, count=1) if keys else head
+    head = _PROBLEM.sub(r"\1: ", _KEYS.sub(r"\1: ", head))
+    head = re.sub(r"<class '([\w.]+)'>", r"\1", head)
+    return " ".join((f"{keys[0]}: {head}" if keys else head).split())
 
 
 def _closest(key: str, known: list[str]) -> str | None:

@@ -41,7 +41,9 @@ def test_confusion_matrix_writes_the_counts_of_few_classes_and_names_of_many():
 
 def test_curves_of_a_metrics_file(tmp_path):
     path = tmp_path / "metrics.csv"
-    path.write_text("epoch,step,train/loss,val/loss,test/loss\n0,9,,0.9,\n0,9,1.0,,\n1,19,,0.7,\n1,19,0.5,,\n2,20,,,0.6\n")
+    path.write_text(
+        "epoch,step,train/loss,val/loss,test/loss\n0,9,,0.9,\n0,9,1.0,,\n1,19,,0.7,\n1,19,0.5,,\n2,20,,,0.6\n"
+    )
     assert read_curves(path) == {"val/loss": ([0, 1], [0.9, 0.7]), "train/loss": ([0, 1], [1.0, 0.5])}
     (panel,) = plot_curves(path).axes
     assert panel.get_title() == "loss" and {line.get_label() for line in panel.lines} == {"train", "val"}

@@ -1,6 +1,7 @@
 """Best and last checkpoint, under names that do not change: ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``."""
 
 import lightning.pytorch as pl
+from torch import Tensor
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 
@@ -25,6 +26,13 @@ class BestAndLast(ModelCheckpoint):
         )
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if sum(trainer.num_val_batches) == 0 if isinstance(trainer.num_val_batches, list) else True:
+        if not trainer.enable_validation:
             self.monitor = None
         super().on_train_start(trainer, pl_module)
+
+    def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
+        """Whether ``current`` is at least as good as the best: of equal epochs the later one has learned for longer."""
+        if current is not None and self.best_model_score is not None:
+            better = current <= self.best_model_score if self.mode == "min" else current >= self.best_model_score
+            return bool(trainer.strategy.reduce_boolean_decision(bool(better)))
+        return super().check_monitor_top_k(trainer, current)

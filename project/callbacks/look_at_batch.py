@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
-from project.callbacks.places import run_of, tensorboard, write_whole
+from project.callbacks.places import run_of, show_figure, tensorboard
 
 
 class LookAtBatch(Callback):
@@ -30,18 +30,14 @@ class LookAtBatch(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step or batch_idx:  # also: a resumed run has its picture
             return
-        writer, run = tensorboard(trainer), run_of(trainer)
-        if writer is None and run is None:
+        if tensorboard(trainer) is None and run_of(trainer) is None:
             return
-        from project.plots import figure_to_image, plot_images
+        from project.plots import plot_images
 
         images, targets = (tensor[: self.num_images].detach().cpu() for tensor in batch[:2])
         titles = describe_targets(targets, pl_module.class_names)
         figure = plot_images(denormalize(images, pl_module), titles, heading="first training batch, augmented")
-        if writer is not None:
-            writer.add_image("training_batch", figure_to_image(figure), 0, dataformats="HWC")
-        if run is not None:
-            write_whole(run.folder / "training_batch.png", figure.savefig)
+        show_figure(trainer, "training_batch", figure)
 
 
 def denormalize(images: Tensor, module: Any) -> Tensor:

@@ -10,7 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from project.callbacks.look_at_batch import denormalize
-from project.callbacks.places import run_of, tensorboard, write_whole
+from project.callbacks.places import run_of, show_figure, tensorboard, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,16 +67,11 @@ class TestReport(Callback):
         if trainer.world_size > 1:
             self.matrix = trainer.strategy.reduce(self.matrix, reduce_op="sum")
             self.mistakes.gather_(pl_module)
-        run, writer = run_of(trainer), tensorboard(trainer)
-        if run is None and writer is None:
+        run = run_of(trainer)
+        if run is None and tensorboard(trainer) is None:
             return
         for name, figure in self._figures(pl_module).items():
-            if run is not None:
-                write_whole(run.folder / f"{name}.png", figure.savefig)
-            if writer is not None:
-                from project.plots import figure_to_image
-
-                writer.add_image(f"test/{name}", figure_to_image(figure), trainer.global_step, dataformats="HWC")
+            show_figure(trainer, f"test/{name}", figure)
         if run is not None:
             path, matrix = run.folder / "per_class_accuracy.csv", self.matrix
             write_whole(path, lambda part: write_per_class(part, matrix, pl_module.class_names))

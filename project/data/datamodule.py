@@ -122,9 +122,8 @@ class ImageDataModule(LightningDataModule):
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.train_data is not None, "call setup('fit') first"
         trainer = self.trainer
-        if (
-            trainer is not None and getattr(trainer, "overfit_batches", 0) > 0
-        ):  # the same few images each epoch, mixed classes
+        if trainer is not None and getattr(trainer, "overfit_batches", 0) > 0:
+            # The same few images each epoch, in an order that mixes the classes.
             order = epoch_order(len(self.train_data), self.run_seed, 0)
             return self._loader(self.train_data.subset(order), self.batch_size, drop_last=True)
         sampler = EpochSampler(
@@ -182,9 +181,9 @@ class ImageDataModule(LightningDataModule):
         if self.num_workers == 0 and isinstance(dataset, ArrayDataset):
             # Lightning's advice to add workers does not hold for a gather from memory.
             warnings.filterwarnings("ignore", r"The '\w+' does not have many workers which may be a bottleneck")
-        return DataLoader(
-            dataset,
-            batch_size,
+        return DataLoader(  # by keyword: Lightning makes it anew for prediction with another batch sampler
+            dataset=dataset,
+            batch_size=batch_size,
             sampler=sampler,
             num_workers=self.num_workers,
             collate_fn=pass_through,
@@ -195,10 +194,13 @@ class ImageDataModule(LightningDataModule):
 
     def _check_batch_size(self) -> None:
         assert self.train_data is not None
-        if self.batch_size > len(self.train_data):
+        num_processes = self.trainer.world_size if self.trainer is not None else 1
+        share = len(self.train_data) // num_processes
+        if self.batch_size > share:
+            among = f", {share} for each of {num_processes} processes" if num_processes > 1 else ""
             raise ValueError(
-                f"batch_size is {self.batch_size}, but the training set holds {len(self.train_data)} images: "
-                f"give a batch_size of at most {len(self.train_data)}."
+                f"batch_size is {self.batch_size}, but the training set holds {len(self.train_data)} images{among}: "
+                f"give a batch_size of at most {share}."
             )
 
 

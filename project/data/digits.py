@@ -1,9 +1,9 @@
 """Handwritten digits: 1797 images of 8x8 pixels that come inside scikit-learn, so nothing is downloaded.
 
 Optical recognition of handwritten digits, Alpaydin & Kaynak 1998, UCI Machine Learning Repository
-(https://doi.org/10.24432/C50P49), the set's test part of 13 writers. It has no split of its own: a fifth, stratified, is held
-out as test set by a constant seed, the same in every run. The split is by image, not by writer, so the accuracy says how
-well known writers' digits are read.
+(https://doi.org/10.24432/C50P49), the set's test part of 13 writers. It has no split of its own: a fifth, stratified,
+is held out as test set by a constant seed, the same in every run. The split is by image, not by writer, so the accuracy
+says how well known writers' digits are read.
 """
 
 import torch

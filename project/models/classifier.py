@@ -4,6 +4,7 @@ Linear scaling rule: Goyal et al. 2017 (arXiv:1706.02677, sec. 2.1). No weight d
 """
 
 import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -68,7 +69,9 @@ class Classifier(LightningModule):
         super().__init__()
         if base_batch_size is not None and base_batch_size < 1:
             raise ValueError(f"base_batch_size is {base_batch_size}: choose 1 or more, or null to take lr as it is.")
-        self.save_hyperparameters(logger=False)
+        with warnings.catch_warnings():  # Lightning's advice to leave the net out would break loading from a checkpoint
+            warnings.filterwarnings("ignore", "Attribute '.*' is an instance of `nn.Module`")
+            self.save_hyperparameters(logger=False)
         _keep_plain_(self.hparams)
         self.net = net
         self.num_classes = num_classes

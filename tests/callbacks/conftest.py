@@ -1,5 +1,6 @@
-"""A run in miniature: scikit-learn's digits, a net of one convolution with batch norm and dropout, the real classifier."""
+"""A run in miniature: digits, a net of one convolution with batch norm and dropout, the real classifier."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +12,21 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from project.models import Classifier
 from project.paths import Run
+
+# Lightning's own: no workers are wanted here, LeafSpec is about its use of torch, the others come with a resume
+IGNORED = (
+    "ignore:.*does not have many workers",
+    "ignore:.*LeafSpec.*:FutureWarning",
+    "ignore:The dirpath has changed",
+    "ignore:Checkpoint directory .* exists and is not empty",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            for warning in IGNORED:
+                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 class TinyDigits(LightningDataModule):
@@ -59,7 +75,7 @@ def make_classifier(seed=0, **options):
 
 
 @pytest.fixture
-def tiny(tmp_path, recwarn):
+def tiny(tmp_path):
     """Classifier, data and trainer makers; ``tiny.trainer(callbacks, …)`` writes to ``tiny.run``."""
     run = Run(tmp_path / "run")
 

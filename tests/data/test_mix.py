@@ -58,10 +58,10 @@ def test_probability_is_the_share_of_mixed_images(cls: type[BatchMix]) -> None:
 
 def test_cutmix_pastes_one_rectangle_of_the_partner() -> None:
     num = 60
-    x = torch.rand(N, 1, 20, 20)
-    y, targets = CutMix(1.0)(x, torch.arange(N), random(), N)
-    partner = ring_partners(random())
-    for k in range(N):
+    x = torch.rand(num, 1, 20, 20)
+    y, targets = CutMix(1.0)(x, torch.arange(num), random(num), num)
+    partner = ring_partners(random(num))
+    for k in range(num):
         pasted = (y[k, 0] != x[k, 0]).nonzero()
         if len(pasted):
             (top, left), (bottom, right) = pasted.min(0).values.tolist(), pasted.max(0).values.tolist()

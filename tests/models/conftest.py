@@ -6,7 +6,7 @@ import torch
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread() -> Iterator[None]:
-    """Maps of a few pixels gain nothing from threads; on a busy machine, threads waiting for each other cost tenfold."""
+    """Maps of a few pixels gain nothing from threads; on a busy machine, waiting for each other costs tenfold."""
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -119,6 +119,8 @@ def test_maps_have_the_table_s_sizes() -> None:
         for name, block in net.blocks.named_children():
             x = block(x)
             sizes[name] = tuple(x.shape[1:])
+    figure_3 = ["conv1", "pool1", "norm1", "conv2_reduce", "conv2", "norm2", "pool2"]
+    assert [name for name, _ in net.stem.named_children()] == figure_3
     assert sizes["inception_3b"] == (480, 28, 28)
     assert sizes["pool_4"] == (480, 14, 14)
     assert sizes["inception_4e"] == (832, 14, 14)

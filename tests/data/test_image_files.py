@@ -1,0 +1,132 @@
+"""Image files of any size and mode become one shape; a bad file is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from project.data import ImageFiles, RandomResizedCrop, decode_image, find_images
+from project.data.image_files import CorruptImageError
+from project.data.random_resized_crop import centre_box
+
+
+def write_image(path: Path, size: tuple[int, int] = (20, 30), mode: str = "RGB", seed: int = 0) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+def test_find_images(tmp_path: Path) -> None:
+    written = [write_image(tmp_path / name) for name in ("b/2.png", "a.JPG", "b/1.bmp")]
+    (tmp_path / "notes.txt").write_text("none")
+    assert find_images(tmp_path) == sorted(written)
+    assert find_images(str(written[0])) == [written[0]]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="empty holds no images"):
+        find_images(tmp_path / "empty")
+    with pytest.raises(ValueError, match="nowhere does not exist"):
+        find_images(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P", "1", "CMYK", "LA"])
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 16, 12), (3, 50, 50)], ids=str)
+def test_every_mode_and_size_becomes_one_shape(tmp_path: Path, mode: str, shape: tuple[int, int, int]) -> None:
+    path = write_image(tmp_path / ("x.tif" if mode == "CMYK" else "x.png"), mode=mode)
+    image = decode_image(path, shape)
+    assert image.shape == shape and image.dtype == torch.uint8 and image.is_contiguous()
+
+
+def test_same_size_is_exact(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "x.png", (7, 5))
+    assert np.array_equal(decode_image(path, (3, 5, 7)).permute(1, 2, 0).numpy(), np.asarray(Image.open(path)))
+
+
+def test_centre_is_kept_and_proportions_too(tmp_path: Path) -> None:
+    pixels = np.zeros((10, 30), dtype=np.uint8)
+    pixels[:, 10:20] = 255
+    Image.fromarray(pixels).save(tmp_path / "wide.png")
+    assert (decode_image(tmp_path / "wide.png", (1, 10, 10)) == 255).all()
+    assert centre_box((30, 10), (20, 10)) == (5, 0, 25, 10) and centre_box((10, 40), (5, 5)) == (0, 15, 10, 25)
+
+
+def test_sixteen_bits_keep_the_upper_eight(tmp_path: Path) -> None:
+    Image.fromarray(np.full((4, 4), 200 * 256 + 7, dtype=np.uint16)).save(tmp_path / "x.png")
+    assert decode_image(tmp_path / "x.png", (1, 4, 4)).unique().tolist() == [200]
+
+
+def test_rotated_as_the_camera_says(tmp_path: Path) -> None:
+    pixels = np.zeros((4, 8), dtype=np.uint8)
+    pixels[:, :4] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    assert decode_image(tmp_path / "x.png", (1, 8, 4))[0, :4].min() == 255
+
+
+def test_transparent_palette_gives_no_warning(tmp_path: Path) -> None:
+    image = Image.new("P", (4, 4))
+    image.save(tmp_path / "x.png", transparency=b"\x00\x80")
+    assert decode_image(tmp_path / "x.png", (3, 4, 4)).shape == (3, 4, 4)
+
+
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 8, 8)], ids=str)
+def test_bad_files_are_named(tmp_path: Path, shape: tuple[int, int, int]) -> None:
+    path = write_image(tmp_path / "cut.png", (64, 64))
+    path.write_bytes(path.read_bytes()[:3000])
+    (tmp_path / "text.png").write_text("no image")
+    (tmp_path / "empty.jpg").touch()
+    for name in ("cut.png", "text.png", "empty.jpg"):
+        with pytest.raises(ValueError, match=f"{name} is truncated or no image") as error:
+            decode_image(tmp_path / name, shape)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match=r"none.png does not exist"):
+        decode_image(tmp_path / "none.png", shape)
+    with pytest.raises(ValueError, match=r"1 \(gray\) or 3 \(RGB\) channels"):
+        decode_image(path, (2, 8, 8))
+
+
+def test_a_workers_exception_is_one_sentence_again() -> None:
+    text = "Caught CorruptImageError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\n"
+    text += "project.data.image_files.CorruptImageError: a.png is truncated"
+    assert str(CorruptImageError(text)) == "a.png is truncated"
+
+
+def test_data_set_decodes_batches_and_skips_what_it_cannot(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    paths = [write_image(tmp_path / f"{k}.png", (10 + k, 20), seed=k) for k in range(4)]
+    paths[1].write_text("no image")
+    files = ImageFiles(paths, (3, 8, 8), on_corrupt="skip")
+    images, labels, indices = files.__getitems__([3, 1, 0])
+    assert images.shape == (2, 3, 8, 8) and labels.tolist() == [-1, -1] and indices.tolist() == [3, 0]
+    assert "1.png" in caplog.text
+    assert torch.equal(images[1], decode_image(paths[0], (3, 8, 8)))
+    assert files.__getitems__([1])[0].shape == (0, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"1.png is truncated or no image"):
+        ImageFiles(paths, (3, 8, 8)).__getitems__([0, 1])
+
+
+def test_random_crops_depend_on_seed_epoch_and_file_alone(tmp_path: Path) -> None:
+    paths = [write_image(tmp_path / f"{k}.png", (40, 50), seed=0) for k in range(4)]
+    files = ImageFiles(paths, (3, 8, 8), random_crop=RandomResizedCrop((0.1, 0.5)))
+    images = files.__getitems__([0, 1, 2, 3])[0]
+    assert len(images.flatten(1).unique(dim=0)) == 4
+    assert torch.equal(files.subset(torch.tensor([2])).__getitems__([0])[0][0], images[2])
+    files.set_epoch(1)
+    assert not torch.equal(files.__getitems__([0, 1, 2, 3])[0], images)
+    files.set_epoch(0)
+    assert torch.equal(files.__getitems__([0, 1, 2, 3])[0], images)
+
+
+def test_random_crop_has_the_stated_areas_and_proportions() -> None:
+    from project.data import BatchRandom
+
+    crops = list(RandomResizedCrop((0.1, 0.6), (0.5, 2.0)).draw(BatchRandom(0, 0, torch.arange(500))))
+    for left, top, right, bottom in (box for crop in crops if (box := crop.box((200, 100)))):
+        assert 0 <= left < right <= 200 and 0 <= top < bottom <= 100
+        assert 0.09 < (right - left) * (bottom - top) / 20000 < 0.61
+        assert 0.48 < (right - left) / (bottom - top) < 2.1
+    assert RandomResizedCrop().box((10, 10)) is None
+    with pytest.raises(ValueError, match="random_crop is"):
+        RandomResizedCrop((0.5, 1.5))
