@@ -4,7 +4,6 @@ A further verb is a method of :class:`project.trainer.Trainer` and a line in :me
 """
 
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from project.data import ImageDataModule
 from project.models import Classifier
 from project.parser import Parser
-from project.paths import Run
+from project.paths import Run, write_whole
 from project.trainer import Trainer, check_checkpoint
 
 log = logging.getLogger(__name__)
@@ -123,9 +122,7 @@ class SaveConfig(SaveConfigCallback):
         for key in [key for key in config.__dict__ if key not in keep]:
             del config[key]
         text = self.parser.dump(config, skip_none=False, skip_validation=True)
-        beside = run.config.with_suffix(".yaml.part")
-        beside.write_text(text)
-        os.replace(beside, run.config)
+        write_whole(run.config, lambda part: part.write_text(text))
 
 
 def _with_config_of_run(args: list[str]) -> list[str]:

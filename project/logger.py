@@ -2,7 +2,6 @@
 
 import csv
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,11 @@ from typing import Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from project.paths import write_whole
+
 
 class MetricsCSV(Logger):
-    """Appends every logged row to ``metrics.csv``; a new metric's column rewrites the file, beside first, then renamed.
+    """Appends every logged row to ``metrics.csv``; a new metric's column rewrites the file.
 
     Args:
         path: the file; rows already in it are kept (a resumed run goes on in it).
@@ -61,13 +62,13 @@ class MetricsCSV(Logger):
             self._rewrite()
 
     def _rewrite(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".csv.part")
-        with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns)
-            writer.writeheader()
-            writer.writerows(self.rows)
-        os.replace(beside, self.path)
+        def write(part: Path) -> None:
+            with part.open("w", newline="") as file:
+                writer = csv.DictWriter(file, self.columns)
+                writer.writeheader()
+                writer.writerows(self.rows)
+
+        write_whole(self.path, write)
 
 
 def setup_logging(level: int = logging.INFO) -> None:

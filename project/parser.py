@@ -5,6 +5,7 @@ import importlib
 import inspect
 import re
 import sys
+from argparse import ArgumentParser
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -13,7 +14,7 @@ _UNKNOWN = (
     re.compile(r"class_path '(?P<path>[\w.]+)':\s+Option '(?P<key>[\w.]+)' is not accepted"),
     re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<key>\w+)'"),
     re.compile(r"Group '(?P<group>[\w.]*)' does not accept option '(?P<key>[\w.]+)'"),
-    re.compile(r"does not accept option '(?P<key>[\w.]+)'"),
+    re.compile(r"Subcommand '(?P<verb>\w+)' does not accept option '(?P<key>[\w.]+)'"),
     re.compile(r"[Uu]nrecognized arguments: --(?P<key>[\w.]+)"),
 )
 _BULLET = re.compile(r"^\s*- ", re.MULTILINE)
@@ -31,7 +32,7 @@ class Parser(LightningArgumentParser):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
         near = self._nearest(message)
@@ -49,25 +50,23 @@ class Parser(LightningArgumentParser):
             return _closest(found["key"], _parameters(found["path"]))
         if "module" in found:
             return _closest(found["key"], dir(importlib.import_module(found["module"])))
-        keys = self._keys_below(found.get("group", ""))
-        return _closest(found["key"], keys)
+        parser = self._verb(found["verb"]) if "verb" in found else self
+        prefix = f"{found['group']}." if found.get("group") else ""
+        options = [action.dest for action in parser._actions if action.dest]
+        return _closest(found["key"], [key[len(prefix) :] for key in options if key.startswith(prefix)])
 
-    def _keys_below(self, group: str) -> list[str]:
-        """Options below ``group``, without its name."""
-        prefix = f"{group}." if group else ""
-        options = [action.dest for action in self._actions if action.dest]
-        return sorted({option[len(prefix) :] for option in options if option.startswith(prefix)})
+    def _verb(self, name: str) -> ArgumentParser:
+        """The parser of a subcommand."""
+        parsers = (getattr(action, "_name_parser_map", {}) for action in self._actions)
+        return next((found[name] for found in parsers if name in found), self)
 
 
 def one_sentence(message: str) -> str:
-    """What jsonargparse says in a tree of lines, one branch for each type that a value could have had, in one sentence."""
+    """One sentence for jsonargparse's tree of lines, which has a branch for each type a value could have had."""
     branches = [branch.strip() for branch in _BULLET.split(message)]
     head, tried = branches[0], [branch for branch in branches[1:] if not branch.startswith(_OTHER_KINDS)]
     keys = _KEYS.findall(head)
-    if tried:
-        head = tried[0].split("Given value type:")[0]
-    else:
-        head = _KEYS.sub("", head, count=1) if keys else head
+    head = tried[0].split("Given value type:")[0] if tried else _KEYS.sub("", head, count=1)
     head = _PROBLEM.sub(r"\1: ", _KEYS.sub(r"\1: ", head))
     head = re.sub(r"<class '([\w.]+)'>", r"\1", head)
     return " ".join((f"{keys[0]}: {head}" if keys else head).split())

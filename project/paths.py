@@ -8,6 +8,7 @@
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,3 +115,16 @@ def _root() -> Path:
 
 def _runs(parent: Path) -> list[Run]:
     return [run for folder in parent.glob("version_*") if (run := Run(folder)).number >= 0]
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Let ``write`` fill a file beside ``path``, then rename it: a reader sees the old file or the new one, never a
+    half.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays last: image writers go by it
+    try:
+        write(part)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

@@ -9,6 +9,8 @@ from pathlib import Path
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from project.paths import write_whole
+
 log = logging.getLogger(__name__)
 
 
@@ -45,7 +47,7 @@ def image_loader(
 def write_predictions(
     path: Path, names: Sequence[str] | None, probabilities: Tensor, class_names: Sequence[str]
 ) -> None:
-    """Write ``file, class, confidence, <one probability per class>``, beside first, then renamed.
+    """Write ``file, class, confidence, <one probability per class>``.
 
     Args:
         path: the CSV file.
@@ -54,17 +56,19 @@ def write_predictions(
         class_names: K names.
     """
     confidences, classes = probabilities.max(dim=1)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    with beside.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["file", "class", "confidence", *class_names])
-        for index, row in enumerate(probabilities.tolist()):
-            name = names[index] if names is not None else str(index)
-            values = [f"{value:.6f}" for value in (confidences[index].item(), *row)]
-            writer.writerow([name, class_names[int(classes[index])], *values])
-    os.replace(beside, path)
+    names = names if names is not None else [str(index) for index in range(len(probabilities))]
+    labels = [class_names[index] for index in classes.tolist()]
+
+    def write(part: Path) -> None:
+        with part.open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow(["file", "class", "confidence", *class_names])
+            for name, label, confidence, row in zip(
+                names, labels, confidences.tolist(), probabilities.tolist(), strict=True
+            ):
+                writer.writerow([name, label, f"{confidence:.6f}", *(f"{value:.6f}" for value in row)])
+
+    write_whole(path, write)
     log.info("%d predictions: %s", len(probabilities), path)
-    for index in range(min(len(probabilities), 5) if names is not None else 0):
-        name = names[index] if names is not None else index
-        log.info("  %s: %s (%.1f %%)", name, class_names[int(classes[index])], 100 * confidences[index].item())
+    for name, label, confidence in list(zip(names, labels, confidences.tolist(), strict=True))[:5]:
+        log.info("  %s: %s (%.1f %%)", name, label, 100 * confidence)

@@ -1,12 +1,13 @@
 """Learning-rate schedules whose lengths are given in epochs and resolved to steps when training starts.
 
-Warm-up: Goyal et al. 2017 (arXiv:1706.02677, sec. 2.2, gradual). Cosine: Loshchilov & Hutter 2017 (arXiv:1608.03983, eq. 5).
-One cycle: Smith & Topin 2018 (arXiv:1708.07120, sec. 3). Each builds one of torch's own schedulers.
+Warm-up: Goyal et al. 2017 (arXiv:1706.02677, sec. 2.2, gradual). Cosine: Loshchilov & Hutter 2017
+(arXiv:1608.03983, eq. 5). One cycle: Smith & Topin 2018 (arXiv:1708.07120, sec. 3).
+Each builds one of torch's own schedulers.
 """
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
@@ -172,7 +173,7 @@ class Plateau(Schedule):
     def build(
         self, optimizer: Optimizer, total_steps: int, steps_per_epoch: float, lr_scale: float = 1.0
     ) -> dict[str, Any]:
-        mode = "min" if self.monitor.endswith("loss") else "max"
+        mode: Literal["min", "max"] = "min" if self.monitor.endswith("loss") else "max"
         scheduler = ReduceLROnPlateau(optimizer, mode, factor=self.factor, patience=self.patience)
         return {"scheduler": scheduler, "interval": "epoch", "monitor": self.monitor}
 

@@ -28,7 +28,7 @@ class Trainer(pl.Trainer):
     """Lightning's Trainer; every run is a folder, whichever loggers are on.
 
     Args:
-        experiment: the run's folder is ``<logs>/<experiment>/version_N``; null is the name of the first configuration file.
+        experiment: the run's folder is ``<logs>/<experiment>/version_N``; null is the first configuration file's name.
         logs_dir: folder of all runs; null takes ``PROJECT_LOGS_DIR``, else ``logs``.
         test_after_fit: end ``fit`` with a test of the best checkpoint.
         observe: TensorBoard pictures of the first batch, the graph, histograms, mistakes, confusion; hyperparameters.
@@ -56,7 +56,10 @@ class Trainer(pl.Trainer):
         own = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         # Lightning's own loggers would need a folder now; ours is made when a run begins.
         callbacks = default_callbacks(
-            own, observe=observe, checkpoint=enable_checkpointing is not False, progress=enable_progress_bar is not False
+            own,
+            observe=observe,
+            checkpoint=enable_checkpointing is not False,
+            progress=enable_progress_bar is not False,
         )
         super().__init__(
             logger=False,
@@ -76,7 +79,7 @@ class Trainer(pl.Trainer):
 
     # -- verbs ---------------------------------------------------------------------------------------------------
 
-    def fit(
+    def fit(  # type: ignore[override]
         self,
         model: "pl.LightningModule",
         train_dataloaders: Any | None = None,
@@ -101,16 +104,18 @@ class Trainer(pl.Trainer):
         if resume is not None:
             self.run = Run.find(resume)
             ckpt_path = ckpt_path or _last_checkpoint(self.run)
-        elif not self.fast_dev_run:
+        checkpoint = check_checkpoint(ckpt_path)
+        if new and not self.fast_dev_run:  # type: ignore[attr-defined]
             self.run = self._new_run()
-        check_checkpoint(ckpt_path)
         self._open_loggers()
+        if checkpoint is not None and not new and self._csv is not None:
+            self._csv.forget_after(checkpoint["global_step"] - 1)
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         except BaseException:
             self._discard_run(new)
             raise
-        if self.test_after_fit and not self.fast_dev_run and self.state.finished:
+        if self.test_after_fit and self.run is not None and self.state.finished:
             self._test_best(model, datamodule)
 
     def validate(  # type: ignore[override]
@@ -252,26 +257,25 @@ class Trainer(pl.Trainer):
         self.test(model, datamodule=datamodule, ckpt_path=str(best) if best else None, verbose=False)
 
 
-def check_checkpoint(path: str | os.PathLike[str] | None) -> None:
-    """Refuse a file that is no checkpoint of this template.
+def check_checkpoint(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    """The content of a checkpoint, its tensors without their data; ``None`` without a path.
 
     Raises:
-        ValueError: when there is no such file, or it holds no ``state_dict``.
+        ValueError: when there is no such file, or it is no checkpoint of a run.
     """
-    if path is None or str(path) in ("best", "last", "hpc"):
-        return
+    if path is None:
+        return None
     if not Path(path).is_file():
-        raise ValueError(f"ckpt_path is {str(path)!r}, but there is no such file: name a .ckpt below a run's checkpoints/.")
+        raise ValueError(f"ckpt_path is {str(path)!r}, but there is no such file: name one below a run's checkpoints/.")
     try:
         checkpoint = torch.load(path, map_location="meta", weights_only=True)
-        if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-            raise ValueError("it has no state_dict")
-    except Exception as error:  # torch raises half a dozen kinds for a file that is none of its own
+    except Exception:  # torch raises half a dozen kinds for a file that is none of its own
+        checkpoint = None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(
-            f"ckpt_path is {str(path)!r}, but that is not a checkpoint of a run "
-            f"({str(error).splitlines()[0][:80] if str(error) else type(error).__name__}): "
-            "name a .ckpt below a run's checkpoints/."
-        ) from error
+            f"ckpt_path is {str(path)!r}, but that is not a checkpoint of a run: name one below a run's checkpoints/."
+        )
+    return checkpoint
 
 
 def _last_checkpoint(run: Run) -> str | None:
@@ -284,8 +288,8 @@ def _last_checkpoint(run: Run) -> str | None:
 def _tune_process() -> None:
     """Two settings of the process that make CPU training faster and change no result that matters.
 
-    Denormal floats (weights that decay to nothing) cost a hundred cycles each: they become 0. glibc gives memory of large
-    tensors back to the system after every step and pays page faults to get it again: it is told to keep it.
+    Denormal floats (weights that decay to nothing) cost a hundred cycles each: they become 0. glibc gives the memory
+    of large tensors back to the system after every step and pays page faults to get it again: it is told to keep it.
     """
     torch.set_flush_denormal(True)
     if sys.platform == "linux":

@@ -1,7 +1,7 @@
 """How fast ``project fit`` trains, against the usual template way and against a loop written by hand.
 
-Each round starts the three programs one after the other, so that a machine whose speed drifts treats them alike; the ratios
-are taken within a round.
+Each round starts the three programs one after the other, so that a machine whose speed drifts treats them alike; the
+ratios are taken within a round.
 
     python scripts/benchmark_training.py --config configs/fashion_mnist.yaml --rounds 5
 """

@@ -25,7 +25,7 @@ def main() -> None:
     data, model = cli.datamodule, cli.model
     data.prepare_data()
     data.setup("fit")
-    images, labels = data.train_set.images, data.train_set.labels
+    images, labels = data.train_data.images_at(data.train_data.indices), data.train_data.labels
     net, augment, batch_size = model.net.to(memory_format=torch.channels_last), data.augment, data.batch_size
     steps = len(labels) // batch_size
     weights = [p for p in net.parameters() if p.dim() > 1]
@@ -46,6 +46,8 @@ def main() -> None:
             for transform in augment:
                 batch = transform(batch, random)
             batch = ((batch - mean) / std).contiguous(memory_format=torch.channels_last)
+            if data.mix is not None:
+                batch, targets = data.mix(batch, targets, random, data.num_classes)
             loss = model.loss(net(batch), targets)
             optimizer.zero_grad()
             loss.backward()

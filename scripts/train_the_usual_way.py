@@ -1,4 +1,4 @@
-"""The way most templates train: torchvision's data set, a transform per image, DataLoader workers, fp32, contiguous layout.
+"""The way most templates train: torchvision's data set, transforms per image, DataLoader workers, contiguous layout.
 
 The same net, batch size, optimizer and augmentation policy as ``project fit`` on Fashion-MNIST, through Lightning with
 torchmetrics and ``self.log`` in each step, as the templates do.
@@ -88,7 +88,7 @@ def unpack_for_torchvision(data: FashionMNIST, root: Path) -> None:
     data.prepare_data()
     folder = root / "FashionMNIST" / "raw"
     folder.mkdir(parents=True)
-    for path in data.files():
+    for path in (path for train in (True, False) for path in data.find(train) or ()):
         raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
         (folder / path.name.removesuffix(".gz")).write_bytes(raw)
 

@@ -1,8 +1,10 @@
 """Best and last checkpoint, under names that do not change: ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``."""
 
+import warnings
+
 import lightning.pytorch as pl
-from torch import Tensor
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 
 class BestAndLast(ModelCheckpoint):
@@ -28,7 +30,9 @@ class BestAndLast(ModelCheckpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation:
             self.monitor = None
-        super().on_train_start(trainer, pl_module)
+        with warnings.catch_warnings():  # a resumed run writes where it has written before
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().on_train_start(trainer, pl_module)
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Whether ``current`` is at least as good as the best: of equal epochs the later one has learned for longer."""

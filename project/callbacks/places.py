@@ -1,14 +1,11 @@
 """Where callbacks write: TensorBoard, the run's folder; and files that are never half written."""
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from project.paths import Run
+from project.paths import Run, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -40,16 +37,3 @@ def show_figure(trainer: Trainer, tag: str, figure: "Figure") -> None:
         writer.add_image(tag, pixels, trainer.global_step, dataformats="HWC")
     if (run := run_of(trainer)) is not None:
         write_whole(run.folder / f"{tag.rpartition('/')[2]}.png", Image.fromarray(pixels).save)
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then rename it: a reader sees the old file or the new one, never a
-    half.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays last: image writers go by it
-    try:
-        write(part)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

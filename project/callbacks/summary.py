@@ -8,8 +8,9 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from project.callbacks.clock import Clock
-from project.callbacks.places import run_of, write_whole
+from project.callbacks.places import run_of
 from project.metrics import count_parameters, describe_environment
+from project.paths import write_whole
 
 
 class WriteSummary(Callback):

@@ -10,7 +10,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from project.callbacks.look_at_batch import denormalize
-from project.callbacks.places import run_of, show_figure, tensorboard, write_whole
+from project.callbacks.places import run_of, show_figure, tensorboard
+from project.paths import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

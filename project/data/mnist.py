@@ -40,7 +40,7 @@ class IdxDataModule(ImageDataModule):
         """
         stage = self.trainer.state.fn if self.trainer is not None else None
         for train in (False,) if stage in ("test", "predict") else (True, False):
-            if self._find(train) is None:
+            if self.find(train) is None:
                 self._download(train)
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
@@ -48,7 +48,7 @@ class IdxDataModule(ImageDataModule):
         Raises:
             ValueError: when files are missing, damaged or do not fit together.
         """
-        paths = self._find(train)
+        paths = self.find(train)
         if paths is None:
             raise ValueError(self._missing(train))
         images, labels = (self._read(path) for path in paths)
@@ -69,7 +69,7 @@ class IdxDataModule(ImageDataModule):
         folders = [self.data_dir / name / "raw", self.data_dir / name, self.data_dir]
         return folders + ([Paths.system_datasets / self.system_folder] if self.system_folder else [])
 
-    def _find(self, train: bool) -> tuple[Path, Path] | None:
+    def find(self, train: bool) -> tuple[Path, Path] | None:
         """Images' and labels' file in the first folder that has both."""
         for folder in self._folders():
             images, labels = (_zipped_or_not(folder / name) for name in _file_names(train))

@@ -1,11 +1,13 @@
-"""The LightningModule: a net, its loss, penalties, metrics, optimizer and schedule. It combines; each formula lives elsewhere.
+"""The LightningModule: a net, its loss, penalties, metrics, optimizer and schedule; each formula lives elsewhere.
 
-Linear scaling rule: Goyal et al. 2017 (arXiv:1706.02677, sec. 2.1). No weight decay on norms and biases: the same, sec. 5.3.
+Linear scaling rule: Goyal et al. 2017 (arXiv:1706.02677, sec. 2.1). No weight decay on
+norms and biases: the same, sec. 5.3.
 """
 
 import logging
+import os
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -25,7 +27,7 @@ log = logging.getLogger(__name__)
 class Classifier(LightningModule):
     """A net that learns to classify images: ``[N, C, H, W] -> logits [N, num_classes]``.
 
-    The command line fills in ``num_classes``, ``image_shape``, ``class_names``, ``mean`` and ``std`` from the data module.
+    ``num_classes``, ``image_shape``, ``class_names``, ``mean`` and ``std`` come from the data module (command line).
 
     Args:
         net: plain module, normalised images -> logits.
@@ -58,7 +60,7 @@ class Classifier(LightningModule):
         loss: CrossEntropy | None = None,
         penalties: Penalties | None = None,
         max_norm: MaxNorm | None = None,
-        optimizer: OptimizerCallable = lambda parameters: torch.optim.SGD(  # noqa: B008
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.SGD(
             parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
         ),
         schedule: Schedule | None = None,
@@ -111,7 +113,7 @@ class Classifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.channels_last:
-            self.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            self.net.to(memory_format=torch.channels_last)
         if self.compile_net and stage == "fit":
             self.net.compile()
 
@@ -126,17 +128,25 @@ class Classifier(LightningModule):
         penalty = self.penalties(self.net)
         return loss if penalty is None else loss + penalty
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
         self.max_norm(self.net)
 
     def on_train_epoch_start(self) -> None:
+        """Dropout's draws restart from (seed, epoch, process), as if it never stopped."""
         self._train_sums = None
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        torch.manual_seed(hash((seed, self.current_epoch, self.global_rank)) % 2**63)
 
     def on_train_epoch_end(self) -> None:
         if self._train_sums is not None:
             loss, correct, count = self._train_sums
             values = {"train/loss": loss / count, "train/accuracy": correct / count}
-            self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+            self._log(values)
+
+    def _log(self, values: dict[str, Tensor]) -> None:
+        """Means over the processes; of a metric that has collected from all of them, the same value."""
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
 
     def _add_up(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Sums stay on the device: reading one costs a wait in every step."""
@@ -157,14 +167,14 @@ class Classifier(LightningModule):
         return {"logits": logits, "labels": labels}
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.val_metrics.compute())
+        self._log(self.val_metrics.compute())
         self.val_metrics.reset()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         images, labels = batch
         logits = self.net(images)
         self.test_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
-        self.test_metrics.update(logits, labels)
+        self.test_metrics.update(logits.softmax(dim=1), labels)
         return {"logits": logits, "labels": labels}
 
     def on_test_epoch_end(self) -> None:
@@ -172,7 +182,7 @@ class Classifier(LightningModule):
         per_class = values.pop("per_class")
         values["test/loss"] = self.test_loss.compute()
         values |= {f"test/accuracy/{name}": per_class[index] for index, name in enumerate(self.class_names)}
-        self.log_dict(values)
+        self._log(values)
         self.test_metrics.reset()
         self.test_loss.reset()
 
@@ -192,7 +202,7 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         weights = [p for p in self.parameters() if p.dim() > 1 and p.requires_grad]
         others = [p for p in self.parameters() if p.dim() <= 1 and p.requires_grad]
-        groups = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         optimizer = self.make_optimizer([group for group in groups if group["params"]])
         scale = self._lr_scale()
         for group in optimizer.param_groups:
@@ -202,7 +212,7 @@ class Classifier(LightningModule):
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:
             steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         scheduler = self.schedule.build(optimizer, total_steps, steps_per_epoch, scale)
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[typeddict-item]
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
 
     def _lr_scale(self) -> float:
         """The linear scaling rule: global batch size over the one that the rate is meant for."""
@@ -236,8 +246,8 @@ def _mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str 
     return extra and f"it has {extra}, which this net lacks"
 
 
-def _keep_plain_(hparams: dict[str, Any]) -> None:
-    """Drop what is no plain value (a net handed over from Python), so that checkpoints load with ``weights_only=True``."""
+def _keep_plain_(hparams: MutableMapping[str, Any]) -> None:
+    """Drop what is no plain value (a net built in Python), so that checkpoints load with ``weights_only=True``."""
     for key in [key for key, value in hparams.items() if not _is_plain(value)]:
         del hparams[key]
 

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project.callbacks import WriteSummary
 from project.callbacks.clock import Clock
-from project.callbacks.places import write_whole
+from project.paths import write_whole
 
 
 class Slow(Callback):

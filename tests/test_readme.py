@@ -1,0 +1,50 @@
+"""Every command of the README runs, made small by options that cut the training short."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+COMMANDS = [
+    part.strip()
+    for block in BLOCKS
+    for line in block.splitlines()
+    for part in line.split("#")[0].split("&&")
+    if part.strip().startswith("project ")
+]
+SMALL = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+
+
+def test_the_readme_shows_the_main_job():
+    assert "project fit --config configs/digits.yaml" in COMMANDS
+    assert len(COMMANDS) >= 8
+
+
+def test_every_command_runs(command, logs, tmp_path, monkeypatch):
+    """In the README's order, so that ``--run logs/digits`` finds what ``fit`` has left."""
+    from PIL import Image
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    Image.new("L", (20, 20), 200).save(tmp_path / "photo.png")
+    for line in COMMANDS:
+        args = shlex.split(line)[1:]
+        small = SMALL if args[0] == "fit" and "--help" not in args else []
+        if "fashion_mnist" in line and not Path("/usr/share/datasets/fashion-mnist").is_dir():
+            continue
+        status, out, err = command(*args, *small)
+        assert status == 0, f"{line}\n{err}"
+        assert out
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"configs/[\w/]+\.yaml", (ROOT / "README.md").read_text()))))
+def test_every_configuration_named_is_there(name):
+    assert (ROOT / name).is_file()
+
+
+@pytest.mark.parametrize("name", sorted(set(re.findall(r"scripts/\w+\.py", (ROOT / "README.md").read_text())) or {""}))
+def test_every_script_named_is_there(name):
+    assert (ROOT / name).exists()
