@@ -8,6 +8,7 @@ import logging
 import os
 import shutil
 import sys
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,8 @@ class Trainer(pl.Trainer):
         self._open_loggers()
         if checkpoint is not None and not new and self._csv is not None:
             self._csv.forget_after(checkpoint["global_step"] - 1)
+        # Epoch means are logged whatever the interval: no advice is needed on small data sets.
+        warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         except BaseException:

@@ -1,6 +1,8 @@
 """Best and last checkpoint, under names that do not change: ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``."""
 
 import warnings
+from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -27,12 +29,20 @@ class BestAndLast(ModelCheckpoint):
             every_n_epochs=every_n_epochs,
         )
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        with warnings.catch_warnings():  # a resumed run writes where it has written before
+            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
+            super().setup(trainer, pl_module, stage)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Of a run whose folder was moved or named differently, the best score is still the best score."""
+        best = Path(str(self.dirpath)) / Path(state_dict["best_model_path"]).name
+        super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_model_path": str(best)})
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation:
             self.monitor = None
-        with warnings.catch_warnings():  # a resumed run writes where it has written before
-            warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
-            super().on_train_start(trainer, pl_module)
+        super().on_train_start(trainer, pl_module)
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Whether ``current`` is at least as good as the best: of equal epochs the later one has learned for longer."""

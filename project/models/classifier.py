@@ -133,10 +133,12 @@ class Classifier(LightningModule):
         self.max_norm(self.net)
 
     def on_train_epoch_start(self) -> None:
-        """Dropout's draws restart from (seed, epoch, process), as if it never stopped."""
         self._train_sums = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout's draws are a function of (seed, epoch, batch, process): a resumed run repeats them."""
         seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        torch.manual_seed(hash((seed, self.current_epoch, self.global_rank)) % 2**63)
+        torch.manual_seed(hash((seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
 
     def on_train_epoch_end(self) -> None:
         if self._train_sums is not None:
