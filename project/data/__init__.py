@@ -9,7 +9,6 @@ from project.data.image_files import ImageFiles, decode_image, find_images
 from project.data.image_folder import ImageFolder
 from project.data.mix import BatchMix, CutMix, MixUp
 from project.data.mnist import KMNIST, MNIST, FashionMNIST
-from project.data.progressive_resize import ProgressiveResize
 from project.data.random import BatchRandom
 from project.data.random_resized_crop import RandomResizedCrop
 from project.data.split import stratified_split
@@ -37,7 +36,6 @@ __all__ = [
     "MixUp",
     "Normalize",
     "PadCrop",
-    "ProgressiveResize",
     "RandomAffine",
     "RandomErasing",
     "RandomResizedCrop",

@@ -36,7 +36,6 @@ class BatchRandom:
     """
 
     def __init__(self, seed: int, epoch: int, indices: Tensor, stream: int = AUGMENT) -> None:
-        self.epoch = epoch
         first = _hash(1, seed & _MASK, seed >> 32 & _MASK, epoch, stream)
         second = _hash(2, seed & _MASK, seed >> 32 & _MASK, epoch, stream)
         # Both steps are bijections, so two images of one epoch never share a state.

@@ -100,8 +100,7 @@ class SmallInception(nn.Module):
         init_weights_(self, weight_init)
 
     def forward(self, images: Tensor) -> Tensor:
-        if not self.training:  # training may show smaller images at first (project.data.ProgressiveResize)
-            check_images(images, self.image_shape, self)
+        check_images(images, self.image_shape, self)
         return self.fc(self.dropout(self.pool(self.blocks(self.stem(images)))))
 
 

@@ -108,7 +108,6 @@ def test_channels_last_gives_the_same_logits(name: str) -> None:
 @pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_images_of_another_shape_are_refused(name: str) -> None:
     net, images = build(name)
-    net.eval()
     for wrong in (images[..., 1:], images.repeat(1, 2, 1, 1), images[0]):
         with pytest.raises(ValueError, match=r"images are \[.*\], but this \w+ takes \[N, .*\]: resize"):
             net(wrong)
