@@ -40,7 +40,7 @@ class BestAndLast(ModelCheckpoint):
         super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_model_path": str(best)})
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.enable_validation:
+        if not trainer.enable_validation or not any(trainer.num_val_batches):
             self.monitor = None
         super().on_train_start(trainer, pl_module)
 
