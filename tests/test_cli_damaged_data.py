@@ -1,4 +1,4 @@
-"""What the command line says of files that are damaged or missing: one sentence that names the file, and exit status 2."""
+"""What the command line says of damaged or missing files: one sentence that names the file, and exit status 2."""
 
 import gzip
 import struct
