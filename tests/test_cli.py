@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -81,7 +82,8 @@ def test_test_and_validate_of_a_run_repeat_its_own_figures(command, digits, logs
     assert json.loads(run.summary.read_text()) == before
     status, out, err = command("validate", f"--run={run.folder}")
     assert status == 0, err
-    assert f"{before['best_score']:.5f}"[:6] in out
+    printed = re.search(r"val/accuracy\D+([\d.]+)", out)
+    assert printed is not None and float(printed[1]) == pytest.approx(before["best_score"], abs=1e-6), out
 
 
 def test_predict_classifies_image_files_without_the_data_set(command, digits, logs, tmp_path):
