@@ -17,11 +17,18 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 
 
-def fit(config: str, epochs: int) -> float:
+def fit(config: str, steps: int) -> float:
     """Images per second of ``project fit``, as its own summary states them."""
     with tempfile.TemporaryDirectory() as logs:
-        options = ["--trainer.logs_dir", logs, "--trainer.max_epochs", str(epochs), "--trainer.limit_val_batches", "0"]
-        options += ["--trainer.test_after_fit", "false", "--trainer.experiment", "speed"]
+        options = ["--trainer.logs_dir", logs, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", str(steps)]
+        options += [
+            "--trainer.test_after_fit",
+            "false",
+            "--trainer.limit_val_batches",
+            "0",
+            "--trainer.experiment",
+            "speed",
+        ]
         run([sys.executable, "-m", "project", "fit", "--config", config, *options])
         return float(json.loads((Path(logs) / "speed/version_0/summary.json").read_text())["images_per_second"])
 
@@ -44,13 +51,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/fashion_mnist.yaml")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=150)
     args = parser.parse_args()
+    options = ["--config", args.config, "--steps", str(args.steps)]
     ours, hand, usual = [], [], []
     for index in range(args.rounds):
-        ours.append(fit(args.config, args.epochs))
-        hand.append(script("train_by_hand.py", "--config", args.config, "--epochs", str(args.epochs)))
-        usual.append(script("train_the_usual_way.py", "--config", args.config))
+        ours.append(fit(args.config, args.steps))
+        hand.append(script("train_by_hand.py", *options))
+        usual.append(script("train_the_usual_way.py", *options))
         print(f"round {index}: fit {ours[-1]:.0f}  by hand {hand[-1]:.0f}  usual {usual[-1]:.0f} images/s", flush=True)  # noqa: T201
     print("median (min to max)")  # noqa: T201
     for name, values in (("project fit", ours), ("by hand", hand), ("usual way", usual)):

@@ -2,7 +2,7 @@
 
 The same net, data tensor, batched augmentation, memory layout, optimizer, schedule and loss as ``project fit``.
 
-    python scripts/train_by_hand.py --config configs/fashion_mnist.yaml --epochs 2
+    python scripts/train_by_hand.py --config configs/fashion_mnist.yaml --steps 150
 """
 
 import argparse
@@ -18,7 +18,8 @@ from project.data import BatchRandom
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/fashion_mnist.yaml")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=150, help="steps of an epoch, at most")
     args = parser.parse_args()
 
     cli = CLI(["--config", args.config], run=False)
@@ -27,7 +28,7 @@ def main() -> None:
     data.setup("fit")
     images, labels = data.train_data.images_at(data.train_data.indices), data.train_data.labels
     net, augment, batch_size = model.net.to(memory_format=torch.channels_last), data.augment, data.batch_size
-    steps = len(labels) // batch_size
+    steps = min(len(labels) // batch_size, args.steps)
     weights = [p for p in net.parameters() if p.dim() > 1]
     others = [p for p in net.parameters() if p.dim() <= 1]
     optimizer = model.make_optimizer([{"params": weights}, {"params": others, "weight_decay": 0.0}])

@@ -3,7 +3,7 @@
 The same net, batch size, optimizer and augmentation policy as ``project fit`` on Fashion-MNIST, through Lightning with
 torchmetrics and ``self.log`` in each step, as the templates do.
 
-    python scripts/train_the_usual_way.py --config configs/fashion_mnist.yaml --steps 100 --workers 2
+    python scripts/train_the_usual_way.py --config configs/fashion_mnist.yaml --steps 150 --workers 2
 """
 
 import argparse
@@ -56,7 +56,7 @@ class UsualModule(pl.LightningModule):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/fashion_mnist.yaml")
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
 
