@@ -6,7 +6,6 @@ A further verb is a method of :class:`project.trainer.Trainer` and a line in :me
 import logging
 import sys
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -139,8 +138,3 @@ def _with_config_of_run(args: list[str]) -> list[str]:
 def _relative(path: Path) -> Path:
     """``path`` as seen from the working directory, when it lies below it."""
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def main(args: list[str] | None = None) -> Any:
-    """Run the command line with ``args`` in place of the process's (for tests and notebooks)."""
-    return CLI(args)

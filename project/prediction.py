@@ -5,43 +5,30 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from project.paths import write_whole
 
 log = logging.getLogger(__name__)
 
 
-class _Decoded(Dataset[Tensor]):
-    """Image files, decoded to uint8 ``[C, H, W]``."""
-
-    def __init__(self, files: Sequence[Path], image_shape: tuple[int, int, int]) -> None:
-        self.files = files
-        self.image_shape = image_shape
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def __getitem__(self, index: int) -> Tensor:
-        from project.data.image_files import decode_image
-
-        return decode_image(self.files[index], self.image_shape)
-
-
 def image_loader(
     path: str | os.PathLike[str], image_shape: tuple[int, int, int], batch_size: int = 256
-) -> tuple[DataLoader[Tensor], list[str]]:
-    """A loader of uint8 batches ``[N, C, H, W]`` over the images at ``path``, and their names.
+) -> tuple[DataLoader[Any], list[str]]:
+    """A loader of raw batches (uint8 images ``[N, C, H, W]`` first) over the images at ``path``, and their names.
 
     Raises:
         ValueError: when there is no image, or (while loading) one cannot be decoded.
     """
-    from project.data.image_files import find_images
+    from project.data.array_dataset import pass_through
+    from project.data.image_files import ImageFiles, find_images
 
     files = find_images(path)
-    return DataLoader(_Decoded(files, image_shape), batch_size=batch_size), [str(file) for file in files]
+    loader = DataLoader(ImageFiles(files, image_shape), batch_size=batch_size, collate_fn=pass_through)
+    return loader, [str(file) for file in files]
 
 
 def write_predictions(
