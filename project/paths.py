@@ -102,6 +102,10 @@ class Run:
     def best_checkpoint(self) -> Path:
         return self.checkpoints / "best.ckpt"
 
+    def level_checkpoint(self, number: int) -> Path:
+        """The best of one level of a compression run; level 0 is the net before it."""
+        return self.checkpoints / f"level_{number}.ckpt"
+
     @property
     def last_checkpoint(self) -> Path:
         return self.checkpoints / "last.ckpt"

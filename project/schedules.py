@@ -37,7 +37,12 @@ class Schedule:
         return 1.0
 
     def build(
-        self, optimizer: Optimizer, total_steps: int, steps_per_epoch: float, lr_scale: float = 1.0
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        steps_per_epoch: float,
+        lr_scale: float = 1.0,
+        first_step: int = 0,
     ) -> dict[str, Any]:
         """What Lightning's ``configure_optimizers`` returns under ``lr_scheduler``.
 
@@ -46,9 +51,10 @@ class Schedule:
             total_steps: optimizer steps of the whole run.
             steps_per_epoch: optimizer steps of one epoch.
             lr_scale: k of the linear scaling rule, already contained in the optimizer's rate.
+            first_step: the step of the schedule to begin with (a run that is rewound to it).
         """
         factor = self._factor(total_steps, steps_per_epoch, lr_scale)
-        return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}
+        return {"scheduler": LambdaLR(optimizer, lambda step: factor(first_step + step)), "interval": "step"}
 
     def _factor(self, total_steps: int, steps_per_epoch: float, lr_scale: float) -> Callable[[int], float]:
         warmup = min(self.warmup_epochs * steps_per_epoch, total_steps)
@@ -141,8 +147,14 @@ class OneCycle(Schedule):
         self.cycle_momentum = cycle_momentum
 
     def build(
-        self, optimizer: Optimizer, total_steps: int, steps_per_epoch: float, lr_scale: float = 1.0
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        steps_per_epoch: float,
+        lr_scale: float = 1.0,
+        first_step: int = 0,
     ) -> dict[str, Any]:
+        _check_begins_at_0(self, first_step)
         scheduler = OneCycleLR(
             optimizer,
             max_lr=[group["lr"] for group in optimizer.param_groups],
@@ -171,11 +183,25 @@ class Plateau(Schedule):
         self.monitor, self.factor, self.patience = monitor, factor, patience
 
     def build(
-        self, optimizer: Optimizer, total_steps: int, steps_per_epoch: float, lr_scale: float = 1.0
+        self,
+        optimizer: Optimizer,
+        total_steps: int,
+        steps_per_epoch: float,
+        lr_scale: float = 1.0,
+        first_step: int = 0,
     ) -> dict[str, Any]:
+        _check_begins_at_0(self, first_step)
         mode: Literal["min", "max"] = "min" if self.monitor.endswith("loss") else "max"
         scheduler = ReduceLROnPlateau(optimizer, mode, factor=self.factor, patience=self.patience)
         return {"scheduler": scheduler, "interval": "epoch", "monitor": self.monitor}
+
+
+def _check_begins_at_0(schedule: Schedule, first_step: int) -> None:
+    if first_step:
+        raise ValueError(
+            f"{type(schedule).__name__} can not begin at step {first_step} of its course: rewind to 0, or choose "
+            "Linear, Cosine or Steps."
+        )
 
 
 def _check(name: str, value: object, holds: bool, remedy: str) -> None:

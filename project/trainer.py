@@ -15,6 +15,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
@@ -38,6 +39,8 @@ class Trainer(pl.Trainer):
         enable_checkpointing: null and true keep the best and the last checkpoint.
         enable_progress_bar: null and true show a bar on a terminal, lines elsewhere.
         enable_model_summary: Lightning's table of layers.
+        precision: as Lightning's; auto is bf16-mixed where the processor has products of bfloat16, else 32-true.
+        accelerator: see Lightning.
     """
 
     def __init__(
@@ -52,6 +55,8 @@ class Trainer(pl.Trainer):
         enable_checkpointing: bool | None = None,
         enable_progress_bar: bool | None = None,
         enable_model_summary: bool = False,
+        precision: str | int | None = None,
+        accelerator: str | Accelerator = "auto",
         **kwargs: Any,
     ) -> None:
         own = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
@@ -59,7 +64,7 @@ class Trainer(pl.Trainer):
         callbacks = default_callbacks(
             own,
             observe=observe,
-            checkpoint=enable_checkpointing is not False,
+            checkpoint=enable_checkpointing is not False and not kwargs.get("fast_dev_run"),
             progress=enable_progress_bar is not False,
         )
         super().__init__(
@@ -68,6 +73,8 @@ class Trainer(pl.Trainer):
             enable_checkpointing=enable_checkpointing,
             enable_progress_bar=enable_progress_bar,
             enable_model_summary=enable_model_summary,
+            accelerator=accelerator,
+            precision=_fastest_precision(accelerator) if precision == "auto" else precision,  # type: ignore[arg-type]
             **kwargs,
         )
         self.experiment = experiment
@@ -205,7 +212,8 @@ class Trainer(pl.Trainer):
         predictions = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
         if self.is_global_zero:
             path = Path(output) if output else (self.run.predictions if self.run else Path("predictions.csv"))
-            write_predictions(path, names, torch.cat(predictions), self.lightning_module.class_names)  # type: ignore[arg-type]
+            classes = self.lightning_module.class_names
+            write_predictions(path, names, torch.cat(predictions), classes)  # type: ignore[arg-type]
         return predictions
 
     # -- the run's folder ----------------------------------------------------------------------------------------
@@ -286,6 +294,18 @@ def _last_checkpoint(run: Run) -> str | None:
         return str(run.last_checkpoint)
     log.info("%s has no checkpoint yet: it starts from the beginning", run.folder)
     return None
+
+
+def _fastest_precision(accelerator: str | Accelerator) -> str:
+    """bf16-mixed on hardware with bfloat16 products: CPUs with AVX512-BF16 or AMX, CUDA from Ampere on."""
+    if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    elif accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available()):
+        probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+        fast = any(getattr(torch.cpu, probe, bool)() for probe in probes)
+    else:
+        fast = False
+    return "bf16-mixed" if fast else "32-true"
 
 
 def _tune_process() -> None:

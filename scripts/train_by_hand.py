@@ -1,6 +1,7 @@
 """The template's fast path without Lightning: a loop written by hand, to see what the framework costs.
 
-The same net, data tensor, batched augmentation, memory layout, optimizer, schedule and loss as ``project fit``.
+The same net, data tensor, batched augmentation, memory layout, precision, optimizer, schedule and loss as ``project
+fit``; and the accuracy and loss of the epoch, summed up without waiting for them.
 
     python scripts/train_by_hand.py --config configs/fashion_mnist.yaml --steps 150
 """
@@ -28,6 +29,7 @@ def main() -> None:
     data.setup("fit")
     images, labels = data.train_data.images_at(data.train_data.indices), data.train_data.labels
     net, augment, batch_size = model.net.to(memory_format=torch.channels_last), data.augment, data.batch_size
+    mixed = torch.autocast("cpu", torch.bfloat16, enabled=cli.trainer.precision == "bf16-mixed")
     steps = min(len(labels) // batch_size, args.steps)
     weights = [p for p in net.parameters() if p.dim() > 1]
     others = [p for p in net.parameters() if p.dim() <= 1]
@@ -39,7 +41,7 @@ def main() -> None:
     start = time.perf_counter()
     for epoch in range(args.epochs):
         order = torch.randperm(len(labels))
-        total = torch.zeros(())
+        total = torch.zeros(2)
         for step in range(steps):
             indices = order[step * batch_size : (step + 1) * batch_size]
             batch, targets = images[indices].float().div_(255), labels[indices]
@@ -49,13 +51,16 @@ def main() -> None:
             batch = ((batch - mean) / std).contiguous(memory_format=torch.channels_last)
             if data.mix is not None:
                 batch, targets = data.mix(batch, targets, random, data.num_classes)
-            loss = model.loss(net(batch), targets)
+            with mixed:
+                logits = net(batch).float()
+            loss = model.loss(logits, targets)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             schedule.step()
-            total += loss.detach()
-        assert math.isfinite(total.item())
+            labels_of = targets if targets.dim() == 1 else targets.argmax(dim=1)
+            total += torch.stack([loss.detach(), (logits.argmax(dim=1) == labels_of).sum()])
+        assert math.isfinite(total[0].item())
     seconds = time.perf_counter() - start
     print(f"images_per_second {args.epochs * steps * batch_size / seconds:.1f}")  # noqa: T201
 

@@ -9,7 +9,7 @@ from project.cli import CLI
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
-WHOLE = [path for path in CONFIGS if path.parts[1] not in ("debug", "callbacks")]
+WHOLE = [path for path in CONFIGS if path.parts[1] not in ("debug", "callbacks", "compression")]
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
@@ -53,11 +54,13 @@ def test_without_validation_images_the_last_epoch_is_kept_and_tested(logs):
     assert "test/accuracy" in json.loads(trainer.run.summary.read_text())
 
 
-def test_fast_dev_run_writes_nothing(logs):
+def test_fast_dev_run_writes_nothing(logs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     Trainer(fast_dev_run=True, accelerator="cpu", enable_progress_bar=False).fit(
         classifier(), datamodule=Digits(batch_size=64)
     )
     assert not logs.exists()
+    assert not list(tmp_path.rglob("*.ckpt"))
 
 
 def test_check_checkpoint(tmp_path):
@@ -88,3 +91,13 @@ def test_the_command_line_imports_late_what_a_verb_does_not_need():
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
     assert loaded("project.cli") == loaded("lightning.pytorch.cli")
+
+
+def test_precision_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    def precision_with(avx512_bf16: bool) -> str:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512_bf16)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+        return str(Trainer(precision="auto", accelerator="cpu", observe=False).precision)
+
+    assert precision_with(True) == "bf16-mixed"
+    assert precision_with(False) == "32-true"

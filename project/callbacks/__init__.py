@@ -8,6 +8,7 @@ from project.callbacks.log_graph import LogGraph
 from project.callbacks.look_at_batch import LookAtBatch
 from project.callbacks.nan_guard import StopOnNaN
 from project.callbacks.progress import ProgressLines, default_progress_bar
+from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.summary import WriteSummary
 from project.callbacks.test_report import TestReport
 from project.callbacks.weight_histograms import WeightHistograms
@@ -16,6 +17,7 @@ __all__ = [
     "EMA",
     "BestAndLast",
     "HParams",
+    "IterativeMagnitudePruning",
     "LogGraph",
     "LookAtBatch",
     "ProgressLines",

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
@@ -38,6 +39,12 @@ class BestAndLast(ModelCheckpoint):
         """Of a run whose folder was moved or named differently, the best score is still the best score."""
         best = Path(str(self.dirpath)) / Path(state_dict["best_model_path"]).name
         super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_model_path": str(best)})
+
+    def forget_best(self) -> None:
+        """What comes now is compared with nothing before it; ``best.ckpt`` stays until the next is saved."""
+        self.best_model_score = self.current_score = None
+        self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
+        self.best_k_models, self.kth_best_model_path, self.best_model_path = {}, "", ""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.enable_validation or not any(trainer.num_val_batches):

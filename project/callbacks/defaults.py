@@ -31,7 +31,7 @@ def default_callbacks(
         kinds += [LookAtBatch, LogGraph, WeightHistograms, TestReport, HParams]
     callbacks = [*own, *(kind() for kind in kinds if not _has(own, kind))]
     if progress and not _has(own, ProgressBar):
-        callbacks.append(default_progress_bar())
+        callbacks.insert(0, default_progress_bar())  # an epoch's line comes before what the others say of the next
     if checkpoint and not _has(own, ModelCheckpoint):
         callbacks.append(BestAndLast())
     return callbacks

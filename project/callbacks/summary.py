@@ -82,6 +82,7 @@ class WriteSummary(Callback):
             "train_seconds": round(seconds, 3),
             "fit_seconds": round(self._fit.seconds, 3),
             "images_per_second": round(self._num_images / seconds, 1) if seconds else None,
+            "precision": trainer.precision,
             "num_parameters": count_parameters(net),
             "best_checkpoint": Path(best).name or None,
             "monitor": getattr(checkpoint, "monitor", None),

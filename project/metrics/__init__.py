@@ -1,4 +1,7 @@
-"""What is measured: complexity, environment. Accuracy and calibration come from torchmetrics, in the classifier."""
+"""What is measured: complexity, latency, environment; and the report that joins them.
+
+Accuracy and calibration come from torchmetrics, in the classifier.
+"""
 
 from project.metrics.complexity import (
     LayerComplexity,
@@ -9,14 +12,28 @@ from project.metrics.complexity import (
     parameter_bytes,
 )
 from project.metrics.environment import cpu_model, describe_environment
+from project.metrics.latency import Latency, best, engine, engines, measure, onnx_engine
+from project.metrics.report import ReportRow, describe, read_report, to_markdown, weight_sparsity, write_report
 
 __all__ = [
+    "Latency",
     "LayerComplexity",
+    "ReportRow",
+    "best",
     "complexity_by_layer",
     "count_macs",
     "count_nonzero",
     "count_parameters",
     "cpu_model",
+    "describe",
     "describe_environment",
+    "engine",
+    "engines",
+    "measure",
+    "onnx_engine",
     "parameter_bytes",
+    "read_report",
+    "to_markdown",
+    "weight_sparsity",
+    "write_report",
 ]

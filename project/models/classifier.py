@@ -8,6 +8,8 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, MutableMapping
+from copy import deepcopy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,10 +20,26 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
+from project.compression import Surgery, replay_, to_plain
 from project.losses import CrossEntropy, MaxNorm, Penalties
 from project.schedules import Schedule
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run with an optimizer and a schedule of its own, such as one round of pruning.
+
+    Args:
+        epochs: the length that the schedule is stretched over.
+        first_step: the optimizer step that the schedule starts at.
+        lr_factor: factor on the learning rate.
+    """
+
+    epochs: int
+    first_step: int = 0
+    lr_factor: float = 1.0
 
 
 class Classifier(LightningModule):
@@ -77,7 +95,8 @@ class Classifier(LightningModule):
         _keep_plain_(self.hparams)
         self.net = net
         self.num_classes = num_classes
-        self.image_shape = tuple(image_shape)
+        channels, height, width = image_shape  # YAML gives a list
+        self.image_shape = (channels, height, width)
         self.class_names = tuple(class_names or map(str, range(num_classes)))
         self.mean = tuple(mean)
         self.std = tuple(std)
@@ -106,6 +125,11 @@ class Classifier(LightningModule):
             compute_groups=False,
         )
         self._train_sums: Tensor | None = None
+        self.phase: Phase | None = None
+        """What part of the run the next optimizer is for; ``None`` for all of it."""
+        self.surgeries: list[dict[str, Any]] = []
+        """What has changed the structure of the net, in order, as plain values; kept in its checkpoints."""
+        self._dense_net: nn.Module | None = None  # the net before the first surgery
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
@@ -122,7 +146,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Targets are classes ``[N]`` or, mixed, distributions ``[N, K]``."""
         images, targets = batch
-        logits = self.net(images)
+        logits = self.net(images).float()  # under mixed precision the loss is still computed in full
         loss = self.loss(logits, targets)
         self._add_up(loss.detach(), logits.detach(), targets)
         penalty = self.penalties(self.net)
@@ -162,7 +186,7 @@ class Classifier(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Plain cross entropy, without smoothing or penalties, so that runs with different losses compare."""
         images, labels = batch
-        logits = self.net(images)
+        logits = self.net(images).float()
         loss = nn.functional.cross_entropy(logits, labels)
         self.val_metrics["val/loss"].update(loss, len(labels))
         self.val_metrics["val/accuracy"].update(logits, labels)
@@ -174,7 +198,7 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         images, labels = batch
-        logits = self.net(images)
+        logits = self.net(images).float()
         self.test_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
         self.test_metrics.update(logits.softmax(dim=1), labels)
         return {"logits": logits, "labels": labels}
@@ -191,7 +215,8 @@ class Classifier(LightningModule):
     def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Probabilities ``[N, K]``; uint8 images are normalised here, float images are taken as normalised."""
         images = batch if isinstance(batch, Tensor) else batch[0]
-        return self.net(self.normalize(images) if images.dtype == torch.uint8 else images).softmax(dim=1)
+        logits = self.net(self.normalize(images) if images.dtype == torch.uint8 else images)
+        return logits.float().softmax(dim=1)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Images of uint8 ``[N, C, H, W]`` -> float, with the classifier's mean and standard deviation."""
@@ -202,19 +227,26 @@ class Classifier(LightningModule):
     # -- optimizer -----------------------------------------------------------------------------------------------
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        weights = [p for p in self.parameters() if p.dim() > 1 and p.requires_grad]
-        others = [p for p in self.parameters() if p.dim() <= 1 and p.requires_grad]
-        groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
-        optimizer = self.make_optimizer([group for group in groups if group["params"]])
+        optimizer = self.make_optimizer(self.parameter_groups())
         scale = self._lr_scale()
         for group in optimizer.param_groups:
-            group["lr"] = group["lr"] * scale
+            group["lr"] = group["lr"] * scale * (self.phase.lr_factor if self.phase else 1.0)
         total_steps = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = total_steps / max(self.trainer.max_epochs or 1, 1)
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:
             steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
-        scheduler = self.schedule.build(optimizer, total_steps, steps_per_epoch, scale)
+        first_step = 0
+        if self.phase is not None:
+            total_steps, first_step = round(self.phase.epochs * steps_per_epoch), self.phase.first_step
+        scheduler = self.schedule.build(optimizer, total_steps, steps_per_epoch, scale, first_step)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer gets: weights, and norms and biases without weight decay."""
+        weights = [p for p in self.parameters() if p.dim() > 1 and p.requires_grad]
+        others = [p for p in self.parameters() if p.dim() <= 1 and p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
 
     def _lr_scale(self) -> float:
         """The linear scaling rule: global batch size over the one that the rate is meant for."""
@@ -225,10 +257,37 @@ class Classifier(LightningModule):
         log.info("linear scaling rule: the learning rate is multiplied by %g", scale)
         return scale
 
+    # -- surgery -------------------------------------------------------------------------------------------------
+
+    def operate_(self, surgery: Surgery) -> None:
+        """Change the net's structure, and remember how."""
+        if self._dense_net is None:
+            self._dense_net = deepcopy(self.net)
+        surgery.apply_(self.net)
+        self.surgeries = [*self.surgeries, to_plain(surgery)]
+
+    def _follow_surgeries(self, wanted: list[dict[str, Any]]) -> None:
+        """Bring the net's structure to that after the ``wanted`` surgeries."""
+        done = len(self.surgeries)
+        if wanted[:done] != self.surgeries:
+            assert self._dense_net is not None
+            self.net, self._dense_net, done = self._dense_net.to(self.device), None, 0
+        if wanted[done:]:
+            if self._dense_net is None:
+                self._dense_net = deepcopy(self.net)
+            replay_(self.net, wanted[done:])
+        self.surgeries = list(wanted)
+
     # -- checkpoint ----------------------------------------------------------------------------------------------
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["surgeries"] = self.surgeries
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse another net's weights in one sentence instead of a page of keys."""
+        """Rebuild the structure that the weights belong to; refuse another net's in one sentence instead of a page of
+        keys.
+        """
+        self._follow_surgeries(checkpoint.get("surgeries", []))
         problem = _mismatch(self.state_dict(), checkpoint.get("state_dict", {}))
         if problem:
             raise ValueError(

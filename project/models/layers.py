@@ -173,12 +173,24 @@ def conv_factory(norm: NormFactory, activation: Callable[[], nn.Module]) -> Conv
 
 
 def init_weights_(net: nn.Module, weight_init: WeightInit) -> None:
-    """Fill every convolution's and linear layer's weight with ``weight_init`` and its bias with zeros, in place."""
+    """Fill each convolution's and linear layer's weight with ``weight_init`` and its bias with zeros, in place; the net
+    remembers ``weight_init`` for :func:`reinit_`.
+    """
+    net.weight_init = weight_init  # type: ignore[assignment]
     for module in net.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
             weight_init(module.weight)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+def reinit_(net: nn.Module) -> None:
+    """New random weights as a fresh net of this kind has them, norms and their statistics included, in place."""
+    for module in net.modules():
+        if callable(reset := getattr(module, "reset_parameters", None)):
+            reset()
+    if (weight_init := getattr(net, "weight_init", None)) is not None:
+        init_weights_(net, weight_init)
 
 
 def scale_channels(channels: int, width: float) -> int:

@@ -2,8 +2,9 @@
 
 The block is figure 2b of Szegedy et al. 2014 (arXiv:1409.4842) with the 5x5 as two 3x3 (Szegedy et al. 2015,
 arXiv:1512.00567, figure 5); stem of plain convolutions first, then blocks, then global average pooling, dropout and one
-linear layer, as in both papers. The scale is ours: the stem halves the image until at most 16 pixels are left, a max
-pooling before each stage halves it while more than 4 are. Widths are multiples of 8: vectors stay full.
+linear layer, as in both papers. The scale is ours: a max pooling after each convolution of the stem halves the image
+while more than 16 pixels are left, one before each stage while more than 4 are. No convolution has a stride: of a
+small image the first one sees every pixel. Widths are multiples of 8: vectors stay full.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class SmallInception(nn.Module):
         num_classes: number of logits.
         image_shape: (C, H, W) of the images; sides from 8 to 64 pixels.
         width: multiplies every channel count (rounded to a multiple of 8).
-        stem: channels of the stem's convolutions: the first 5x5, the others 3x3.
+        stem: channels of the stem's 3x3 convolutions.
         stages: output channels of the Inception blocks, one list per stage.
         norm: factory of the norm, number of channels first.
         activation: factory of the activation.
@@ -52,8 +53,8 @@ class SmallInception(nn.Module):
         image_shape: tuple[int, int, int],
         *,
         width: float = 1.0,
-        stem: tuple[int, ...] = (32, 48),
-        stages: tuple[tuple[int, ...], ...] = ((128,), (256,)),
+        stem: tuple[int, ...] = (32, 64),
+        stages: tuple[tuple[int, ...], ...] = ((192,), (384,)),
         norm: NormFactory = BatchNorm,
         activation: Callable[[], nn.Module] = ReLU,
         conv_dropout: float = 0.0,
@@ -75,10 +76,13 @@ class SmallInception(nn.Module):
         conv = conv_factory(norm, activation)
 
         self.stem = nn.Sequential()
-        for index, wished in enumerate(stem):
-            out_channels, stride = scale_channels(wished, width), 2 if side > 16 else 1
-            self.stem.append(conv(channels, out_channels, 3 if index else 5, stride))
-            channels, side = out_channels, -(-side // stride)
+        for wished in stem:
+            out_channels = scale_channels(wished, width)
+            self.stem.append(conv(channels, out_channels, 3))
+            channels = out_channels
+            if side > 16:
+                self.stem.append(nn.MaxPool2d(2, ceil_mode=True))
+                side = -(-side // 2)
         self.blocks = nn.Sequential()
         for stage in stages:
             if side > 4:

@@ -1,0 +1,113 @@
+"""The end of a compression run: each level's best net on validation and test images, its size and its speed."""
+
+import logging
+from collections.abc import Callable, Iterable
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor, nn
+
+from project.callbacks.places import run_of, tensorboard
+from project.data import ImageDataModule
+from project.data.array_dataset import Batch
+from project.metrics.latency import engines, measure
+from project.metrics.report import ReportRow, describe, to_markdown, write_report
+from project.models.classifier import Classifier
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step of a compression run: its name and the checkpoint that it left."""
+
+    name: str
+    checkpoint: Path
+
+
+def report_steps(trainer: Trainer, module: Classifier, steps: list[Step], *, measured: list[str]) -> list[ReportRow]:
+    """Evaluate the checkpoints, measure the named ones together, and write ``report.csv`` and ``report.md``.
+
+    Args:
+        trainer: with a run's folder.
+        module: a classifier whose structure any of the checkpoints fits after their surgeries; left as it was.
+        steps: the first is the dense fp32 net, whose fastest engine the speedups compare with.
+        measured: names of the steps whose latency is measured, in one interleaved run with the dense net's; empty
+            measures nothing.
+    """
+    run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
+    assert run is not None and steps
+    nets = {step.name: load_net(module, step.checkpoint) for step in steps}
+    named = {
+        f"{step}/{engine}": function
+        for step in dict.fromkeys([steps[0].name, *measured] if measured else [])
+        for engine, function in engines(nets[step], module.image_shape, _ENGINES).items()
+    }
+    times = measure(named, module.image_shape, rounds=30, budget_s=20) if named else {}
+    by_step = {
+        step: {
+            (name.partition("/")[2], batch): time
+            for (name, batch), time in times.items()
+            if name.startswith(f"{step}/")
+        }
+        for step in nets
+    }
+    rows = [
+        describe(
+            step.name,
+            nets[step.name],
+            module.image_shape,
+            file=step.checkpoint,
+            val_accuracy=_accuracy(nets[step.name], data, "val"),
+            test_accuracy=_accuracy(nets[step.name], data, "test"),
+            latencies=by_step[step.name],
+            reference=by_step[steps[0].name],
+        )
+        for step in steps
+    ]
+    write_report(rows, run.folder)
+    if (writer := tensorboard(trainer)) is not None:
+        writer.add_text("report", to_markdown(rows), trainer.global_step)
+    for row in rows:
+        log.info(
+            "%-14s test %6.2f %%  %5.1f %% zeros  %9d MACs%s",
+            row.step,
+            100 * (row.test_accuracy or 0),
+            100 * (row.sparsity or 0),
+            row.macs,
+            "" if row.speedup_batch64 is None else f"  {row.speedup_batch64:.2f}x at batch 64 ({row.engine})",
+        )
+    return rows
+
+
+_ENGINES = ["eager", "onnxruntime"]
+
+
+def load_net(module: Classifier, path: Path) -> nn.Module:
+    """The net of a checkpoint, in eval mode on the processor; ``module`` is left as it was."""
+    copy = deepcopy(module).to("cpu")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    copy.on_load_checkpoint(checkpoint)
+    copy.load_state_dict(checkpoint["state_dict"])
+    return copy.net.eval()
+
+
+@torch.inference_mode()
+def accuracy(logits_of: Callable[[Tensor], Tensor], data: ImageDataModule, split: str) -> float | None:
+    """Share of right answers on the ``val`` or ``test`` images; ``None`` where there are none."""
+    data.setup("test" if split == "test" else "validate")
+    loader: Iterable[Batch] = data.test_dataloader() if split == "test" else data.val_dataloader()  # type: ignore[assignment]
+    right, count = 0, 0
+    for pixels, labels, _ in loader:
+        images = data.normalize(pixels.float().div_(255))
+        right += int((logits_of(images).argmax(1) == labels).sum())
+        count += len(labels)
+    return right / count if count else None
+
+
+def _accuracy(net: nn.Module, data: ImageDataModule, split: str) -> float | None:
+    net.to(memory_format=torch.channels_last)
+    return accuracy(lambda images: net(images.contiguous(memory_format=torch.channels_last)), data, split)

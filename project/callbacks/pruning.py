@@ -1,0 +1,386 @@
+"""Iterative magnitude pruning: train, prune, train on, in one run; masks that survive everything.
+
+Han et al. 2015 (arXiv:1506.02626): prune and fine-tune at a tenth of the rate. Frankle & Carbin 2019
+(arXiv:1803.03635): rewind the weights to their start. Frankle et al. 2020 (arXiv:1912.05671): to step k. Renda et al.
+2020 (arXiv:2003.02389): rewind the learning rate alone. Zhu & Gupta 2017 (arXiv:1710.01878): gradually, in one
+training.
+"""
+
+import logging
+import math
+import re
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from project.callbacks.checkpoint import BestAndLast
+from project.callbacks.compression_report import Step, report_steps
+from project.callbacks.ema import EMA
+from project.callbacks.places import run_of, tensorboard
+from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, sparsity
+from project.compression.sparsity_schedules import Gradual, Iterative, QualityFactors, Rounds, share_to_take
+from project.compression.thinning import plan_thinning
+from project.data import ImageDataModule
+from project.models.classifier import Classifier, Phase
+from project.models.layers import reinit_
+from project.paths import write_whole
+
+log = logging.getLogger(__name__)
+
+_TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
+
+After = Literal["finetune", "rewind", "rewind_lr", "reinit"]
+
+
+class IterativeMagnitudePruning(Callback):
+    """Trains the dense net for ``trainer.max_epochs``, then prunes and trains on, round by round.
+
+    The optimizer and the learning-rate schedule begin anew with each round. Masks act after each optimizer step, on the
+    weights and on EMA's averages, and lie with the round in the run's checkpoints: ``fit --resume`` goes on bit for
+    bit. The best epoch of each level is kept as ``checkpoints/level_<round>.ckpt`` (level 0 is dense); ``best.ckpt``
+    is the best of the last level.
+
+    Args:
+        schedule: how much goes when; :class:`~project.compression.sparsity_schedules.Gradual` prunes within
+            ``trainer.max_epochs`` and has no rounds.
+        pruner: what goes.
+        after: what follows a pruning. ``finetune``: the weights go on, at ``finetune_lr`` times the rate;
+            ``rewind_lr``: the weights go on, the rate starts anew; ``rewind``: weights and rate go back to
+            ``rewind_to``; ``reinit``: new random weights (a control).
+        epochs_per_round: null is the dense training's length, for ``rewind`` less the steps before ``rewind_to``.
+        rewind_to: ``0``, or a step ``500it`` or epoch ``2ep`` of the dense training; of ``rewind`` alone.
+        finetune_lr: factor on the learning rate, of ``finetune`` alone.
+        thin: remove pruned units for good at the end: ``best.ckpt`` then holds the smaller net, and a fit from it
+            (``--ckpt_path``) trains that, with a fresh optimizer from epoch 0.
+        report: write ``report.csv`` and ``report.md``: each level on validation and test images, and what it weighs.
+        latency: measure the speed of the dense and the last net for the report.
+
+    Raises:
+        ValueError: for arguments that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        schedule: Rounds | Gradual | None = None,
+        pruner: Pruner | None = None,
+        after: After = "finetune",
+        epochs_per_round: int | None = None,
+        rewind_to: str = "0",
+        finetune_lr: float = 0.1,
+        thin: bool = True,
+        report: bool = True,
+        latency: bool = True,
+    ) -> None:
+        self.schedule = schedule or Iterative()
+        self.pruner = pruner or Pruner()
+        self.after = after
+        self.epochs_per_round = epochs_per_round
+        self.rewind_to = _parse_length(rewind_to)
+        self.finetune_lr = finetune_lr
+        self.thin, self.report, self.latency = thin, report, latency
+        if self.rewind_to[0] and after != "rewind":
+            raise ValueError(f"rewind_to is {rewind_to!r}, but after is {after!r}: set after: rewind, or leave it out.")
+        if epochs_per_round is not None and epochs_per_round < 1:
+            raise ValueError(f"epochs_per_round is {epochs_per_round}: choose 1 or more, or null.")
+        if finetune_lr <= 0:
+            raise ValueError(f"finetune_lr is {finetune_lr}, but it multiplies the learning rate: choose about 0.1.")
+        if (self.pruner.scope == "deviation") != isinstance(self.schedule, QualityFactors):
+            raise ValueError(
+                "scope: deviation and the schedule QualityFactors belong together: one gives the standard deviations, "
+                "the other the factors on them."
+            )
+        self.round = 0
+        self.masks: Masks = {}
+        self.rewound: dict[str, Tensor] = {}
+        """The net's state at ``rewind_to``."""
+        self.levels: list[dict[str, float | None]] = []
+        """Of each level that is finished: its sparsity and its best validation score."""
+        self._groups: list[Group] = []
+        self._amounts = [] if isinstance(self.schedule, Gradual) else self.schedule.amounts()
+        self._dense_epochs = 0
+        self._live: list[Tensor] = []  # the masked parameters, in the order of the masks
+        self._hook: Any = None
+
+    # -- the course of a run -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Classifier):
+            raise ValueError(f"the model is a {type(pl_module).__name__}, but pruning works on a Classifier's net.")
+        if trainer.max_epochs is None or trainer.max_epochs < 1 or trainer.max_steps > 0:
+            raise ValueError("pruning counts its rounds in epochs: set trainer.max_epochs, and leave max_steps out.")
+        self.round, self.masks, self.rewound, self.levels = 0, {}, {}, []
+        self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
+        self._dense_epochs = trainer.max_epochs
+        self._check_run(trainer)
+        trainer.fit_loop.max_epochs = self._dense_epochs + len(self._amounts) * self._round_epochs(trainer)
+        pl_module.phase = self._phase(trainer)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        if self.after == "rewind" and self._rewind_step(trainer) >= self._dense_epochs * self._steps_per_epoch(trainer):
+            raise ValueError(
+                f"rewind_to is {''.join(map(str, self.rewind_to))}, but the dense training is over after "
+                f"{self._dense_epochs} epochs: rewind to an earlier step."
+            )
+        self._hold(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        epochs = trainer.current_epoch - self._dense_epochs
+        if self.round < len(self._amounts) and epochs == self.round * self._round_epochs(trainer):
+            self._begin_round(trainer, pl_module)
+        pl_module.log("pruning/sparsity", sparsity(self.masks, pl_module.net), rank_zero_only=True)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, Classifier)
+        step = trainer.global_step
+        if self.after == "rewind" and not self.rewound and step == self._rewind_step(trainer):
+            self.rewound = {name: value.clone() for name, value in pl_module.net.state_dict().items()}
+        if isinstance(self.schedule, Gradual):
+            target = self.schedule.sparsity_at(step, self._steps_per_epoch(trainer))
+            if target is not None:
+                self._prune(trainer, pl_module, share_to_take(sparsity(self.masks, pl_module.net), target))
+                _forget_best(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        self._release()
+        if trainer.current_epoch < (trainer.max_epochs or 0):
+            return  # stopped: the level goes on when the run is resumed
+        self._keep_level(trainer, pl_module)
+        run = run_of(trainer)
+        if run is None or not run.level_checkpoint(self.round).is_file():
+            return
+        steps = [Step("dense", run.level_checkpoint(0))] if self._amounts else []
+        for number in range(bool(self._amounts), self.round + 1):
+            steps.append(
+                Step(f"pruned {100 * float(self.levels[number]['sparsity'] or 0):.2f} %", run.level_checkpoint(number))
+            )
+        if self.pruner.structure == "units" and self.thin:
+            self._thin(pl_module, run.level_checkpoint(self.round), run.best_checkpoint)
+            steps.append(Step("thinned", run.best_checkpoint))
+        if self.report and isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
+            report_steps(trainer, pl_module, steps, measured=[step.name for step in steps[-2:]] if self.latency else [])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(pl_module, Classifier):
+            trainer.fit_loop.max_epochs = self._dense_epochs
+            pl_module.phase = None
+            self._release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "masks": {name: mask != 0 for name, mask in self.masks.items()},
+            "rewound": self.rewound,
+            "levels": self.levels,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.round, self.masks = state_dict["round"], state_dict["masks"]
+        self.rewound, self.levels = state_dict["rewound"], list(state_dict["levels"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The optimizer that is made next is that of the checkpoint's round."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if trainer.training and state is not None and isinstance(pl_module, Classifier):
+            pl_module.phase = self._phase(trainer, state["round"])
+
+    # -- a round -------------------------------------------------------------------------------------------------
+
+    def _begin_round(self, trainer: Trainer, module: Classifier) -> None:
+        self._keep_level(trainer, module)
+        self._prune(trainer, module, self._amounts[self.round])
+        self.round += 1
+        if self.after == "rewind":
+            module.net.load_state_dict(self.rewound)
+        elif self.after == "reinit":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_seed(trainer) * 1_000_003 + self.round)
+                reinit_(module.net)
+        if self.after in ("rewind", "reinit"):
+            for ema in _emas(trainer):
+                ema.restart()
+        apply_masks_(module.net, self.masks)
+        module.phase = self._phase(trainer)
+        trainer.strategy.setup_optimizers(trainer)
+        self._hold(trainer, module)
+        _forget_best(trainer)
+        log.info(
+            "round %d of %d: %.2f %% pruned", self.round, len(self._amounts), 100 * sparsity(self.masks, module.net)
+        )
+
+    def _prune(self, trainer: Trainer, module: Classifier, amount: float) -> None:
+        """New masks, the same on every process, on the weights and their averages."""
+        images, labels = self._images(trainer, module) if self.pruner.needs_images else (None, None)
+        masks = self.pruner.prune(
+            module.net,
+            self._groups,
+            self.masks,
+            amount,
+            images=images,
+            labels=labels,
+            seed=_seed(trainer) + trainer.global_step,
+        )
+        self.masks = trainer.strategy.broadcast(masks)
+        self._hold(trainer, module)
+        apply_masks_(module.net, self.masks)
+        for ema in _emas(trainer):
+            ema.mask_({f"net.{name}": mask for name, mask in self.masks.items()})
+        self._draw_sparsity(trainer, module)
+
+    def _hold(self, trainer: Trainer, module: Classifier) -> None:
+        """Multiply by the masks after each step of the present optimizer."""
+        self._release()
+        parameters = {name: module.net.get_parameter(name) for name in self.masks}
+        self.masks = {name: _like(mask, parameters[name]) for name, mask in self.masks.items()}
+        self._live = [parameter.detach() for parameter in parameters.values()]
+        factors = list(self.masks.values())
+        live = self._live
+
+        def hold(*_: object) -> None:
+            torch._foreach_mul_(live, factors)
+
+        if live:
+            self._hook = trainer.optimizers[0].register_step_post_hook(hold)
+
+    def _release(self) -> None:
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _keep_level(self, trainer: Trainer, module: Classifier) -> None:
+        """The level's best checkpoint under its own name, once: a resumed run may already have begun the next."""
+        number = self.round
+        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
+        score = None if best is None or best.best_model_score is None else float(best.best_model_score)
+        self.levels = [*self.levels[:number], {"sparsity": sparsity(self.masks, module.net), "score": score}]
+        if (run := run_of(trainer)) is None or best is None:
+            return
+        source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
+        level = run.level_checkpoint(number)
+        if source.is_file() and not level.is_file():
+            write_whole(level, lambda part: shutil.copyfile(source, part))
+        if (writer := tensorboard(trainer)) is not None and score is not None:
+            left = round(100 * (1 - float(self.levels[number]["sparsity"] or 0)), 2)
+            writer.add_scalar("pruning/score by weights left in hundredths of a percent", score, round(100 * left))
+
+    def _thin(self, module: Classifier, source: Path, target: Path) -> None:
+        """A checkpoint of the net without the units that the masks take, to test, export or train on."""
+        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        small = deepcopy(module).to("cpu")
+        small.on_load_checkpoint(checkpoint)
+        small.load_state_dict(checkpoint["state_dict"])
+        apply_masks_(small.net, {name: mask.cpu() for name, mask in self.masks.items()})
+        small.operate_(plan_thinning(small.net, removed_units(self._groups, self.masks), small.image_shape))
+        kept = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
+        small.on_save_checkpoint(kept)
+        optimizer = small.make_optimizer(small.parameter_groups())
+        fresh = {"state_dict": small.state_dict(), "epoch": 0, "global_step": 0}
+        fresh |= {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": []}
+        write_whole(target, lambda part: torch.save(kept | fresh, part))
+
+    def _draw_sparsity(self, trainer: Trainer, module: Classifier) -> None:
+        if (writer := tensorboard(trainer)) is not None:
+            for group in self._groups:
+                share = sparsity({group.parameters[0]: self.masks[group.parameters[0]]}, module.net)
+                writer.add_scalar(f"sparsity/{group.layer}", share, trainer.global_step)
+
+    def _check_run(self, trainer: Trainer) -> None:
+        """Refuse at once what would fail, or go wrong, in the last round."""
+        if self.pruner.needs_images and not isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
+            raise ValueError(
+                f"criterion is {self.pruner.criterion!r}, which takes gradients of training images, but there is no "
+                "ImageDataModule: give one, or choose the criterion magnitude."
+            )
+        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
+        every = 1 if best is None else math.lcm(best._every_n_epochs, trainer.check_val_every_n_epoch or 1)
+        last = self._dense_epochs // every * every
+        if isinstance(self.schedule, Gradual) and self.schedule.end_epoch >= last:
+            raise ValueError(
+                f"end_epoch is {self.schedule.end_epoch}, but the last checkpoint is written after epoch {last}: end "
+                "the pruning before, so that the net can heal."
+            )
+        if self._amounts and min(self._dense_epochs, self._round_epochs(trainer)) < every:
+            raise ValueError(
+                f"checkpoints are written every {every} epochs, but a round lasts {self._round_epochs(trainer)} and "
+                f"the dense training {self._dense_epochs}: write them more often, or train each for longer."
+            )
+
+    def _images(self, trainer: Trainer, module: Classifier) -> tuple[Tensor, Tensor]:
+        """Training images without augmentation, spread over the whole set."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, ImageDataModule) and data.train_data is not None
+        count = min(self.pruner.num_images, len(data.train_data))
+        positions = torch.linspace(0, len(data.train_data) - 1, count).long().tolist()
+        images, labels, _ = data.train_data.__getitems__(positions)
+        return data.normalize(images.to(module.device).float().div_(255)), labels.to(module.device)
+
+    # -- lengths -------------------------------------------------------------------------------------------------
+
+    def _phase(self, trainer: Trainer, number: int | None = None) -> Phase:
+        """What the optimizer of a round is for; of round 0, the dense training."""
+        if (self.round if number is None else number) == 0:
+            return Phase(self._dense_epochs)
+        if self.after == "rewind":
+            return Phase(self._dense_epochs, first_step=self._rewind_step(trainer))
+        return Phase(self._round_epochs(trainer), lr_factor=self.finetune_lr if self.after == "finetune" else 1.0)
+
+    def _round_epochs(self, trainer: Trainer) -> int:
+        """A round's length. A rewound round that lasts as long as its part of the dense training ends in whole epochs:
+        what is over trains at the schedule's last rate.
+        """
+        if self.epochs_per_round is not None:
+            return self.epochs_per_round
+        skipped = self.rewind_to[0] if self.rewind_to[1] == "ep" else 0
+        return max(self._dense_epochs - skipped, 1)
+
+    def _rewind_step(self, trainer: Trainer) -> int:
+        number, unit = self.rewind_to
+        return number if unit == "it" else round(number * self._steps_per_epoch(trainer))
+
+    def _steps_per_epoch(self, trainer: Trainer) -> float:
+        return trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1)
+
+
+def _parse_length(text: str) -> tuple[int, str]:
+    """``0``, ``500it`` or ``2ep`` -> number and unit."""
+    match = re.fullmatch(r"(\d+)(it|ep)?", str(text))
+    if match is None or (match[2] is None and int(match[1])):
+        raise ValueError(f"rewind_to is {text!r}: write 0, a step such as 500it, or an epoch such as 2ep.")
+    return int(match[1]), match[2] or "it"
+
+
+def _like(mask: Tensor, parameter: nn.Parameter) -> Tensor:
+    """On the parameter's device, in its type."""
+    mask = mask.to(parameter.device)
+    if mask.dtype == parameter.dtype:
+        return mask
+    return torch.empty_like(parameter).copy_(mask) if mask.shape == parameter.shape else mask.to(parameter.dtype)
+
+
+def _emas(trainer: Trainer) -> list[EMA]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+
+
+def _forget_best(trainer: Trainer) -> None:
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, BestAndLast):
+            callback.forget_best()
+
+
+def _seed(trainer: Trainer) -> int:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return data.run_seed if isinstance(data, ImageDataModule) else 0

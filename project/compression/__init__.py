@@ -1,0 +1,31 @@
+"""The mathematics of efficient inference; nothing here knows Lightning."""
+
+from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, sparsity
+from project.compression.sparsity_schedules import Gradual, Iterative, OneShot, QualityFactors, Rounds, Sparsities
+from project.compression.surgery import Surgery, from_plain, register_surgery, replay_, to_plain
+from project.compression.thinning import Thin, Units, plan_thinning, units_of, why_not
+
+__all__ = [
+    "Gradual",
+    "Group",
+    "Iterative",
+    "Masks",
+    "OneShot",
+    "Pruner",
+    "QualityFactors",
+    "Rounds",
+    "Sparsities",
+    "Surgery",
+    "Thin",
+    "Units",
+    "apply_masks_",
+    "from_plain",
+    "plan_thinning",
+    "register_surgery",
+    "removed_units",
+    "replay_",
+    "sparsity",
+    "to_plain",
+    "units_of",
+    "why_not",
+]

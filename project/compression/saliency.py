@@ -1,0 +1,142 @@
+"""Saliency: what a weight, or a whole unit, is worth to the loss. The least worth is pruned first.
+
+Magnitude: Han et al. 2015 (arXiv:1506.02626, sec. 3); of a filter, its L1 norm, Li et al. 2017 (arXiv:1608.08710, sec.
+3.1), here as the mean over the filter so that filters of several sizes compare.
+OBD: LeCun, Denker & Solla 1989, Optimal Brain Damage, eq. 5: ``h_kk w_k^2 / 2``, with the diagonal of the Gauss-Newton
+matrix from squared gradients of single images whose labels are drawn from the net's own prediction (Martens 2020,
+arXiv:1412.1193, sec. 9.2): no second derivative is needed. A unit is one gate at 1 on all its parameters (Molchanov et
+al. 2019, arXiv:1906.10771, eq. 8), its gradient the sum of ``w g`` over them.
+Gradient magnitude: ``|w g|``, Blalock et al. 2020 (arXiv:2003.03033, sec. 7.2). Random: the control.
+"""
+
+import zlib
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+
+Criterion = Literal["magnitude", "obd", "gradient", "random"]
+Parameters = Mapping[str, Tensor]
+
+_CHUNK = 32  # images whose gradients are held in memory at once
+
+
+def saliency_of_weights(
+    net: nn.Module, names: list[str], criterion: Criterion, images: Tensor | None, labels: Tensor | None, seed: int
+) -> dict[str, Tensor]:
+    """One score for every entry of each named parameter, in its shape; all ≥ 0.
+
+    Args:
+        net: images ``[N, C, H, W]`` -> logits ``[N, K]``; evaluated in eval mode, left as it was.
+        names: of parameters.
+        criterion: magnitude and random look at no image.
+        images, labels: ``[N, C, H, W]``, ``[N]``: what gradients are taken of.
+        seed: of random scores, and of the labels drawn for OBD.
+    """
+    weights = {name: net.get_parameter(name).detach() for name in names}
+    if criterion == "magnitude":
+        return {name: weight.abs() for name, weight in weights.items()}
+    if criterion == "random":
+        return {name: _random(weight, seed, name) for name, weight in weights.items()}
+    if criterion == "gradient":
+        means = _mean_over_images(net, weights, images, labels, lambda gradients: gradients, seed=None)
+        return {name: (weight * means[name]).abs() for name, weight in weights.items()}
+    squares = _mean_over_images(
+        net, weights, images, labels, lambda gradients: {name: g.square() for name, g in gradients.items()}, seed=seed
+    )
+    return {name: squares[name] * weight.square() / 2 for name, weight in weights.items()}
+
+
+def saliency_of_units(
+    net: nn.Module,
+    units: Mapping[str, tuple[str, ...]],
+    criterion: Criterion,
+    images: Tensor | None,
+    labels: Tensor | None,
+    seed: int,
+) -> dict[str, Tensor]:
+    """One score for every unit of each layer, ``[num_units]``; all ≥ 0.
+
+    Args:
+        net: see :func:`saliency_of_weights`.
+        units: for each layer, the parameters whose slices along the first dimension belong to its units, the layer's
+            weight first.
+        criterion, images, labels, seed: see :func:`saliency_of_weights`.
+    """
+    if criterion == "magnitude":
+        return {layer: net.get_parameter(names[0]).detach().abs().flatten(1).mean(1) for layer, names in units.items()}
+    if criterion == "random":
+        return {
+            layer: _random(net.get_parameter(names[0]).detach().flatten(1)[:, 0], seed, layer)
+            for layer, names in units.items()
+        }
+    weights = {name: net.get_parameter(name).detach() for names in units.values() for name in names}
+
+    def gates(gradients: Parameters) -> dict[str, Tensor]:
+        """Gradients of single images ``[n, …]`` -> those of the units' gates ``[n, num_units]``."""
+        return {
+            layer: torch.stack([(gradients[name] * weights[name]).flatten(2).sum(2) if weights[name].dim() > 1
+                                else gradients[name] * weights[name] for name in names]).sum(0)
+            for layer, names in units.items()
+        }  # fmt: skip
+
+    if criterion == "gradient":
+        return {
+            layer: mean.abs() for layer, mean in _mean_over_images(net, weights, images, labels, gates, None).items()
+        }
+    squares = _mean_over_images(
+        net, weights, images, labels, lambda g: {layer: gate.square() for layer, gate in gates(g).items()}, seed
+    )
+    return {layer: square / 2 for layer, square in squares.items()}
+
+
+def _mean_over_images(
+    net: nn.Module,
+    weights: Parameters,
+    images: Tensor | None,
+    labels: Tensor | None,
+    per_image: Callable[[Parameters], Parameters],
+    seed: int | None,
+) -> dict[str, Tensor]:
+    """The mean of ``per_image`` (gradients of single images, stacked) over the images; labels are drawn with a seed."""
+    if images is None or labels is None or not len(images):
+        raise ValueError("the criterion needs gradients, but there are no images to take them of: give some.")
+    training = {module: module.training for module in net.modules()}
+    net.eval()
+    state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
+    fixed = {name: tensor.detach() for name, tensor in state.items() if name not in weights}
+
+    def loss(chosen: Parameters, image: Tensor, label: Tensor) -> Tensor:
+        logits = functional_call(net, {**fixed, **chosen}, (image[None],))
+        return nn.functional.cross_entropy(logits, label[None])
+
+    try:
+        if seed is not None:
+            labels = _labels_of_the_net(net, images, seed)
+        sums: dict[str, Tensor] = {}
+        for start in range(0, len(images), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            gradients = vmap(grad(loss), in_dims=(None, 0, 0))(dict(weights), images[chunk], labels[chunk])
+            for name, values in per_image(gradients).items():
+                total = values.sum(0)
+                sums[name] = sums[name] + total if name in sums else total
+        return {name: total / len(images) for name, total in sums.items()}
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def _labels_of_the_net(net: nn.Module, images: Tensor, seed: int) -> Tensor:
+    """One class an image, drawn from the net's softmax; the same for a seed on every device."""
+    probabilities = torch.cat([net(chunk).softmax(1) for chunk in images.split(256)]).cpu().double()
+    generator = torch.Generator().manual_seed(seed)
+    return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(images.device)
+
+
+def _random(like: Tensor, seed: int, name: str) -> Tensor:
+    """Uniform scores that depend on the seed and the name alone."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
+    return torch.rand(like.shape, generator=generator).to(like.device)

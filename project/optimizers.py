@@ -1,0 +1,147 @@
+"""Muon: momentum whose matrix is made orthogonal, so that every direction of a layer's weight learns at one speed.
+
+Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks (https://kellerjordan.github.io/posts/muon).
+``torch.optim.Muon`` takes matrices alone and leaves convolutions, norms and biases to a second optimizer; this one
+takes a whole net: a convolution ``[out, in, h, w]`` counts as the matrix ``[out, in * h * w]``, and what is no matrix
+(norms, biases) gets Adam (Kingma & Ba 2015, arXiv:1412.6980, Alg. 1). Iterations run in float32, layers of one
+shape at once.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+
+class Muon(Optimizer):
+    """``weight -= lr * sqrt(max(1, rows / columns)) * orthogonal(momentum)``; Adam for parameters of one dimension.
+
+    Args:
+        params: parameters, or groups of them; a group holds either weights or parameters of one dimension.
+        lr: rate of the weights.
+        momentum: of the weights, Nesterov's, in [0, 1).
+        weight_decay: of the weights, decoupled: multiplied by the rate (Loshchilov & Hutter 2019, arXiv:1711.05101).
+        adam_lr: rate of the others.
+        betas: of the others.
+        eps: of the others.
+
+    Raises:
+        ValueError: for a negative rate, a momentum or beta outside [0, 1), a group of both kinds.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 0.03,
+        momentum: float = 0.9,
+        weight_decay: float = 0.0,
+        adam_lr: float = 5e-3,
+        betas: tuple[float, float] = (0.9, 0.95),
+        eps: float = 1e-8,
+    ) -> None:
+        for name, rate in (("lr", lr), ("weight_decay", weight_decay), ("adam_lr", adam_lr)):
+            if rate < 0:
+                raise ValueError(f"optimizer's {name} is {rate}: choose 0 or more.")
+        for name, share in (("momentum", momentum), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
+            if not 0 <= share < 1:
+                raise ValueError(f"optimizer's {name} is {share}: choose 0 or more, below 1.")
+        self.adam_lr = adam_lr
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        given = "lr" in param_group
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        kinds = {parameter.dim() > 1 for parameter in group["params"]}
+        if len(kinds) > 1:
+            raise ValueError(
+                "a group of parameters holds weights and parameters of one dimension, but their rates differ: "
+                "give them as two groups, as the classifier does."
+            )
+        if kinds == {False} and not given:
+            group["lr"] = self.adam_lr
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [parameter for parameter in group["params"] if parameter.grad is not None]
+            if params and params[0].dim() > 1:
+                self._step_weights(params, group)
+            elif params:
+                self._step_others(params, group)
+        return loss
+
+    def _step_weights(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        grads = [_grad(parameter) for parameter in params]
+        momenta = self._state(params, "momentum")
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"])
+        by_shape = defaultdict(list)
+        for parameter, update in zip(params, updates, strict=True):
+            by_shape[update.flatten(1).shape].append((parameter, update.flatten(1)))
+        for (rows, columns), pairs in by_shape.items():
+            orthogonal = orthogonalize(torch.stack([update for _, update in pairs]))
+            rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+            for (parameter, _), update in zip(pairs, orthogonal, strict=True):
+                parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.add_(update.view(parameter.shape), alpha=-rate)
+
+    def _step_others(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """Adam with its bias correction."""
+        (beta1, beta2), grads = group["betas"], [_grad(parameter) for parameter in params]
+        means, squares = self._state(params, "mean"), self._state(params, "square")
+        steps = group["steps"] = group.get("steps", 0) + 1
+        torch._foreach_lerp_(means, grads, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, grads, grads, 1 - beta2)
+        divisors = torch._foreach_sqrt(squares)
+        torch._foreach_div_(divisors, math.sqrt(1 - beta2**steps))
+        torch._foreach_add_(divisors, group["eps"])
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_addcdiv_(params, means, divisors, -group["lr"] / (1 - beta1**steps))
+
+    def _state(self, params: list[Tensor], name: str) -> list[Tensor]:
+        for parameter in params:
+            if name not in self.state[parameter]:
+                self.state[parameter][name] = torch.zeros_like(parameter)
+        return [self.state[parameter][name] for parameter in params]
+
+
+def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
+    """``U V^T`` of each matrix ``U S V^T``, roughly: singular values come out between about 0.7 and 1.2.
+
+    The Newton-Schulz iteration of the fifth degree with the coefficients of the source, tuned for few iterations:
+    ``X <- (a I + b X X^T + c (X X^T)^2) X``. All factors are polynomials of the first ``X X^T`` and commute, so the
+    iteration runs on this matrix alone and ``X`` is multiplied once: a step of SmallInception (400 k parameters) took
+    10 ms instead of 16 on two CPU cores.
+
+    Args:
+        matrices: ``[N, rows, columns]``.
+        num_iterations: 5 suffice for singular values down to about a thousandth of the largest.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
+    x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    gram = x @ x.mT
+    product = None
+    for _ in range(num_iterations):
+        square = gram @ gram
+        factor = torch.diag_embed(torch.full_like(gram[..., 0], a)) + b * gram + c * square
+        product = factor if product is None else factor @ product
+        gram = factor @ gram @ factor
+    x = product @ x
+    return x if matrices.shape[-2] <= matrices.shape[-1] else x.mT
+
+
+def _grad(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad

@@ -1,0 +1,208 @@
+"""A pruning run that is stopped or killed, and resumed by a new process, ends in the bits of one never stopped."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from tests_pruning_run import STEPS, fit, pruning
+from tests_stop_after import StopAfter
+from torch import Tensor
+
+from project.callbacks import EMA
+from project.compression import Gradual, Iterative, Pruner
+from project.paths import Run
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+COMPARED = ("state_dict", "ema_raw_weights", "optimizer_states", "lr_schedulers", "epoch", "global_step")
+
+
+def same(first: Any, second: Any) -> bool:
+    """Equal to the last bit, through dictionaries and lists."""
+    if isinstance(first, Tensor):
+        return isinstance(second, Tensor) and torch.equal(first, second)
+    if isinstance(first, dict):
+        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
+    if isinstance(first, list | tuple):
+        return len(first) == len(second) and all(map(same, first, second))
+    return bool(first == second)
+
+
+def assert_same_runs(resumed: Run, whole: Run) -> None:
+    """All checkpoints, with masks, averages and optimizer."""
+    paths = sorted(path.name for path in whole.checkpoints.glob("*.ckpt"))
+    assert paths == sorted(path.name for path in resumed.checkpoints.glob("*.ckpt") if not path.name.startswith("."))
+    for name in paths:
+        first, second = (torch.load(run.checkpoints / name, weights_only=True) for run in (resumed, whole))
+        assert [key for key in COMPARED if not same(first.get(key), second.get(key))] == [], name
+        states = [content.get("callbacks", {}) for content in (first, second)]
+        for key in ("IterativeMagnitudePruning", "EMA"):
+            assert same(*(state.get(key) for state in states)), (name, key)
+
+
+# -- stopped after an epoch ------------------------------------------------------------------------------------------
+
+CALLBACKS: dict[str, Callable[[], list[Any]]] = {
+    "rewind": lambda: [pruning(schedule=Iterative(0.3, 2), after="rewind", rewind_to="5it")],
+    "reinit random": lambda: [
+        EMA(0.8),
+        pruning(schedule=Iterative(0.3, 2), pruner=Pruner(criterion="random"), after="reinit"),
+    ],
+    "finetune units": lambda: [
+        pruning(schedule=Iterative(0.3, 2), pruner=Pruner("units", exclude=["fc"]), thin=True),
+        EMA(0.8),
+    ],
+    "rewind_lr obd": lambda: [
+        pruning(schedule=Iterative(0.3, 2), pruner=Pruner(criterion="obd", num_images=40), after="rewind_lr"),
+        EMA(0.8),
+    ],
+    "gradual": lambda: [pruning(schedule=Gradual(0.8, 0.5, 5.0, every_n_steps=4)), EMA(0.8)],
+}
+
+
+@pytest.mark.parametrize("stops", [(3,), (2, 4)], ids=["in a round", "between rounds"])
+@pytest.mark.parametrize("callbacks", CALLBACKS)
+def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks, stops):
+    make, epochs = CALLBACKS[callbacks], 6 if callbacks == "gradual" else 2
+    whole = fit(tmp_path / "whole", *make(), epochs=epochs).run
+    run = None
+    for number, stop in enumerate((*stops, 99)):
+        outcome = fit(tmp_path / "resumed", *make(), StopAfter(stop), epochs=epochs, seed=number, resume=run)
+        run = outcome.run
+        assert outcome.trainer.global_step == STEPS * min(stop, 6)
+    assert_same_runs(run, whole)
+    assert run.metrics.read_text() == whole.metrics.read_text()
+
+
+# -- killed --------------------------------------------------------------------------------------------------------
+
+CONFIG = """
+data:
+  class_path: project.data.Digits
+  init_args: {batch_size: 64}
+model:
+  net: tests_pruning_run.TinyNet
+  schedule: {class_path: project.schedules.Linear}
+trainer:
+  max_epochs: 2
+  limit_train_batches: 6
+  accelerator: cpu
+  observe: false
+  test_after_fit: false
+  callbacks:
+    - class_path: tests_pruning_run.Brake
+    - class_path: project.callbacks.IterativeMagnitudePruning
+      init_args:
+        schedule: {class_path: project.compression.Iterative, init_args: {fraction: 0.3, rounds: 3}}
+        report: false
+"""
+EMA_TOO = {"class_path": "project.callbacks.EMA", "init_args": {"decay": 0.9}}
+RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "weights, rewind 5it": ({"after": "rewind", "rewind_to": "5it"}, []),
+    "units, finetune, EMA": ({"after": "finetune", "pruner.structure": "units", "pruner.exclude": ["fc"]}, [EMA_TOO]),
+    "weights, rewind_lr, EMA, OBD": (
+        {"after": "rewind_lr", "pruner.criterion": "obd", "pruner.num_images": 40},
+        [EMA_TOO],
+    ),
+}
+LEVELS = 4
+LEVEL_STEPS = 2 * STEPS
+
+
+def config_of(name: str, path: Path) -> Path:
+    options, more = RUNS[name]
+    config = yaml.safe_load(CONFIG)
+    init_args = config["trainer"]["callbacks"][1]["init_args"]
+    for key, value in options.items():
+        if key.startswith("pruner."):
+            pruner = init_args.setdefault("pruner", {"class_path": "project.compression.Pruner", "init_args": {}})
+            pruner["init_args"][key.removeprefix("pruner.")] = value
+        else:
+            init_args[key] = value
+    config["trainer"]["callbacks"] += more
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+class Process:
+    """``project fit`` in a process of its own, and how far it is."""
+
+    def __init__(self, config: Path, logs: Path) -> None:
+        configured = list(logs.glob("killed/version_*/config.yaml"))  # not yet, when it was killed before that
+        start = (
+            ["--resume", str(logs / "killed")]
+            if configured
+            else ["--config", str(config), "--trainer.experiment=killed"]
+        )
+        for steps in logs.glob("killed/version_*/steps.txt"):
+            steps.unlink()
+        self.logs = logs
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "project", "fit", *start],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def wait_for(self, step: int) -> None:
+        """Until the optimizer step with this number begins."""
+        deadline = time.monotonic() + 120
+        while True:
+            lines = [line for path in self.logs.glob("killed/version_*/steps.txt") for line in path.read_text().split()]
+            if lines and int(lines[-1]) >= step:
+                return
+            assert self.process.poll() is None, self.process.communicate()[1]
+            assert time.monotonic() < deadline, f"step {step} does not come"
+            time.sleep(0.002)
+
+    def kill(self) -> bool:
+        """Whether it was still running."""
+        self.process.kill()
+        _, errors = self.process.communicate()
+        assert self.process.returncode in (0, -signal.SIGKILL), errors
+        return self.process.returncode != 0
+
+    def finish(self) -> None:
+        _, errors = self.process.communicate(timeout=120)
+        assert self.process.returncode == 0, errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_any_moment_and_resumed_is_never_killed(name, tmp_path, logs, command):
+    """SIGKILL, once in each level and once while a process starts: at a random step, and then a random moment that may
+    be in a step, in validation, while checkpoints are written or a round begins.
+    """
+    config = config_of(name, tmp_path / "pruning.yaml")
+    status, _, errors = command("fit", "--config", config, "--trainer.experiment=whole")
+    assert status == 0, errors
+
+    chosen = random.Random(name)
+    steps: list[int | None] = [LEVEL_STEPS * level + chosen.randrange(LEVEL_STEPS - 2) for level in range(LEVELS)]
+    steps.insert(chosen.randrange(LEVELS + 1), None)  # while it starts
+    num_kills = 0
+    for step in steps:
+        process = Process(config, logs)
+        if step is not None:
+            process.wait_for(step)
+        time.sleep(chosen.uniform(0, 6.0 if step is None else 0.1))
+        num_kills += process.kill()
+    assert num_kills >= LEVELS
+    Process(config, logs).finish()
+    killed, whole = Run.find(logs / "killed"), Run.find(logs / "whole")
+    assert_same_runs(killed, whole)
+    rows, expected = (run.metrics.read_text().splitlines() for run in (killed, whole))
+    # Lightning logs an epoch's means after its checkpoint: killed between the two, the run never has that row
+    assert rows == [row for row in expected if row in rows]
+    assert len(expected) - len(rows) <= num_kills

@@ -1,0 +1,173 @@
+"""For the tests of pruning: runs in miniature (digits, two convolutions, rounds of an epoch or two), and witnesses."""
+
+import time
+from copy import deepcopy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from torch import Tensor, nn
+
+from project.callbacks import IterativeMagnitudePruning
+from project.data import Digits
+from project.models import Classifier
+from project.models.layers import ConvNormAct, GlobalAvgPool, init_weights_
+from project.paths import Run
+from project.schedules import Linear
+from project.trainer import Trainer
+
+STEPS = 6
+"""Optimizer steps of an epoch."""
+PRUNED = ("conv1.conv.weight", "conv2.conv.weight")
+"""What the default pruner prunes of :class:`TinyNet`: 72 and 1152 weights."""
+NUM_PRUNED = 72 + 1152
+
+
+class TinyNet(nn.Module):
+    """Convolutions of 8 and 16 channels, dropout, linear: ``[N, 1, 8, 8] -> [N, 10]``."""
+
+    def __init__(self, num_classes: int = 10, image_shape: tuple[int, int, int] = (1, 8, 8)) -> None:
+        super().__init__()
+        self.conv1 = ConvNormAct(image_shape[0], 8, 3, 2)
+        self.conv2 = ConvNormAct(8, 16, 3)
+        self.pool = GlobalAvgPool()
+        self.dropout = nn.Dropout(0.2)
+        self.fc = nn.Linear(16, num_classes)
+        init_weights_(self, nn.init.kaiming_normal_)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.dropout(self.pool(self.conv2(self.conv1(images)))))
+
+
+class DigitsOnce(Digits):
+    """Reads the images once for all tests."""
+
+    _read: dict[bool, tuple[Tensor, Tensor]] = {}
+
+    def load(self, train: bool) -> tuple[Tensor, Tensor]:
+        if train not in self._read:
+            self._read[train] = super().load(train)
+        return self._read[train]
+
+
+@dataclass
+class Moment:
+    """The net and its optimizer at one moment."""
+
+    weights: dict[str, Tensor]
+    lr: float
+    state: dict[int, Any]
+    """The optimizer's, such as momentum."""
+
+
+class Watch(Callback):
+    """Keeps the net before each step (by the step's number) and after it; give it after the callback it watches."""
+
+    def __init__(self) -> None:
+        self.before: dict[int, Moment] = {}
+        self.after: dict[int, Moment] = {}
+
+    def on_train_batch_start(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
+        self.before[trainer.global_step] = _moment(trainer, pl_module)
+
+    def on_train_batch_end(self, trainer: LightningTrainer, pl_module: LightningModule, *_: Any) -> None:
+        self.after[trainer.global_step - 1] = _moment(trainer, pl_module)
+
+
+def _moment(trainer: LightningTrainer, module: LightningModule) -> Moment:
+    (optimizer,) = trainer.optimizers
+    state = deepcopy(optimizer.state_dict()["state"])
+    return Moment(state_of(module.net), optimizer.param_groups[0]["lr"], state)  # type: ignore[arg-type]
+
+
+class SaveMasks(Callback):
+    """Writes each process's masks and weights into the run's folder."""
+
+    def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        (callback,) = (each for each in trainer.callbacks if isinstance(each, IterativeMagnitudePruning))  # type: ignore[attr-defined]
+        content = {"masks": callback.masks, "weights": state_of(pl_module.net)}  # type: ignore[arg-type]
+        torch.save(content, trainer.run.folder / f"process_{trainer.global_rank}.pt")  # type: ignore[attr-defined]
+
+
+@dataclass
+class Outcome:
+    """What a fit left."""
+
+    trainer: Trainer
+    model: Classifier
+    run: Run
+
+
+def pruning(**options: Any) -> IterativeMagnitudePruning:
+    """Our callback without the measurements at the end."""
+    return IterativeMagnitudePruning(**{"report": False, "thin": False, **options})
+
+
+def sgd(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.01)
+
+
+def fit(
+    folder: Path,
+    *callbacks: Callback,
+    epochs: int | None = 2,
+    seed: int = 0,
+    optimizer: Any = sgd,
+    channels_last: bool = True,
+    resume: Run | None = None,
+    **options: Any,
+) -> Outcome:
+    """A run in ``folder``, of ``epochs`` before anything is pruned, or one that is resumed by a new process's net."""
+    torch.manual_seed(seed)
+    model = Classifier(TinyNet(), 10, (1, 8, 8), optimizer=optimizer, schedule=Linear(), channels_last=channels_last)
+    fixed = {"accelerator": "cpu", "logger": False, "observe": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        experiment="pruning",
+        logs_dir=str(folder),
+        callbacks=list(callbacks),
+        max_epochs=epochs,
+        limit_train_batches=STEPS,
+        num_sanity_val_steps=0,
+        test_after_fit=False,
+        **fixed,
+        **options,
+    )
+    trainer.fit(model, datamodule=DigitsOnce(batch_size=64, seed=0), resume=resume and str(resume.folder))
+    assert trainer.run is not None
+    trainer.run.config.touch()  # what the command line writes, and a resume looks for
+    return Outcome(trainer, model, trainer.run)
+
+
+def state_of(net: nn.Module) -> dict[str, Tensor]:
+    return {name: value.detach().clone() for name, value in net.state_dict().items()}
+
+
+def weights_of(checkpoint: Path, key: str = "state_dict") -> dict[str, Tensor]:
+    """The net's weights in a checkpoint, by their names in the net."""
+    content = torch.load(checkpoint, weights_only=True)[key]
+    return {name.removeprefix("net."): value for name, value in content.items() if name.startswith("net.")}
+
+
+def masked(weights: dict[str, Tensor], masks: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value * masks[name] if name in masks else value for name, value in weights.items()}
+
+
+def num_zeros(weights: dict[str, Tensor]) -> int:
+    return sum(int((weights[name] == 0).sum()) for name in PRUNED)
+
+
+def differences(first: dict[str, Tensor], second: dict[str, Tensor]) -> list[str]:
+    """The names whose bits differ."""
+    return [name for name in {**first, **second} if not torch.equal(first[name], second[name])]
+
+
+class Brake(Callback):
+    """Tells another process each step in the run's folder, and waits for a moment, so that it can be killed there."""
+
+    def on_train_batch_start(self, trainer: LightningTrainer, *_: Any) -> None:
+        with (trainer.run.folder / "steps.txt").open("a") as file:  # type: ignore[attr-defined]
+            file.write(f"{trainer.global_step}\n")
+        time.sleep(0.01)
