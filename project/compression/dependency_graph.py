@@ -114,7 +114,6 @@ class _Tracer:
                     except _InexactError as reason:
                         self.reasons[name] = str(reason)
         self._refuse_what_does_not_vanish()
-        self._refuse_what_is_coupled_to_refused()
 
     def _build(self) -> Any:
         import torch_pruning  # late: only thinning needs it
@@ -224,13 +223,6 @@ class _Tracer:
         with torch.no_grad():
             self.net(self.images)
         return alive
-
-    def _refuse_what_is_coupled_to_refused(self) -> None:
-        refused = set(self.reasons)
-        for layer, group in list(self.groups.items()):
-            if bound := refused.intersection(group.outputs):
-                del self.groups[layer]
-                self.reasons[layer] = f"it shares its units with {min(bound)}, whose units stay"
 
 
 def _random_half(group: UnitGroup) -> set[int]:

@@ -139,6 +139,7 @@ class ConvNormAct(nn.Sequential):
         norm: factory of the norm; the convolution has a bias only without one (batch norm's shift replaces it,
             Ioffe & Szegedy 2015, sec. 3.2).
         activation: factory of the activation.
+        pool: factory of a pooling between convolution and norm: what follows it then acts on fewer pixels.
     """
 
     def __init__(
@@ -151,6 +152,7 @@ class ConvNormAct(nn.Sequential):
         *,
         norm: NormFactory = BatchNorm,
         activation: Callable[[], nn.Module] = ReLU,
+        pool: Callable[[], nn.Module] | None = None,
     ) -> None:
         height, width = (kernel_size, kernel_size) if isinstance(kernel_size, int) else kernel_size
         if padding is None:
@@ -159,6 +161,8 @@ class ConvNormAct(nn.Sequential):
         super().__init__()
         bias = isinstance(normed, nn.Identity)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
+        if pool is not None:
+            self.pool = pool()
         self.norm = normed
         self.act = activation()
 

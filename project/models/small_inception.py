@@ -4,7 +4,8 @@ The block is figure 2b of Szegedy et al. 2014 (arXiv:1409.4842) with the 5x5 as 
 arXiv:1512.00567, figure 5); stem of plain convolutions first, then blocks, then global average pooling, dropout and one
 linear layer, as in both papers. The scale is ours: a max pooling after each convolution of the stem halves the image
 while more than 16 pixels are left, one before each stage while more than 4 are. No convolution has a stride: of a
-small image the first one sees every pixel. Widths are multiples of 8: vectors stay full.
+small image the first one sees every pixel. In the stem the norm comes after the pooling, on a quarter of the pixels.
+Widths are multiples of 8: vectors stay full.
 """
 
 from collections.abc import Callable
@@ -78,15 +79,12 @@ class SmallInception(nn.Module):
         self.stem = nn.Sequential()
         for wished in stem:
             out_channels = scale_channels(wished, width)
-            self.stem.append(conv(channels, out_channels, 3))
-            channels = out_channels
-            if side > 16:
-                self.stem.append(nn.MaxPool2d(2, ceil_mode=True))
-                side = -(-side // 2)
+            self.stem.append(conv(channels, out_channels, 3, pool=_max_pool if side > 16 else None))
+            channels, side = out_channels, -(-side // 2) if side > 16 else side
         self.blocks = nn.Sequential()
         for stage in stages:
             if side > 4:
-                self.blocks.append(nn.MaxPool2d(2, ceil_mode=True))
+                self.blocks.append(_max_pool())
                 side = -(-side // 2)
             for wished in stage:
                 block = Inception(
@@ -106,6 +104,10 @@ class SmallInception(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         check_images(images, self.image_shape, self)
         return self.fc(self.dropout(self.pool(self.blocks(self.stem(images)))))
+
+
+def _max_pool() -> nn.Module:
+    return nn.MaxPool2d(2, ceil_mode=True)
 
 
 def _widths(channels: int) -> tuple[int, int, int, int, int, int]:

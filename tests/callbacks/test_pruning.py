@@ -111,6 +111,8 @@ def test_best_is_of_the_last_level_even_if_all_before_were_better(tmp_path, sche
     callbacks = [pruning(schedule=schedule), Accuracy(), BestAndLast("val/wished")]
     run = fit(tmp_path, *callbacks, epochs=4).run
     assert num_zeros(weights_of(run.best_checkpoint)) == round(0.8 * NUM_PRUNED)
+    kept = [torch.load(path, weights_only=True)["epoch"] for path in sorted(run.checkpoints.glob("level_*.ckpt"))]
+    assert kept == ([2] if isinstance(schedule, Gradual) else [0, 4, 8])  # the first after each pruning is the best
 
 
 @pytest.mark.parametrize(

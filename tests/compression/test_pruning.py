@@ -15,6 +15,7 @@ from project.compression import (
     QualityFactors,
     Sparsities,
     apply_masks_,
+    plan_thinning,
     removed_units,
     sparsity,
 )
@@ -200,6 +201,32 @@ def test_removed_units_are_those_whose_weights_norms_and_biases_are_zero():
             values = net.get_parameter(name).detach()
             assert (values.view(len(values), -1) == 0).all(1).nonzero().flatten().tolist() == removed[group.layer], name
     assert removed_units(groups, {}) == {}
+
+
+def test_layers_that_a_residual_connection_couples_lose_the_same_units_and_can_be_thinned():
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.block = nn.Conv2d(1, 8, 3), nn.Conv2d(8, 8, 3, padding=1)
+            self.fc = nn.Linear(8, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            x = self.stem(images)
+            return self.fc((x + self.block(x.relu())).mean((2, 3)))
+
+    torch.manual_seed(0)
+    net, pruner = Residual(), Pruner("units", exclude=["fc"])
+    groups = pruner.groups(net, SHAPE)
+    masks = prune(net, pruner, 0.5)
+    assert len(groups) == 1 and set(masks) == {"stem.weight", "stem.bias", "block.weight", "block.bias"}
+    removed = removed_units(groups, masks)
+    assert set(removed) == {"stem", "block"} and removed["stem"] == removed["block"] and len(removed["stem"]) == 4
+    apply_masks_(net, masks)
+    images = digits()["images"]
+    before = net(images)
+    plan_thinning(net, removed, SHAPE).apply_(net)
+    assert net.stem.out_channels == net.block.in_channels == net.block.out_channels == 4
+    torch.testing.assert_close(net(images), before)
 
 
 # -- which layers --------------------------------------------------------------------------------------------------

@@ -324,6 +324,7 @@ class Own(nn.Module):
         (lambda x: x.softmax(dim=1), {}, "SoftmaxBackward0, which may mix channels"),
         (lambda x: x - x.mean(dim=1, keepdim=True), {}, "MeanBackward1, which may mix"),
         (lambda x: x - x.mean(dim=-3, keepdim=True), {}, "MeanBackward1, which may mix"),
+        (lambda x: x - x.flatten(2).mean(dim=-2).view(-1, 1, *x.shape[2:]), {}, "MeanBackward1, which may mix"),
         (lambda x: x - x.sum(), {}, "SumBackward0, which may mix"),
         (lambda x: x.roll(1, dims=1), {}, "RollBackward0, which may mix"),
         (nn.BatchNorm2d(8, affine=False), {}, r"between \(BatchNorm2d\) has no scale and shift"),
