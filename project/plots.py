@@ -128,6 +128,28 @@ def plot_curves(metrics: "str | PathLike[str] | Mapping[str, Curve]") -> "Figure
     return figure
 
 
+def plot_levels(points: Sequence[tuple[float, float]], score: str) -> "Figure":
+    """A score against the share of weights left, on a logarithmic axis that runs from dense to sparse.
+
+    Args:
+        points: (share of weights left in (0, 1], score), level by level.
+        score: its name.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([100 * left for left, _ in points], [value for _, value in points], marker="o", markersize=4)
+    axes.set_xscale("log")
+    axes.invert_xaxis()
+    axes.set_xticks([100 * left for left, _ in points], [f"{100 * left:.3g}" for left, _ in points])
+    axes.minorticks_off()
+    axes.set_xlabel("weights left (%)")
+    axes.set_ylabel(f"best {score}")
+    axes.grid(alpha=0.3)
+    return figure
+
+
 def read_curves(path: str | PathLike[str]) -> dict[str, Curve]:
     """The columns of a ``metrics.csv`` over its ``epoch`` column; empty cells, and what test wrote, are left out."""
     with Path(path).open(newline="") as file:

@@ -54,7 +54,7 @@ def main() -> None:
     parser.add_argument("--config", default="configs/lottery_ticket.yaml")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, one thread each")
-    parser.add_argument("--output", type=Path, default=ROOT / "docs")
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="an existing folder")
     parser.add_argument("options", nargs="*", help="further options of project fit, after --")
     args = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from project.plots import figure_to_image, plot_confusion_matrix, plot_curves, plot_images, read_curves
+from project.plots import figure_to_image, plot_confusion_matrix, plot_curves, plot_images, plot_levels, read_curves
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -59,3 +59,9 @@ def test_curves_of_nothing_are_refused(tmp_path):
 def test_no_global_state_of_pyplot_is_touched():
     plot_images(torch.zeros(1, 1, 8, 8))
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_levels_run_from_dense_to_sparse():
+    axes = plot_levels([(1.0, 0.90), (0.5, 0.91), (0.1, 0.8)], "val/accuracy").axes[0]
+    left, right = axes.get_xlim()
+    assert left > right and list(axes.lines[0].get_xdata()) == [100.0, 50.0, 10.0]

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.compression_report import Step, report_steps
 from project.callbacks.ema import EMA
-from project.callbacks.places import run_of, tensorboard
+from project.callbacks.places import run_of, show_figure, tensorboard
 from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, sparsity
 from project.compression.sparsity_schedules import Gradual, Iterative, QualityFactors, Rounds, share_to_take
 from project.compression.thinning import plan_thinning
@@ -29,6 +29,7 @@ from project.data import ImageDataModule
 from project.models.classifier import Classifier, Phase
 from project.models.layers import reinit_
 from project.paths import write_whole
+from project.plots import plot_levels
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ class IterativeMagnitudePruning(Callback):
         self.masks: Masks = {}
         self.rewound: dict[str, Tensor] = {}
         """The net's state at ``rewind_to``."""
-        self.levels: list[dict[str, float | None]] = []
+        self.levels: list[dict[str, Any]] = []
         """Of each level that is finished: its sparsity and its best validation score."""
         self._groups: list[Group] = []
         self._amounts = [] if isinstance(self.schedule, Gradual) else self.schedule.amounts()
@@ -160,9 +161,7 @@ class IterativeMagnitudePruning(Callback):
             return
         steps = [Step("dense", run.level_checkpoint(0))] if self._amounts else []
         for number in range(bool(self._amounts), self.round + 1):
-            steps.append(
-                Step(f"pruned {100 * float(self.levels[number]['sparsity'] or 0):.2f} %", run.level_checkpoint(number))
-            )
+            steps.append(Step(f"pruned {100 * self.levels[number]['sparsity']:.2f} %", run.level_checkpoint(number)))
         if self.pruner.structure == "units" and self.thin:
             self._thin(pl_module, run.level_checkpoint(self.round), run.best_checkpoint)
             steps.append(Step("thinned", run.best_checkpoint))
@@ -273,9 +272,9 @@ class IterativeMagnitudePruning(Callback):
         level = run.level_checkpoint(number)
         if source.is_file() and not level.is_file():
             write_whole(level, lambda part: shutil.copyfile(source, part))
-        if (writer := tensorboard(trainer)) is not None and score is not None:
-            left = round(100 * (1 - float(self.levels[number]["sparsity"] or 0)), 2)
-            writer.add_scalar("pruning/score by weights left in hundredths of a percent", score, round(100 * left))
+        points = [(1 - level["sparsity"], level["score"]) for level in self.levels if level["score"] is not None]
+        if len(points) > 1:
+            show_figure(trainer, "pruning/score_by_weights_left", plot_levels(points, str(best.monitor)))
 
     def _thin(self, module: Classifier, source: Path, target: Path) -> None:
         """A checkpoint of the net without the units that the masks take, to test, export or train on."""

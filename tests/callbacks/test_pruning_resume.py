@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Trainer
 from tests_pruning_run import STEPS, fit, pruning
 from tests_stop_after import StopAfter
 from torch import Tensor
 
-from project.callbacks import EMA
+from project.callbacks import EMA, BestAndLast
 from project.compression import Gradual, Iterative, Pruner
 from project.paths import Run
 
@@ -80,6 +81,35 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks, stops):
         assert outcome.trainer.global_step == STEPS * min(stop, 6)
     assert_same_runs(run, whole)
     assert run.metrics.read_text() == whole.metrics.read_text()
+
+
+class FailBetween(BestAndLast):
+    """Ends the process after ``best.ckpt`` of an epoch is written and before ``last.ckpt`` is."""
+
+    def __init__(self, epoch: int) -> None:
+        super().__init__()
+        self.epoch = epoch
+
+    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        if trainer.current_epoch == self.epoch:
+            raise RuntimeError("no power")
+        super()._save_last_checkpoint(trainer, monitor_candidates)
+
+
+@pytest.mark.parametrize("epoch", [2, 4])
+def test_a_level_is_its_own_though_best_is_already_of_the_next(tmp_path, epoch):
+    """The first epoch of a round has written ``best.ckpt``, but is to be trained again: the level before is kept."""
+    make = CALLBACKS["rewind_lr obd"]
+    whole = fit(tmp_path / "whole", *make()).run
+    with pytest.raises(RuntimeError, match="no power"):
+        fit(tmp_path / "resumed", *make(), FailBetween(epoch))
+    run = Run(tmp_path / "resumed/pruning/version_0")
+    run.config.touch()
+    best = torch.load(run.best_checkpoint, weights_only=True)
+    assert best["callbacks"]["IterativeMagnitudePruning"]["round"] == epoch // 2
+    assert torch.load(run.last_checkpoint, weights_only=True)["epoch"] == epoch - 1
+    resumed = fit(tmp_path / "resumed", *make(), FailBetween(99), seed=1, resume=run).run
+    assert_same_runs(resumed, whole)
 
 
 # -- killed --------------------------------------------------------------------------------------------------------
