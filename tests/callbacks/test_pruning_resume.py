@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Trainer
-from tests_pruning_run import STEPS, fit, pruning
+from tests_pruning_run import STEPS, differences, fit, pruning, state_of
 from tests_stop_after import StopAfter
 from torch import Tensor
 
@@ -73,14 +73,15 @@ CALLBACKS: dict[str, Callable[[], list[Any]]] = {
 @pytest.mark.parametrize("callbacks", CALLBACKS)
 def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks, stops):
     make, epochs = CALLBACKS[callbacks], 6 if callbacks == "gradual" else 2
-    whole = fit(tmp_path / "whole", *make(), epochs=epochs).run
+    whole = fit(tmp_path / "whole", *make(), epochs=epochs)
     run = None
     for number, stop in enumerate((*stops, 99)):
         outcome = fit(tmp_path / "resumed", *make(), StopAfter(stop), epochs=epochs, seed=number, resume=run)
         run = outcome.run
         assert outcome.trainer.global_step == STEPS * min(stop, 6)
-    assert_same_runs(run, whole)
-    assert run.metrics.read_text() == whole.metrics.read_text()
+    assert_same_runs(run, whole.run)
+    assert not differences(state_of(outcome.model.net), state_of(whole.model.net))
+    assert run.metrics.read_text() == whole.run.metrics.read_text()
 
 
 class FailBetween(BestAndLast):
@@ -129,6 +130,7 @@ trainer:
   test_after_fit: false
   callbacks:
     - class_path: tests_pruning_run.Brake
+    - class_path: tests_pruning_run.SaveMasks
     - class_path: project.callbacks.IterativeMagnitudePruning
       init_args:
         schedule: {class_path: project.compression.Iterative, init_args: {fraction: 0.3, rounds: 3}}
@@ -150,7 +152,7 @@ LEVEL_STEPS = 2 * STEPS
 def config_of(name: str, path: Path) -> Path:
     options, more = RUNS[name]
     config = yaml.safe_load(CONFIG)
-    init_args = config["trainer"]["callbacks"][1]["init_args"]
+    init_args = config["trainer"]["callbacks"][2]["init_args"]
     for key, value in options.items():
         if key.startswith("pruner."):
             pruner = init_args.setdefault("pruner", {"class_path": "project.compression.Pruner", "init_args": {}})
@@ -219,7 +221,8 @@ def test_killed_at_any_moment_and_resumed_is_never_killed(name, tmp_path, logs, 
     assert status == 0, errors
 
     chosen = random.Random(name)
-    steps: list[int | None] = [LEVEL_STEPS * level + chosen.randrange(LEVEL_STEPS - 2) for level in range(LEVELS)]
+    starts = [LEVEL_STEPS * level for level in range(LEVELS)]
+    steps: list[int | None] = [start + chosen.randrange(LEVEL_STEPS - 4) for start in starts]
     steps.insert(chosen.randrange(LEVELS + 1), None)  # while it starts
     num_kills = 0
     for step in steps:
@@ -232,7 +235,10 @@ def test_killed_at_any_moment_and_resumed_is_never_killed(name, tmp_path, logs, 
     Process(config, logs).finish()
     killed, whole = Run.find(logs / "killed"), Run.find(logs / "whole")
     assert_same_runs(killed, whole)
+    ends = [torch.load(run.folder / "process_0.pt", weights_only=True) for run in (killed, whole)]
+    assert same(*ends) and ends[0]["masks"]
     rows, expected = (run.metrics.read_text().splitlines() for run in (killed, whole))
+    rows = list(dict.fromkeys(rows))  # twice, where there was no checkpoint yet
     # Lightning logs an epoch's means after its checkpoint: killed between the two, the run never has that row
     assert rows == [row for row in expected if row in rows]
     assert len(expected) - len(rows) <= num_kills
