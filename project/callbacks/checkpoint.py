@@ -40,6 +40,11 @@ class BestAndLast(ModelCheckpoint):
         best = Path(str(self.dirpath)) / Path(state_dict["best_model_path"]).name
         super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_model_path": str(best)})
 
+    def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
+        """Lightning 2.6 writes the last checkpoint only in epochs that wrote another: every epoch counts as one."""
+        super()._save_topk_checkpoint(trainer, monitor_candidates)
+        self._last_global_step_saved = trainer.global_step
+
     def forget_best(self) -> None:
         """What comes now is compared with nothing before it; ``best.ckpt`` stays until the next is saved."""
         self.best_model_score = self.current_score = None
