@@ -84,16 +84,12 @@ class Muon(Optimizer):
         grads = [_grad(parameter) for parameter in params]
         momenta = self._state(params, "momentum")
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        updates = torch._foreach_lerp(grads, momenta, group["momentum"])
-        by_shape = defaultdict(list)
-        for parameter, update in zip(params, updates, strict=True):
-            by_shape[update.flatten(1).shape].append((parameter, update.flatten(1)))
-        for (rows, columns), pairs in by_shape.items():
-            orthogonal = orthogonalize(torch.stack([update for _, update in pairs]))
-            rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
-            for (parameter, _), update in zip(pairs, orthogonal, strict=True):
-                parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update.view(parameter.shape), alpha=-rate)
+        directions = torch._foreach_lerp(grads, momenta, group["momentum"])
+        updates = orthogonalize([update.flatten(1) for update in directions])
+        rates = [-group["lr"] * math.sqrt(max(1.0, len(update) / update.shape[1])) for update in updates]
+        torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_mul_(updates, rates)
+        torch._foreach_add_(params, [u.view(p.shape) for u, p in zip(updates, params, strict=True)])
 
     def _step_others(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Adam with its bias correction."""
@@ -116,30 +112,42 @@ class Muon(Optimizer):
         return [self.state[parameter][name] for parameter in params]
 
 
-def orthogonalize(matrices: Tensor, num_iterations: int = 5) -> Tensor:
+def orthogonalize(matrices: list[Tensor], num_iterations: int = 5) -> list[Tensor]:
     """``U V^T`` of each matrix ``U S V^T``, roughly: singular values come out between about 0.7 and 1.2.
 
     The Newton-Schulz iteration of the fifth degree with the coefficients of the source, tuned for few iterations:
     ``X <- (a I + b X X^T + c (X X^T)^2) X``. All factors are polynomials of the first ``X X^T`` and commute, so the
-    iteration runs on this matrix alone and ``X`` is multiplied once: a step of SmallInception (400 k parameters) took
-    10 ms instead of 16 on two CPU cores.
+    iteration runs on this matrix alone, for all layers with as many rows at once, and ``X`` is multiplied once: a
+    step of SmallInception (400 k parameters) took 10 ms instead of 16 on two CPU cores.
 
     Args:
-        matrices: ``[N, rows, columns]``.
+        matrices: each ``[rows, columns]``.
         num_iterations: 5 suffice for singular values down to about a thousandth of the largest.
     """
+    norms = torch._foreach_norm(matrices)
+    xs = [x / norm.clamp(min=1e-7) for x, norm in zip(matrices, norms, strict=True)]
+    wide = [x if len(x) <= x.shape[1] else x.mT for x in xs]
+    by_side = defaultdict(list)
+    for index, x in enumerate(wide):
+        by_side[len(x)].append(index)
+    for indices in by_side.values():
+        products = _newton_schulz(torch.stack([wide[index] @ wide[index].mT for index in indices]), num_iterations)
+        for index, product in zip(indices, products, strict=True):
+            wide[index] = product @ wide[index]
+    return [w if w.shape == x.shape else w.mT for w, x in zip(wide, matrices, strict=True)]
+
+
+def _newton_schulz(gram: Tensor, num_iterations: int) -> Tensor:
+    """The product of the iteration's factors, from ``X X^T`` ``[N, side, side]``."""
     a, b, c = 3.4445, -4.7750, 2.0315
-    wide = matrices if matrices.shape[-2] <= matrices.shape[-1] else matrices.mT
-    x = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
-    gram = x @ x.mT
-    product = None
-    for _ in range(num_iterations):
-        square = gram @ gram
-        factor = torch.diag_embed(torch.full_like(gram[..., 0], a)) + b * gram + c * square
-        product = factor if product is None else factor @ product
-        gram = factor @ gram @ factor
-    x = product @ x
-    return x if matrices.shape[-2] <= matrices.shape[-1] else x.mT
+    product = gram  # replaced by the first factor
+    for iteration in range(num_iterations):
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = torch.bmm(factor, product) if iteration else factor
+        if iteration + 1 < num_iterations:
+            gram = torch.bmm(torch.bmm(factor, gram), factor)
+    return product
 
 
 def _grad(parameter: Tensor) -> Tensor:

@@ -5,6 +5,7 @@
     <data>/                                 Paths().data     PROJECT_DATA_DIR, else ./data
     <logs>/<experiment>/<version>/          Run              PROJECT_LOGS_DIR, else ./logs
         config.yaml  environment.json  metrics.csv  summary.json  events.out.tfevents.*  checkpoints/{best,last}.ckpt
+    <cache>/                                Paths().cache    PROJECT_CACHE_DIR, else ~/.cache/project: compiled kernels
 """
 
 import os
@@ -27,6 +28,7 @@ class Paths:
     def __init__(self, data: str | os.PathLike[str] | None = None, logs: str | os.PathLike[str] | None = None) -> None:
         self.data = Path(data or os.environ.get("PROJECT_DATA_DIR") or _root() / "data")
         self.logs = Path(logs or os.environ.get("PROJECT_LOGS_DIR") or _root() / "logs")
+        self.cache = Path(os.environ.get("PROJECT_CACHE_DIR") or Path.home() / ".cache" / "project")
 
     def new_run(self, experiment: str) -> "Run":
         """The next free folder ``<logs>/<experiment>/version_N``; made at once, so that two runs never share one."""

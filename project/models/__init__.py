@@ -31,6 +31,7 @@ __all__ = [
     "LayerNorm",
     "LeNet5",
     "LeNet300100",
+    "MaxPool",
     "NaiveInception",
     "NoNorm",
     "ReLU",

@@ -32,6 +32,7 @@ from project.models.layers import (
     ConvFactory,
     DropoutFactory,
     GlobalAvgPool,
+    MaxPool,
     NoNorm,
     NormFactory,
     ReLU,
@@ -184,6 +185,6 @@ def _stem(in_channels: int, widths: tuple[int, ...], conv: ConvFactory, local_re
     return nn.Sequential(layers)
 
 
-def _halve() -> nn.MaxPool2d:
+def _halve() -> MaxPool:
     """3x3 max pooling of stride 2; windows hang over the right and lower edge, so that even sides are halved."""
-    return nn.MaxPool2d(3, stride=2, ceil_mode=True)
+    return MaxPool(3, stride=2, ceil_mode=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from project.models.layers import ConvFactory, ConvNormAct
+from project.models.layers import ConvFactory, ConvNormAct, MaxPool
 
 DropoutMaker = Callable[[], nn.Module]
 
@@ -59,7 +59,7 @@ class NaiveInception(Branches):
             conv1x1=conv(in_channels, conv1x1, 1),
             conv3x3=conv(in_channels, conv3x3, 3),
             conv5x5=conv(in_channels, conv5x5, 5),
-            pool=nn.MaxPool2d(3, stride=1, padding=1),
+            pool=MaxPool(3, stride=1, padding=1),
         )
         self.out_channels = conv1x1 + conv3x3 + conv5x5 + in_channels
 
@@ -86,7 +86,7 @@ class Inception(Branches):
         pool_proj: int,
         *,
         factorized: bool = False,
-        pool: Callable[[], nn.Module] = lambda: nn.MaxPool2d(3, stride=1, padding=1),
+        pool: Callable[[], nn.Module] = lambda: MaxPool(3, stride=1, padding=1),
         conv: ConvFactory = ConvNormAct,
         dropout: DropoutMaker = nn.Identity,
     ) -> None:

@@ -29,6 +29,7 @@ from project.models.layers import (
     ConvFactory,
     DropoutFactory,
     GlobalAvgPool,
+    MaxPool,
     NormFactory,
     ReLU,
     WeightInit,
@@ -127,9 +128,9 @@ def _stem(in_channels: int, widths: tuple[int, ...], conv: ConvFactory) -> nn.Se
             conv1=conv(in_channels, conv1, 3, 2, 0),
             conv2=conv(conv1, conv2, 3, 1, 0),
             conv3=conv(conv2, conv3, 3),
-            pool3=nn.MaxPool2d(3, stride=2),
+            pool3=MaxPool(3, stride=2),
             conv4=conv(conv3, conv4, 1),
             conv5=conv(conv4, conv5, 3, 1, 0),
-            pool5=nn.MaxPool2d(3, stride=2),
+            pool5=MaxPool(3, stride=2),
         )
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from project.models.inception_blocks import Branches, DropoutMaker
-from project.models.layers import ConvFactory, ConvNormAct
+from project.models.layers import ConvFactory, ConvNormAct, MaxPool
 
 _average_pool = partial(nn.AvgPool2d, 3, stride=1, padding=1)
 
@@ -173,7 +173,7 @@ class GridReduction(Branches):
             dropout,
             middle=nn.Sequential(*before, conv(reduce_middle or in_channels, middle, 3, 2, 0)),
             long=deep.append(conv(long, long, 3, 2, 0)),
-            pool=nn.MaxPool2d(3, stride=2),
+            pool=MaxPool(3, stride=2),
         )
         self.out_channels = middle + long + in_channels
 

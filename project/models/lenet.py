@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from project.models.layers import (
     ConvNormAct,
     DropoutFactory,
+    MaxPool,
     NoNorm,
     NormFactory,
     ReLU,
@@ -113,7 +114,7 @@ class LeNet5(nn.Module):
         self.image_shape = tuple(image_shape)
         self.conv1 = ConvNormAct(in_channels, 20, 5, padding=0, norm=norm, activation=conv_activation)
         self.conv2 = ConvNormAct(20, 50, 5, padding=0, norm=norm, activation=conv_activation)
-        self.pool = nn.MaxPool2d(2)
+        self.pool = MaxPool(2)
         self.conv_dropout1 = make_dropout(conv_dropout_type, conv_dropout, "conv_dropout")
         self.conv_dropout2 = make_dropout(conv_dropout_type, conv_dropout, "conv_dropout")
         self.norm1 = norm(500)

@@ -17,6 +17,7 @@ from project.models.layers import (
     BatchNorm,
     DropoutFactory,
     GlobalAvgPool,
+    MaxPool,
     NormFactory,
     ReLU,
     WeightInit,
@@ -37,6 +38,7 @@ class SmallInception(nn.Module):
         width: multiplies every channel count (rounded to a multiple of 8).
         stem: channels of the stem's 3x3 convolutions.
         stages: output channels of the Inception blocks, one list per stage.
+        pool_first: pool before the first stage too; without, its blocks see the stem's map.
         norm: factory of the norm, number of channels first.
         activation: factory of the activation.
         conv_dropout: rate after each branch of a block, in [0, 1).
@@ -56,6 +58,7 @@ class SmallInception(nn.Module):
         width: float = 1.0,
         stem: tuple[int, ...] = (32, 64),
         stages: tuple[tuple[int, ...], ...] = ((192,), (384,)),
+        pool_first: bool = True,
         norm: NormFactory = BatchNorm,
         activation: Callable[[], nn.Module] = ReLU,
         conv_dropout: float = 0.0,
@@ -82,8 +85,8 @@ class SmallInception(nn.Module):
             self.stem.append(conv(channels, out_channels, 3, pool=_max_pool if side > 16 else None))
             channels, side = out_channels, -(-side // 2) if side > 16 else side
         self.blocks = nn.Sequential()
-        for stage in stages:
-            if side > 4:
+        for number, stage in enumerate(stages):
+            if side > 4 and (number or pool_first):
                 self.blocks.append(_max_pool())
                 side = -(-side // 2)
             for wished in stage:
@@ -107,7 +110,7 @@ class SmallInception(nn.Module):
 
 
 def _max_pool() -> nn.Module:
-    return nn.MaxPool2d(2, ceil_mode=True)
+    return MaxPool(2, ceil_mode=True)
 
 
 def _widths(channels: int) -> tuple[int, int, int, int, int, int]:

@@ -1,0 +1,74 @@
+"""Compile ``cpu.c`` when it is first needed and load it; without a compiler there is nothing to load, and nobody minds.
+
+The libraries lie in :attr:`project.paths.Paths.cache` under a name made of the source, the compiler and the processor,
+so that a changed source or another machine compiles its own.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from project.paths import Paths, write_whole
+
+log = logging.getLogger(__name__)
+
+SOURCE = Path(__file__).with_name("cpu.c")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+TYPES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels for maps of ``dtype`` (float32 or bfloat16); ``None`` where they can not be built, and where
+    ``PROJECT_KERNELS=0`` says so.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if dtype not in TYPES or compiler is None or os.environ.get("PROJECT_KERNELS") == "0":
+        return None
+    flags = (*FLAGS, *TYPES[dtype])
+    path = Paths().cache / f"cpu_{_fingerprint(compiler, flags)}.so"
+    try:
+        if not path.is_file():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda part: _compile(compiler, flags, part))
+        return _declare(ctypes.CDLL(str(path)))
+    except (OSError, subprocess.SubprocessError) as error:
+        log.info("no compiled kernels (%s): torch's own are used, which are slower", error)
+        return None
+
+
+def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
+    """Argument types, without which ctypes passes 32-bit integers."""
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    kernels.batch_norm_relu.argtypes = [pointer, *[count] * 2, *[pointer] * 2, *[number] * 2, *[pointer] * 4]
+    kernels.batch_norm_relu_grad.argtypes = [pointer, pointer, *[count] * 3, *[pointer] * 4]
+    kernels.max_pool.argtypes = [pointer, *[count] * 9, pointer, pointer]
+    kernels.max_pool_grad.argtypes = [pointer, pointer, *[count] * 9, pointer]
+    return kernels
+
+
+def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+    command = [compiler, *flags, "-x", "c", str(SOURCE), "-o", str(target), "-lm"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+
+
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+    parts = [SOURCE.read_bytes(), compiler.encode(), " ".join(flags).encode(), _processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What ``-march=native`` looks at: a cache on a shared disk serves several kinds of machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))
