@@ -116,8 +116,8 @@ class Trainer(pl.Trainer):
         if new and not self.fast_dev_run:  # type: ignore[attr-defined]
             self.run = self._new_run()
         self._open_loggers()
-        if checkpoint is not None and not new and self._csv is not None:
-            self._csv.forget_after(checkpoint["global_step"] - 1)
+        if not new and self._csv is not None:
+            self._csv.forget_after(-1 if checkpoint is None else checkpoint["global_step"] - 1)
         # Epoch means are logged whatever the interval: no advice is needed on small data sets.
         warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
         try:

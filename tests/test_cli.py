@@ -3,6 +3,7 @@
 import csv
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,16 @@ def test_a_resumed_run_ends_in_the_bits_of_one_never_stopped(command, digits, lo
         assert torch.equal(resumed[key], value), key
     epochs = [row["epoch"] for row in read_csv(first.metrics) if row.get("val/loss")]
     assert epochs == ["0", "1", "2", "3"]
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_logs_no_row_twice(command, digits, logs):
+    options = ["--trainer.max_epochs=2", "--trainer.test_after_fit=false"]
+    assert command("fit", *digits, *options)[0] == 0
+    run = Run.find(logs / "digits")
+    rows = [row["step"] for row in read_csv(run.metrics)]
+    shutil.rmtree(run.checkpoints)
+    assert command("fit", "--resume", str(run.folder))[0] == 0
+    assert [row["step"] for row in read_csv(run.metrics)] == rows
 
 
 def test_test_and_validate_of_a_run_repeat_its_own_figures(command, digits, logs):

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from project.callbacks.checkpoint import BestAndLast
@@ -90,6 +91,11 @@ class IterativeMagnitudePruning(Callback):
             raise ValueError(f"epochs_per_round is {epochs_per_round}: choose 1 or more, or null.")
         if finetune_lr <= 0:
             raise ValueError(f"finetune_lr is {finetune_lr}, but it multiplies the learning rate: choose about 0.1.")
+        if isinstance(self.schedule, Gradual) and (after != "finetune" or epochs_per_round is not None):
+            raise ValueError(
+                f"after is {after!r} and epochs_per_round {epochs_per_round}, but the schedule Gradual prunes while "
+                "the net trains and has no rounds: leave both out, or choose Iterative or Sparsities."
+            )
         if (self.pruner.scope == "deviation") != isinstance(self.schedule, QualityFactors):
             raise ValueError(
                 "scope: deviation and the schedule QualityFactors belong together: one gives the standard deviations, "
@@ -102,7 +108,7 @@ class IterativeMagnitudePruning(Callback):
         self.levels: list[dict[str, Any]] = []
         """Of each level that is finished: its sparsity and its best validation score."""
         self._groups: list[Group] = []
-        self._amounts = [] if isinstance(self.schedule, Gradual) else self.schedule.amounts()
+        self._amounts: list[float] = []
         self._dense_epochs = 0
         self._live: list[Tensor] = []  # the masked parameters, in the order of the masks
         self._hook: Any = None
@@ -114,18 +120,32 @@ class IterativeMagnitudePruning(Callback):
             return
         if not isinstance(pl_module, Classifier):
             raise ValueError(f"the model is a {type(pl_module).__name__}, but pruning works on a Classifier's net.")
-        if trainer.max_epochs is None or trainer.max_epochs < 1 or trainer.max_steps > 0:
+        if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            raise ValueError(
+                "callbacks hold EarlyStopping, which would end the run in whichever round it is in: leave it out (the "
+                "best epoch of each level is kept anyway), or stop the dense training by a smaller max_epochs."
+            )
+        fast = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        if trainer.max_epochs is None or trainer.max_epochs < 1 or (trainer.max_steps > 0 and not fast):
             raise ValueError("pruning counts its rounds in epochs: set trainer.max_epochs, and leave max_steps out.")
         self.round, self.masks, self.rewound, self.levels = 0, {}, {}, []
+        self._amounts = [] if isinstance(self.schedule, Gradual) or fast else self.schedule.amounts()
         self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
         self._dense_epochs = trainer.max_epochs
+        if fast:
+            log.info("fast_dev_run trains one batch and has no rounds: what would be pruned was looked up, no more")
+            return
         self._check_run(trainer)
         trainer.fit_loop.max_epochs = self._dense_epochs + len(self._amounts) * self._round_epochs(trainer)
         pl_module.phase = self._phase(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        if self.after == "rewind" and self._rewind_step(trainer) >= self._dense_epochs * self._steps_per_epoch(trainer):
+        if (
+            self._amounts
+            and self.after == "rewind"
+            and self._rewind_step(trainer) >= self._dense_epochs * self._steps_per_epoch(trainer)
+        ):
             raise ValueError(
                 f"rewind_to is {''.join(map(str, self.rewind_to))}, but the dense training is over after "
                 f"{self._dense_epochs} epochs: rewind to an earlier step."
@@ -144,7 +164,7 @@ class IterativeMagnitudePruning(Callback):
         step = trainer.global_step
         if self.after == "rewind" and not self.rewound and step == self._rewind_step(trainer):
             self.rewound = {name: value.clone() for name, value in pl_module.net.state_dict().items()}
-        if isinstance(self.schedule, Gradual):
+        if isinstance(self.schedule, Gradual) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             target = self.schedule.sparsity_at(step, self._steps_per_epoch(trainer))
             if target is not None:
                 self._prune(trainer, pl_module, share_to_take(sparsity(self.masks, pl_module.net), target))
@@ -232,6 +252,7 @@ class IterativeMagnitudePruning(Callback):
             images=images,
             labels=labels,
             seed=_seed(trainer) + trainer.global_step,
+            image_shape=module.image_shape,
         )
         self.masks = trainer.strategy.broadcast(masks)
         self._hold(trainer, module)

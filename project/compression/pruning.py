@@ -10,17 +10,19 @@ stay where they are and keep their names. Pruning only ever takes away: each cal
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from project.compression.saliency import Criterion, saliency_of_units, saliency_of_weights
-from project.compression.thinning import units_of, why_not
+from project.compression.thinning import look_at_units
+from project.compression.unit_budget import Macs, take_cheapest
 
 Masks = dict[str, Tensor]
 Scope = Literal["global", "layer", "deviation"]
+Budget = Literal["count", "macs"]
 
 
 @dataclass(frozen=True)
@@ -31,11 +33,13 @@ class Group:
         layer: name in ``net.named_modules()``.
         parameters: names of the parameters that the masks act on, the layer's weight first.
         coupled: other layers that share these units, as where a residual connection adds them up.
+        readers: of units, the layers that read them -> inputs for each unit.
     """
 
     layer: str
     parameters: tuple[str, ...]
     coupled: tuple[str, ...] = ()
+    readers: Mapping[str, int] = field(default_factory=dict)
 
 
 class Pruner:
@@ -55,6 +59,10 @@ class Pruner:
         rates: regular expression -> factor on the share that goes, for ``layer`` and ``deviation`` (Frankle & Carbin
             2019 prune the output layer at half the rate: ``{fc3: 0.5}``).
         keep: share of each layer, in [0, 1), that ``global`` never takes: no layer dies while others are wide.
+        budget: what the schedule's shares count: weights or units (``count``), or the multiply-accumulates of the whole
+            net (``macs``, of units with ``global``): what is worth least for each multiply-accumulate saved goes; see
+            :mod:`project.compression.unit_budget`.
+        round_to: the number of units a layer keeps is a multiple of this: dense kernels work on 8 or 16 at a time.
         num_images: training images that gradients are taken of (``obd``, ``gradient``).
 
     Raises:
@@ -71,6 +79,8 @@ class Pruner:
         rates: dict[str, float] | None = None,
         keep: float = 0.0,
         num_images: int = 512,
+        budget: Budget = "count",
+        round_to: int = 1,
     ) -> None:
         if not 0 <= keep < 1:
             raise ValueError(f"keep is {keep}, but it is a share of each layer: choose 0 or more, below 1.")
@@ -84,6 +94,16 @@ class Pruner:
             )
         if num_images < 1:
             raise ValueError(f"num_images is {num_images}: choose 1 or more.")
+        if budget == "macs" and (structure, scope) != ("units", "global"):
+            raise ValueError(
+                f"budget is macs, but structure is {structure} and scope {scope}: zeros among weights save no "
+                "multiplication, and only a global ranking knows what is left; set structure: units, scope: global."
+            )
+        if round_to < 1 or (round_to > 1 and (structure, scope) != ("units", "global")):
+            raise ValueError(
+                f"round_to is {round_to}: it is 1 or more, and above 1 for structure: units, scope: global alone."
+            )
+        self.budget, self.round_to = budget, round_to
         self.structure, self.criterion, self.scope = structure, criterion, scope
         self.include, self.exclude, self.rates = include or [".*"], exclude, rates or {}
         self.keep, self.num_images = keep, num_images
@@ -120,7 +140,7 @@ class Pruner:
         if self.structure == "weights":
             groups = [Group(name, (f"{name}.weight",)) for name in chosen]
         else:
-            units, reasons = units_of(net, image_shape), why_not(net, image_shape)
+            units, reasons = look_at_units(net, image_shape)
             refused = next((name for name in chosen if name not in units), None)
             if refused is not None:
                 raise ValueError(f"units of {refused} can not be removed: {reasons.get(refused, 'it is not traced')}")
@@ -129,7 +149,7 @@ class Pruner:
                 if not any(name in group.coupled for group in groups):
                     weight = f"{name}.weight"
                     others = tuple(parameter for parameter in units[name].parameters if parameter != weight)
-                    groups.append(Group(name, (weight, *others), units[name].coupled))
+                    groups.append(Group(name, (weight, *others), units[name].coupled, units[name].readers))
         if not groups:
             raise ValueError("no layer is left to prune: include more layers, or exclude fewer.")
         return groups
@@ -144,6 +164,7 @@ class Pruner:
         images: Tensor | None = None,
         labels: Tensor | None = None,
         seed: int = 0,
+        image_shape: tuple[int, int, int] | None = None,
     ) -> Masks:
         """New masks, with ``amount`` of what is left gone.
 
@@ -154,6 +175,7 @@ class Pruner:
             amount: share of what is left that goes, in [0, 1); for ``deviation`` the quality factor, ≥ 0.
             images, labels: ``[N, C, H, W]`` as the net takes them and ``[N]``, where the criterion needs gradients.
             seed: of the random criterion and of OBD's labels.
+            image_shape: (C, H, W), for the budget ``macs``.
 
         Raises:
             ValueError: when a layer (or with it an Inception's branch) would lose all it has; nothing has changed then.
@@ -170,6 +192,12 @@ class Pruner:
                 layer: _without_least(scores[layer], left[layer], min(amount * self._rate(layer), 1.0))
                 for layer in left
             }
+        elif self.structure == "units":
+            macs = None
+            if self.budget == "macs":
+                assert image_shape is not None, "multiply-accumulates depend on the image's size"
+                macs = Macs(net, image_shape, {g.layer: ((g.layer, *g.coupled), g.readers) for g in groups})
+            kept = take_cheapest(scores, left, amount, keep=self.keep, round_to=self.round_to, macs=macs)
         else:
             kept = self._prune_global(scores, left, amount)
         for layer, mask in kept.items():

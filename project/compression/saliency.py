@@ -4,8 +4,9 @@ Magnitude: Han et al. 2015 (arXiv:1506.02626, sec. 3); of a filter, its L1 norm,
 3.1), here as the mean over the filter so that filters of several sizes compare.
 OBD: LeCun, Denker & Solla 1989, Optimal Brain Damage, eq. 5: ``h_kk w_k^2 / 2``, with the diagonal of the Gauss-Newton
 matrix from squared gradients of single images whose labels are drawn from the net's own prediction (Martens 2020,
-arXiv:1412.1193, sec. 9.2): no second derivative is needed. A unit is one gate at 1 on all its parameters (Molchanov et
-al. 2019, arXiv:1906.10771, eq. 8), its gradient the sum of ``w g`` over them.
+arXiv:1412.1193, sec. 9.2): no second derivative is needed. A unit is one gate at 1 on its norm's scale and shift, or
+without a norm on its weights and bias (Molchanov et al. 2019, arXiv:1906.10771, eq. 8 and sec. 3.3); its gradient is
+the sum of ``w g`` over them. A gate on weights and scale both would close twice.
 Gradient magnitude: ``|w g|``, Blalock et al. 2020 (arXiv:2003.03033, sec. 7.2). Random: the control.
 """
 
@@ -72,6 +73,7 @@ def saliency_of_units(
             layer: _random(net.get_parameter(names[0]).detach().flatten(1)[:, 0], seed, layer)
             for layer, names in units.items()
         }
+    units = {layer: _gated(net, names) for layer, names in units.items()}
     weights = {name: net.get_parameter(name).detach() for names in units.values() for name in names}
 
     def gates(gradients: Parameters) -> dict[str, Tensor]:
@@ -90,6 +92,14 @@ def saliency_of_units(
         net, weights, images, labels, lambda g: {layer: gate.square() for layer, gate in gates(g).items()}, seed
     )
     return {layer: square / 2 for layer, square in squares.items()}
+
+
+def _gated(net: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """The parameters that a unit's gate multiplies: those of the norms where each of the layers has one, else all."""
+    owners = {name: net.get_submodule(name.rpartition(".")[0]) for name in names}
+    layers = {owner for owner in owners.values() if isinstance(owner, nn.Conv2d | nn.Linear)}
+    norms = set(owners.values()) - layers
+    return names if len(norms) < len(layers) else tuple(name for name in names if owners[name] in norms)
 
 
 def _mean_over_images(

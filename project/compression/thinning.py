@@ -34,11 +34,13 @@ class Units:
         parameters: names of all parameters whose first dimension is these units: weight and bias of the layer, of the
             norms after it, and of the layers coupled to it.
         coupled: names of other layers whose units are the same ones, as where a residual connection adds them up.
+        readers: the layers that read them, and how many inputs of theirs each unit is (a flattened channel is several).
     """
 
     num: int
     parameters: tuple[str, ...]
     coupled: tuple[str, ...]
+    readers: dict[str, int]
 
 
 @register_surgery
@@ -75,28 +77,35 @@ class Thin:
             net.get_submodule(name).out_channels = width  # type: ignore[assignment]
 
 
-def units_of(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Units]:
-    """Units of every convolution and linear layer, by module name, that can be removed exactly.
+def look_at_units(net: nn.Module, image_shape: tuple[int, int, int]) -> tuple[dict[str, Units], dict[str, str]]:
+    """Units of every convolution and linear layer, by module name, that can be removed exactly; and for each other one
+    the reason why not.
 
     Args:
         net: takes images ``[N, C, H, W]``.
         image_shape: (C, H, W).
     """
-    groups, _ = trace(net, image_shape)
-    return {
-        layer: Units(group.num, _parameter_names(net, group), _coupled(net, layer, group))
+    groups, reasons = trace(net, image_shape)
+    units = {
+        layer: Units(
+            group.num,
+            _parameter_names(net, group),
+            _coupled(net, layer, group),
+            {reader: len(pairs) // group.num for reader, pairs in group.inputs.items()},
+        )
         for layer, group in groups.items()
     }
+    return units, reasons
+
+
+def units_of(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Units]:
+    """The first half of :func:`look_at_units`."""
+    return look_at_units(net, image_shape)[0]
 
 
 def why_not(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, str]:
-    """For every convolution and linear layer that :func:`units_of` leaves out: the reason.
-
-    Args:
-        net: takes images ``[N, C, H, W]``.
-        image_shape: (C, H, W).
-    """
-    return trace(net, image_shape)[1]
+    """The second half of :func:`look_at_units`."""
+    return look_at_units(net, image_shape)[1]
 
 
 def plan_thinning(net: nn.Module, removed: Mapping[str, Sequence[int]], image_shape: tuple[int, int, int]) -> Thin:

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.callbacks import EarlyStopping
 from tests_pruning_run import (
     NUM_PRUNED,
     PRUNED,
     STEPS,
+    DigitsOnce,
     TinyNet,
     Watch,
     differences,
@@ -125,7 +127,8 @@ def test_best_is_of_the_last_level_even_if_all_before_were_better(tmp_path, sche
 )
 def test_a_level_that_would_have_no_checkpoint_of_its_own_is_refused(tmp_path, schedule, checkpoint, options):
     with pytest.raises(ValueError, match="checkpoint") as error:
-        fit(tmp_path, pruning(schedule=schedule, epochs_per_round=1), checkpoint, epochs=3, **options)
+        rounds = {} if isinstance(schedule, Gradual) else {"epochs_per_round": 1}
+        fit(tmp_path, pruning(schedule=schedule, **rounds), checkpoint, epochs=3, **options)
     assert "\n" not in str(error.value)
 
 
@@ -377,6 +380,7 @@ def test_two_processes_have_the_same_masks(logs, monkeypatch):
         {"rewind_to": "half", "after": "rewind"},
         {"epochs_per_round": 0},
         {"finetune_lr": 0.0},
+        {"after": "rewind", "schedule": Gradual(0.9, 0, 2)},
         {"scope": "deviation"},
         {"schedule": QualityFactors([1.0])},
     ],
@@ -406,6 +410,23 @@ def test_what_does_not_fit_the_run_is_refused_before_the_first_step(tmp_path, ca
         fit(tmp_path, pruning(**callback), watch, **options)
     assert "\n" not in str(error.value)
     assert not watch.after and not list(tmp_path.glob("*/version_*"))
+
+
+def test_early_stopping_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match="callbacks hold EarlyStopping") as error:
+        fit(tmp_path, pruning(), EarlyStopping("val/loss"))
+    assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*/version_*"))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"after": "rewind", "rewind_to": "2ep"}, {"schedule": Gradual(0.9, 0, 1.5, every_n_steps=1)}]
+)
+def test_a_fast_run_of_one_batch_passes_through(tmp_path, options):
+    callback = pruning(**options)
+    trainer = Trainer(callbacks=[callback], fast_dev_run=True, accelerator="cpu", logs_dir=str(tmp_path))
+    trainer.fit(Classifier(TinyNet(), 10, (1, 8, 8), optimizer=sgd), datamodule=DigitsOnce(batch_size=64))
+    assert trainer.state.finished and not callback.masks
 
 
 def test_other_models_and_data_are_refused(tmp_path):

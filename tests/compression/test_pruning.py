@@ -419,6 +419,8 @@ def trained_net() -> nn.Sequential:
 
 
 UNITS = {"0": ("0.weight", "0.bias", "1.weight", "1.bias"), "3": ("3.weight", "3.bias")}
+GATED = {"0": ("1.weight", "1.bias"), "3": ("3.weight", "3.bias")}
+"""What a unit's gate multiplies: the norm, or the layer that has none."""
 
 
 def gradients_of(net: nn.Module, image: Tensor, label: int) -> dict[str, Tensor]:
@@ -434,8 +436,8 @@ def gradients_of(net: nn.Module, image: Tensor, label: int) -> dict[str, Tensor]
 
 
 def of_units(products: dict[str, Tensor], layer: str) -> Tensor:
-    """Their sum over each unit's parameters, ``[num_units]``."""
-    return torch.stack([products[name].reshape(len(products[name]), -1).sum(1) for name in UNITS[layer]]).sum(0)
+    """Their sum over what each unit's gate multiplies, ``[num_units]``."""
+    return torch.stack([products[name].reshape(len(products[name]), -1).sum(1) for name in GATED[layer]]).sum(0)
 
 
 def test_gradient_magnitude_is_that_of_a_loop_over_images():
@@ -477,8 +479,8 @@ def test_the_gradient_of_a_gate_is_what_a_small_move_of_it_does_to_the_loss():
 
     @torch.no_grad()
     def loss_with(gate: float, layer: str, unit: int) -> float:
-        """Of all parameters of the unit times ``gate``."""
-        kept = {name: net.get_parameter(name)[unit].clone() for name in UNITS[layer]}
+        """Of what the unit's gate multiplies, times ``gate``."""
+        kept = {name: net.get_parameter(name)[unit].clone() for name in GATED[layer]}
         for name in kept:
             net.get_parameter(name)[unit] *= gate
         loss = float(nn.functional.cross_entropy(net(images), labels))

@@ -271,10 +271,13 @@ def test_memory_format_type_frozen_layers_and_modes_stay() -> None:
 
 def test_units_name_their_parameters() -> None:
     units = units_by_layer("SmallInception-28")
-    assert units["stem.0.conv"] == Units(16, ("stem.0.conv.weight", "stem.0.norm.weight", "stem.0.norm.bias"), ())
+    parameters = ("stem.0.conv.weight", "stem.0.norm.weight", "stem.0.norm.bias")
+    assert units["stem.0.conv"] == Units(16, parameters, (), {"stem.1.conv": 1})
     layers = {n for n, m in build("SmallInception-28").named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert units.keys() == layers - {"fc"}
-    assert units_by_layer("LeNet5-28x19")["fc1"] == Units(500, ("fc1.weight", "fc1.bias"), ())
+    lenet = units_by_layer("LeNet5-28x19")
+    assert lenet["fc1"] == Units(500, ("fc1.weight", "fc1.bias"), (), {"fc2": 1})
+    assert lenet["conv2.conv"].readers == {"fc1": 4 * 1}, "each channel is flattened"
 
 
 @pytest.mark.parametrize("name", [*NETS, *OTHERS])
