@@ -129,7 +129,7 @@ class Classifier(LightningModule):
         """What part of the run the next optimizer is for; ``None`` for all of it."""
         self.surgeries: list[dict[str, Any]] = []
         """What has changed the structure of the net, in order, as plain values; kept in its checkpoints."""
-        self._dense_net: nn.Module | None = None  # the net before the first surgery
+        self._dense_net: list[nn.Module] = []  # the net before the first surgery; in a list it is no part of the module
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
@@ -261,8 +261,8 @@ class Classifier(LightningModule):
 
     def operate_(self, surgery: Surgery) -> None:
         """Change the net's structure, and remember how."""
-        if self._dense_net is None:
-            self._dense_net = deepcopy(self.net)
+        if not self._dense_net:
+            self._dense_net = [deepcopy(self.net)]
         surgery.apply_(self.net)
         self.surgeries = [*self.surgeries, to_plain(surgery)]
 
@@ -270,11 +270,10 @@ class Classifier(LightningModule):
         """Bring the net's structure to that after the ``wanted`` surgeries."""
         done = len(self.surgeries)
         if wanted[:done] != self.surgeries:
-            assert self._dense_net is not None
-            self.net, self._dense_net, done = self._dense_net.to(self.device), None, 0
+            self.net, done = self._dense_net.pop().to(self.device), 0
         if wanted[done:]:
-            if self._dense_net is None:
-                self._dense_net = deepcopy(self.net)
+            if not self._dense_net:
+                self._dense_net = [deepcopy(self.net)]
             replay_(self.net, wanted[done:])
         self.surgeries = list(wanted)
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from project.compression import plan_thinning
 from project.data import Digits, MixUp
 from project.losses import CrossEntropy, MaxNorm, Penalties
 from project.models import Classifier, SmallInception
@@ -23,6 +24,29 @@ def net() -> SmallInception:
 def trainer(**options) -> Trainer:
     quiet = {"observe": False, "enable_progress_bar": False, "log_every_n_steps": 1, "test_after_fit": False}
     return Trainer(accelerator="cpu", **{**quiet, "max_epochs": 1, "limit_train_batches": 3, **options})
+
+
+def test_surgery_is_in_the_checkpoint_and_the_net_before_it_is_not(tmp_path):
+    """A thinned net's checkpoint holds its own weights alone, and other classifiers follow it there and back."""
+    model = Classifier(net(), 10, SHAPE)
+    dense = trainer(enable_checkpointing=False)
+    dense.fit(model, datamodule=Digits(batch_size=64))
+    dense.save_checkpoint(tmp_path / "dense.ckpt")
+    num_dense = sum(p.numel() for p in model.parameters())
+    model.operate_(plan_thinning(model.net, {"blocks.1.branches.conv1x1.conv": [0, 1, 2]}, SHAPE))
+    num_thin = sum(p.numel() for p in model.parameters())
+    assert num_thin < num_dense
+    dense.save_checkpoint(tmp_path / "thin.ckpt")
+    saved = torch.load(tmp_path / "thin.ckpt", weights_only=True)["state_dict"]
+    assert all(key.startswith("net.") for key in saved)
+    assert sum(saved[f"net.{name}"].numel() for name, _ in model.net.named_parameters()) == num_thin
+
+    other = Classifier(net(), 10, SHAPE)
+    for name, count in (("thin", num_thin), ("dense", num_dense), ("thin", num_thin)):
+        checkpoint = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)
+        other.on_load_checkpoint(checkpoint)
+        other.load_state_dict(checkpoint["state_dict"])
+        assert sum(p.numel() for p in other.parameters()) == count
 
 
 def test_a_checkpoint_alone_brings_the_classifier_back(command, digits, logs):
