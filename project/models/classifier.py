@@ -160,9 +160,14 @@ class Classifier(LightningModule):
         self._train_sums = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout's draws are a function of (seed, epoch, batch, process): a resumed run repeats them."""
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
-        torch.manual_seed(hash((seed, self.current_epoch, batch_idx, self.global_rank)) % 2**63)
+        """Dropout's draws are a function of (seed, epoch, batch, process): a resumed run repeats them.
+
+        ``torch.manual_seed`` would also queue a call, with its stack trace, for every kind of device that is not there.
+        """
+        seed = hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank)) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
 
     def on_train_epoch_end(self) -> None:
         if self._train_sums is not None:
