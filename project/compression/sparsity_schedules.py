@@ -4,6 +4,7 @@ Iterative: Han et al. 2015 (arXiv:1506.02626, sec. 3.4), Frankle & Carbin 2019 (
 & Gupta 2017 (arXiv:1710.01878, eq. 1).
 """
 
+import math
 from abc import ABC, abstractmethod
 from itertools import pairwise
 
@@ -14,6 +15,17 @@ class Rounds(ABC):
     @abstractmethod
     def amounts(self) -> list[float]:
         """Share of what is left that goes, round by round (of :class:`QualityFactors`, the factors)."""
+
+    def amount(self, number: int, gone: float) -> float:
+        """That of round ``number``, counted from 0, when the share ``gone`` is gone before it.
+
+        A round may have taken more than was asked for, where widths are round numbers.
+        """
+        return self.amounts()[number]
+
+    def end(self) -> float:
+        """The share that is gone after the last round."""
+        return 1 - math.prod(1 - amount for amount in self.amounts())
 
 
 class OneShot(Rounds):
@@ -67,6 +79,9 @@ class Sparsities(Rounds):
 
     def amounts(self) -> list[float]:
         return [share_to_take(before, after) for before, after in pairwise([0.0, *self.levels])]
+
+    def amount(self, number: int, gone: float) -> float:
+        return share_to_take(gone, self.levels[number])
 
 
 class QualityFactors(Rounds):
