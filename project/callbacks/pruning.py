@@ -232,7 +232,7 @@ class IterativeMagnitudePruning(Callback):
         self._keep_level(trainer, module)
         assert isinstance(self.schedule, Rounds)
         amount = self._amounts[self.round]
-        if self.pruner.scope == "global":
+        if (self.pruner.structure, self.pruner.scope) == ("units", "global"):  # the round before may have overshot
             amount = self.schedule.amount(self.round, self._share_gone(module))
         self._prune(trainer, module, amount)
         self.round += 1
@@ -352,7 +352,7 @@ class IterativeMagnitudePruning(Callback):
         """Refuse before the training what can not be reached after it."""
         if self.pruner.scope != "global":
             return
-        end = self.schedule.final if isinstance(self.schedule, Gradual) else self.schedule.end()
+        end = self.schedule.final if isinstance(self.schedule, Gradual) else self.schedule.level(-1)
         most = self.pruner.most(module.net, self._groups, module.image_shape)
         if end > most + 1e-9:
             raise ValueError(

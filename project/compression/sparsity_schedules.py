@@ -19,13 +19,14 @@ class Rounds(ABC):
     def amount(self, number: int, gone: float) -> float:
         """That of round ``number``, counted from 0, when the share ``gone`` is gone before it.
 
-        A round may have taken more than was asked for, where widths are round numbers.
+        Where widths are round numbers a round takes more than was asked for; the next one then takes less.
         """
-        return self.amounts()[number]
+        return share_to_take(gone, self.level(number))
 
-    def end(self) -> float:
-        """The share that is gone after the last round."""
-        return 1 - math.prod(1 - amount for amount in self.amounts())
+    def level(self, number: int) -> float:
+        """The share that is gone after round ``number``; -1 is the last."""
+        amounts = self.amounts()
+        return 1 - math.prod(1 - amount for amount in amounts[: number % len(amounts) + 1])
 
 
 class OneShot(Rounds):
@@ -79,9 +80,6 @@ class Sparsities(Rounds):
 
     def amounts(self) -> list[float]:
         return [share_to_take(before, after) for before, after in pairwise([0.0, *self.levels])]
-
-    def amount(self, number: int, gone: float) -> float:
-        return share_to_take(gone, self.levels[number])
 
 
 class QualityFactors(Rounds):

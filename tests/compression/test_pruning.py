@@ -554,8 +554,8 @@ def test_levels_are_reached_though_a_round_took_too_much():
     schedule = Sparsities([0.4, 0.6])
     for gone in (0.4, 0.45, 0.6, 0.7):
         assert 1 - (1 - gone) * (1 - schedule.amount(1, gone)) == pytest.approx(max(gone, 0.6))
-    assert [Iterative(0.2, 3).amount(number, 0.9) for number in range(3)] == [0.2] * 3
-    assert [s.end() for s in (schedule, Iterative(0.2, 3), OneShot(0.9))] == pytest.approx([0.6, 1 - 0.8**3, 0.9])
+    assert Iterative(0.2, 3).amount(1, 0.2) == pytest.approx(0.2)
+    assert [s.level(-1) for s in (schedule, Iterative(0.2, 3), OneShot(0.9))] == pytest.approx([0.6, 1 - 0.8**3, 0.9])
 
 
 @pytest.mark.parametrize("initial", [0.0, 0.25])
