@@ -358,7 +358,7 @@ class IterativeMagnitudePruning(Callback):
             raise ValueError(
                 f"the schedule ends with {100 * end:.4g} % of the {self.pruner.counted} gone, but with keep "
                 f"{self.pruner.keep:g} and round_to {self.pruner.round_to} the included layers can lose "
-                f"{100 * most:.4g} % at most: prune less, keep less, or include more layers."
+                f"{100 * most:.4g} % at most: prune less, choose a smaller keep or round_to, or include more layers."
             )
 
     def _check_run(self, trainer: Trainer) -> None:

@@ -121,7 +121,8 @@ def take_cheapest(
             what = "units" if macs is None else "multiply-accumulates"
             raise ValueError(
                 f"{100 * amount:g} % of the {what} that are left are to go, but with keep {keep:g} and round_to "
-                f"{round_to} the layers can not lose so many: prune less, keep less, or exclude fewer layers."
+                f"{round_to} the layers can not lose so many: prune less, choose a smaller keep or round_to, or "
+                "exclude fewer layers."
             )
         _, name, kept[name], now = best
     masks = {}

@@ -139,7 +139,10 @@ trainer:
 EMA_TOO = {"class_path": "project.callbacks.EMA", "init_args": {"decay": 0.9}}
 RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "weights, rewind 5it": ({"after": "rewind", "rewind_to": "5it"}, []),
-    "units, finetune, EMA": ({"after": "finetune", "pruner.structure": "units", "pruner.exclude": ["fc"]}, [EMA_TOO]),
+    "units, finetune, EMA": (
+        {"after": "finetune", "pruner.structure": "units", "pruner.exclude": ["fc"], "pruner.round_to": 4},
+        [EMA_TOO],
+    ),
     "weights, rewind_lr, EMA, OBD": (
         {"after": "rewind_lr", "pruner.criterion": "obd", "pruner.num_images": 40},
         [EMA_TOO],
