@@ -1,6 +1,8 @@
 """The Trainer from Python: its run folder, its loggers and callbacks, several processes, and what it imports."""
 
+import csv
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +63,19 @@ def test_fast_dev_run_writes_nothing(logs, tmp_path, monkeypatch):
     )
     assert not logs.exists()
     assert not list(tmp_path.rglob("*.ckpt"))
+
+
+def test_a_run_resumed_before_its_first_checkpoint_logs_nothing_twice(logs):
+    def fit(**options):
+        trainer = Trainer(experiment="e", test_after_fit=False, num_sanity_val_steps=0, **QUIET)
+        trainer.fit(classifier(), datamodule=Digits(batch_size=64), **options)
+        trainer.run.config.touch()  # what the command line writes, and a resume looks for
+        with trainer.run.metrics.open() as file:
+            return trainer.run, [row["step"] for row in csv.DictReader(file)]
+
+    run, steps = fit()
+    shutil.rmtree(run.checkpoints)
+    assert steps and fit(resume=str(run.folder)) == (run, steps)
 
 
 def test_check_checkpoint(tmp_path):

@@ -73,7 +73,7 @@ def report_steps(trainer: Trainer, module: Classifier, steps: list[Step], *, mea
         writer.add_text("report", to_markdown(rows), trainer.global_step)
     for row in rows:
         log.info(
-            "%-14s test %6.2f %%  %5.1f %% zeros  %9d MACs%s",
+            "%-22s test %6.2f %%  %5.1f %% zeros  %9d MACs%s",
             row.step,
             100 * (row.test_accuracy or 0),
             100 * (row.sparsity or 0),

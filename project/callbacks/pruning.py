@@ -16,17 +16,18 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from torch import Tensor, nn
 
 from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.compression_report import Step, report_steps
 from project.callbacks.ema import EMA
 from project.callbacks.places import run_of, show_figure, tensorboard
-from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, sparsity
+from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, sparsity, thinned_macs
 from project.compression.sparsity_schedules import Gradual, Iterative, QualityFactors, Rounds, share_to_take
 from project.compression.thinning import plan_thinning
 from project.data import ImageDataModule
+from project.metrics.complexity import count_macs
 from project.models.classifier import Classifier, Phase
 from project.models.layers import reinit_
 from project.paths import write_whole
@@ -45,7 +46,8 @@ class IterativeMagnitudePruning(Callback):
     The optimizer and the learning-rate schedule begin anew with each round. Masks act after each optimizer step, on the
     weights and on EMA's averages, and lie with the round in the run's checkpoints: ``fit --resume`` goes on bit for
     bit. The best epoch of each level is kept as ``checkpoints/level_<round>.ckpt`` (level 0 is dense); ``best.ckpt``
-    is the best of the last level.
+    is the best of the last level. A run that ``max_time`` or a callback ends early is one to resume: report and
+    thinning wait for its last epoch.
 
     Args:
         schedule: how much goes when; :class:`~project.compression.sparsity_schedules.Gradual` prunes within
@@ -91,10 +93,11 @@ class IterativeMagnitudePruning(Callback):
             raise ValueError(f"epochs_per_round is {epochs_per_round}: choose 1 or more, or null.")
         if finetune_lr <= 0:
             raise ValueError(f"finetune_lr is {finetune_lr}, but it multiplies the learning rate: choose about 0.1.")
-        if isinstance(self.schedule, Gradual) and (after != "finetune" or epochs_per_round is not None):
+        if isinstance(self.schedule, Gradual) and (after, epochs_per_round, finetune_lr) != ("finetune", None, 0.1):
             raise ValueError(
-                f"after is {after!r} and epochs_per_round {epochs_per_round}, but the schedule Gradual prunes while "
-                "the net trains and has no rounds: leave both out, or choose Iterative or Sparsities."
+                f"after is {after!r}, epochs_per_round {epochs_per_round} and finetune_lr {finetune_lr:g}, but the "
+                "schedule Gradual prunes while the net trains and has no rounds: leave them out, or choose Iterative "
+                "or Sparsities."
             )
         if (self.pruner.scope == "deviation") != isinstance(self.schedule, QualityFactors):
             raise ValueError(
@@ -106,7 +109,7 @@ class IterativeMagnitudePruning(Callback):
         self.rewound: dict[str, Tensor] = {}
         """The net's state at ``rewind_to``."""
         self.levels: list[dict[str, Any]] = []
-        """Of each level that is finished: its sparsity and its best validation score."""
+        """Of each finished level: sparsity and best score; with the budget ``macs`` also the share thinning saves."""
         self._groups: list[Group] = []
         self._amounts: list[float] = []
         self._dense_epochs = 0
@@ -131,6 +134,7 @@ class IterativeMagnitudePruning(Callback):
         self.round, self.masks, self.rewound, self.levels = 0, {}, {}, []
         self._amounts = [] if isinstance(self.schedule, Gradual) or fast else self.schedule.amounts()
         self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
+        self._check_end(pl_module)
         self._dense_epochs = trainer.max_epochs
         if fast:
             log.info("fast_dev_run trains one batch and has no rounds: what would be pruned was looked up, no more")
@@ -167,21 +171,26 @@ class IterativeMagnitudePruning(Callback):
         if isinstance(self.schedule, Gradual) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             target = self.schedule.sparsity_at(step, self._steps_per_epoch(trainer))
             if target is not None:
-                self._prune(trainer, pl_module, share_to_take(sparsity(self.masks, pl_module.net), target))
+                self._prune(trainer, pl_module, share_to_take(self._share_gone(pl_module), target))
                 _forget_best(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         self._release()
         if trainer.current_epoch < (trainer.max_epochs or 0):
-            return  # stopped: the level goes on when the run is resumed
+            self._tell_that_it_stopped(trainer)
+            return
         self._keep_level(trainer, pl_module)
         run = run_of(trainer)
         if run is None or not run.level_checkpoint(self.round).is_file():
             return
         steps = [Step("dense", run.level_checkpoint(0))] if self._amounts else []
         for number in range(bool(self._amounts), self.round + 1):
-            steps.append(Step(f"pruned {100 * self.levels[number]['sparsity']:.2f} %", run.level_checkpoint(number)))
+            level = self.levels[number]
+            name = f"pruned {100 * level['sparsity']:.2f} %"
+            if "macs_gone" in level:
+                name = f"pruned {100 * level['macs_gone']:.2f} % of MACs"
+            steps.append(Step(name, run.level_checkpoint(number)))
         if self.pruner.structure == "units" and self.thin:
             self._thin(pl_module, run.level_checkpoint(self.round), run.best_checkpoint)
             steps.append(Step("thinned", run.best_checkpoint))
@@ -221,7 +230,11 @@ class IterativeMagnitudePruning(Callback):
 
     def _begin_round(self, trainer: Trainer, module: Classifier) -> None:
         self._keep_level(trainer, module)
-        self._prune(trainer, module, self._amounts[self.round])
+        assert isinstance(self.schedule, Rounds)
+        amount = self._amounts[self.round]
+        if (self.pruner.structure, self.pruner.scope) == ("units", "global"):  # the round before may have overshot
+            amount = self.schedule.amount(self.round, self._share_gone(module))
+        self._prune(trainer, module, amount)
         self.round += 1
         if self.after == "rewind":
             module.net.load_state_dict(self.rewound)
@@ -237,9 +250,11 @@ class IterativeMagnitudePruning(Callback):
         trainer.strategy.setup_optimizers(trainer)
         self._hold(trainer, module)
         _forget_best(trainer)
-        log.info(
-            "round %d of %d: %.2f %% pruned", self.round, len(self._amounts), 100 * sparsity(self.masks, module.net)
-        )
+        share, counted = 100 * self._share_gone(module), self.pruner.counted
+        log.info("round %d of %d: %.2f %% of the %s pruned", self.round, len(self._amounts), share, counted)
+
+    def _share_gone(self, module: Classifier) -> float:
+        return self.pruner.share_gone(module.net, self._groups, self.masks, module.image_shape)
 
     def _prune(self, trainer: Trainer, module: Classifier, amount: float) -> None:
         """New masks, the same on every process, on the weights and their averages."""
@@ -286,13 +301,17 @@ class IterativeMagnitudePruning(Callback):
         number = self.round
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
         score = None if best is None or best.best_model_score is None else float(best.best_model_score)
-        self.levels = [*self.levels[:number], {"sparsity": sparsity(self.masks, module.net), "score": score}]
+        level: dict[str, Any] = {"sparsity": sparsity(self.masks, module.net), "score": score}
+        if self.pruner.budget == "macs":
+            thinned = thinned_macs(module.net, self._groups, self.masks, module.image_shape)
+            level["macs_gone"] = 1 - thinned / count_macs(module.net, module.image_shape)
+        self.levels = [*self.levels[:number], level]
         if (run := run_of(trainer)) is None or best is None:
             return
         source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
-        level = run.level_checkpoint(number)
-        if source.is_file() and not level.is_file():
-            write_whole(level, lambda part: shutil.copyfile(source, part))
+        kept = run.level_checkpoint(number)
+        if source.is_file() and not kept.is_file():
+            write_whole(kept, lambda part: shutil.copyfile(source, part))
         points = [(1 - level["sparsity"], level["score"]) for level in self.levels if level["score"] is not None]
         if len(points) > 1:
             show_figure(trainer, "pruning/score_by_weights_left", plot_levels(points, str(best.monitor)))
@@ -317,6 +336,30 @@ class IterativeMagnitudePruning(Callback):
             for group in self._groups:
                 share = sparsity({group.parameters[0]: self.masks[group.parameters[0]]}, module.net)
                 writer.add_scalar(f"sparsity/{group.layer}", share, trainer.global_step)
+
+    def _tell_that_it_stopped(self, trainer: Trainer) -> None:
+        timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        log.warning(
+            "stopped after epoch %d of %s, before the pruning was over: report and thinned net wait until fit "
+            "--resume %s ends it%s",
+            trainer.current_epoch,
+            trainer.max_epochs,
+            "DIR" if (run := run_of(trainer)) is None else run.folder,
+            ", with a larger max_time, which counts the time so far" if timed else "",
+        )
+
+    def _check_end(self, module: Classifier) -> None:
+        """Refuse before the training what can not be reached after it."""
+        if self.pruner.scope != "global":
+            return
+        end = self.schedule.final if isinstance(self.schedule, Gradual) else self.schedule.level(-1)
+        most = self.pruner.most(module.net, self._groups, module.image_shape)
+        if end > most + 1e-9:
+            raise ValueError(
+                f"the schedule ends with {100 * end:.4g} % of the {self.pruner.counted} gone, but with keep "
+                f"{self.pruner.keep:g} and round_to {self.pruner.round_to} the included layers can lose "
+                f"{100 * most:.4g} % at most: prune less, choose a smaller keep or round_to, or include more layers."
+            )
 
     def _check_run(self, trainer: Trainer) -> None:
         """Refuse at once what would fail, or go wrong, in the last round."""

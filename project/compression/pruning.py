@@ -10,6 +10,7 @@ stay where they are and keep their names. Pruning only ever takes away: each cal
 
 import re
 from collections.abc import Iterable, Mapping
+from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -17,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from project.compression.saliency import Criterion, saliency_of_units, saliency_of_weights
-from project.compression.thinning import look_at_units
-from project.compression.unit_budget import Macs, take_cheapest
+from project.compression.thinning import look_at_units, plan_thinning
+from project.compression.unit_budget import Macs, least_units, take_cheapest
+from project.metrics.complexity import count_macs
 
 Masks = dict[str, Tensor]
 Scope = Literal["global", "layer", "deviation"]
@@ -62,7 +64,8 @@ class Pruner:
         budget: what the schedule's shares count: weights or units (``count``), or the multiply-accumulates of the whole
             net (``macs``, of units with ``global``): what is worth least for each multiply-accumulate saved goes; see
             :mod:`project.compression.unit_budget`.
-        round_to: the number of units a layer keeps is a multiple of this: dense kernels work on 8 or 16 at a time.
+        round_to: a layer of more units than this that loses any keeps a multiple of it, and every layer keeps some:
+            dense kernels work on 8 or 16 channels at a time. Null is 8 for units with ``global``, else 1.
         num_images: training images that gradients are taken of (``obd``, ``gradient``).
 
     Raises:
@@ -80,7 +83,7 @@ class Pruner:
         keep: float = 0.0,
         num_images: int = 512,
         budget: Budget = "count",
-        round_to: int = 1,
+        round_to: int | None = None,
     ) -> None:
         if not 0 <= keep < 1:
             raise ValueError(f"keep is {keep}, but it is a share of each layer: choose 0 or more, below 1.")
@@ -99,11 +102,12 @@ class Pruner:
                 f"budget is macs, but structure is {structure} and scope {scope}: zeros among weights save no "
                 "multiplication, and only a global ranking knows what is left; set structure: units, scope: global."
             )
-        if round_to < 1 or (round_to > 1 and (structure, scope) != ("units", "global")):
+        rounds = (structure, scope) == ("units", "global")
+        if round_to is not None and (round_to < 1 or (round_to > 1 and not rounds)):
             raise ValueError(
                 f"round_to is {round_to}: it is 1 or more, and above 1 for structure: units, scope: global alone."
             )
-        self.budget, self.round_to = budget, round_to
+        self.budget, self.round_to = budget, round_to or (8 if rounds else 1)
         self.structure, self.criterion, self.scope = structure, criterion, scope
         self.include, self.exclude, self.rates = include or [".*"], exclude, rates or {}
         self.keep, self.num_images = keep, num_images
@@ -111,6 +115,11 @@ class Pruner:
     @property
     def needs_images(self) -> bool:
         return self.criterion in ("obd", "gradient")
+
+    @property
+    def counted(self) -> str:
+        """What the schedule's shares count."""
+        return "multiply-accumulates" if self.budget == "macs" else self.structure
 
     def groups(self, net: nn.Module, image_shape: tuple[int, int, int]) -> list[Group]:
         """The layers that are pruned, in the order of the net.
@@ -193,10 +202,7 @@ class Pruner:
                 for layer in left
             }
         elif self.structure == "units":
-            macs = None
-            if self.budget == "macs":
-                assert image_shape is not None, "multiply-accumulates depend on the image's size"
-                macs = Macs(net, image_shape, {g.layer: ((g.layer, *g.coupled), g.readers) for g in groups})
+            macs = self._macs(net, groups, image_shape)
             kept = take_cheapest(scores, left, amount, keep=self.keep, round_to=self.round_to, macs=macs)
         else:
             kept = self._prune_global(scores, left, amount)
@@ -210,6 +216,42 @@ class Pruner:
         return {
             name: _shaped(kept[group.layer], net.get_parameter(name)) for group in groups for name in group.parameters
         }
+
+    def share_gone(
+        self, net: nn.Module, groups: list[Group], masks: Masks, image_shape: tuple[int, int, int] | None = None
+    ) -> float:
+        """The share of what is :attr:`counted` that the masks take."""
+        if self.structure == "weights":
+            return sparsity(masks, net)
+        kept = {group.layer: int(_left(net, group, masks, self.structure).sum()) for group in groups}
+        return self._share_without(net, groups, kept, image_shape)
+
+    def most(self, net: nn.Module, groups: list[Group], image_shape: tuple[int, int, int] | None = None) -> float:
+        """The largest share that ``global`` can take, whatever the scores; see :meth:`share_gone`."""
+        if self.structure == "weights":
+            sizes = [net.get_parameter(group.parameters[0]).numel() for group in groups]
+            return 1 - sum(round(self.keep * size) for size in sizes) / sum(sizes)
+        widths = {group.layer: len(net.get_parameter(group.parameters[0])) for group in groups}
+        least = {layer: min(least_units(width, self.keep, self.round_to), width) for layer, width in widths.items()}
+        return self._share_without(net, groups, least, image_shape)
+
+    def _share_without(
+        self,
+        net: nn.Module,
+        groups: list[Group],
+        kept: Mapping[str, int],
+        image_shape: tuple[int, int, int] | None,
+    ) -> float:
+        whole = {group.layer: len(net.get_parameter(group.parameters[0])) for group in groups}
+        macs = self._macs(net, groups, image_shape)
+        return 1 - (sum(kept.values()) / sum(whole.values()) if macs is None else macs(kept) / macs(whole))
+
+    def _macs(self, net: nn.Module, groups: list[Group], image_shape: tuple[int, int, int] | None) -> Macs | None:
+        """What counts the cost, of the budget ``macs``."""
+        if self.budget == "count":
+            return None
+        assert image_shape is not None, "multiply-accumulates depend on the image's size"
+        return Macs(net, image_shape, {g.layer: ((g.layer, *g.coupled), g.readers) for g in groups})
 
     def _scores(
         self, net: nn.Module, groups: list[Group], images: Tensor | None, labels: Tensor | None, seed: int
@@ -262,6 +304,15 @@ def removed_units(groups: Iterable[Group], masks: Mapping[str, Tensor]) -> dict[
         if group.parameters[0] in masks
         for layer in (group.layer, *group.coupled)
     }
+
+
+def thinned_macs(
+    net: nn.Module, groups: Iterable[Group], masks: Mapping[str, Tensor], image_shape: tuple[int, int, int]
+) -> int:
+    """Multiply-accumulates for one image of ``net`` without the units that the masks take, counted as it runs."""
+    small = deepcopy(net).cpu()
+    plan_thinning(small, removed_units(groups, masks), image_shape).apply_(small)
+    return count_macs(small, image_shape)
 
 
 def sparsity(masks: Mapping[str, Tensor], net: nn.Module) -> float:

@@ -4,6 +4,7 @@ Iterative: Han et al. 2015 (arXiv:1506.02626, sec. 3.4), Frankle & Carbin 2019 (
 & Gupta 2017 (arXiv:1710.01878, eq. 1).
 """
 
+import math
 from abc import ABC, abstractmethod
 from itertools import pairwise
 
@@ -14,6 +15,18 @@ class Rounds(ABC):
     @abstractmethod
     def amounts(self) -> list[float]:
         """Share of what is left that goes, round by round (of :class:`QualityFactors`, the factors)."""
+
+    def amount(self, number: int, gone: float) -> float:
+        """That of round ``number``, counted from 0, when the share ``gone`` is gone before it.
+
+        Where widths are round numbers a round takes more than was asked for; the next one then takes less.
+        """
+        return share_to_take(gone, self.level(number))
+
+    def level(self, number: int) -> float:
+        """The share that is gone after round ``number``; -1 is the last."""
+        amounts = self.amounts()
+        return 1 - math.prod(1 - amount for amount in amounts[: number % len(amounts) + 1])
 
 
 class OneShot(Rounds):

@@ -3,13 +3,14 @@
 import csv
 import subprocess
 import sys
+from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from tests_pruning_run import (
     NUM_PRUNED,
     PRUNED,
@@ -27,7 +28,9 @@ from tests_pruning_run import (
 )
 
 from project.callbacks import EMA, BestAndLast, IterativeMagnitudePruning
-from project.compression import Gradual, Iterative, OneShot, Pruner, QualityFactors, Sparsities
+from project.callbacks.compression_report import load_net
+from project.compression import Gradual, Iterative, OneShot, Pruner, QualityFactors, Sparsities, plan_thinning
+from project.metrics.complexity import count_macs
 from project.models import Classifier
 from project.trainer import Trainer
 
@@ -177,7 +180,7 @@ def test_zeros_stay_zero_in_weights_averages_and_checkpoints(tmp_path, structure
         def on_train_batch_end(self, *_):
             seen.append(dict(callback.masks))
 
-    pruner = Pruner(structure, exclude=["fc"])  # of units, the stem as well: the net is small
+    pruner = Pruner(structure, exclude=["fc"], round_to=1)  # of units, the stem as well: the net is small
     callback = pruning(schedule=rounds(0.4, 2), pruner=pruner, after=after, epochs_per_round=1)
     callbacks = [ema, callback, watch, averages, Masks()]  # in an order that is not the YAML's
     run = fit(tmp_path, *callbacks, optimizer=OPTIMIZERS[optimizer]).run
@@ -330,6 +333,79 @@ def test_gradual_that_ends_after_the_training_is_refused(tmp_path):
     assert "\n" not in str(error.value)
 
 
+# -- a budget of multiply-accumulates ------------------------------------------------------------------------------
+
+
+def thinned_share(run, level):
+    """The multiply-accumulates that are left when the units of a level that are zero are removed, by running it."""
+    net = TinyNet()
+    net.load_state_dict(weights_of(run.level_checkpoint(level)))
+    dense = count_macs(net, (1, 8, 8))
+    units = {f"conv{i}.conv": (net.get_parameter(f"conv{i}.conv.weight").flatten(1) == 0).all(1) for i in (1, 2)}
+    gone = {name: zero.nonzero().flatten().tolist() for name, zero in units.items()}
+    plan_thinning(net, gone, (1, 8, 8)).apply_(net)
+    return count_macs(net, (1, 8, 8)) / dense
+
+
+def of_macs(round_to):
+    """Both convolutions of the net; :class:`TinyNet` has 8 and 16 units there."""
+    return Pruner("units", "magnitude", budget="macs", exclude=["fc"], round_to=round_to)
+
+
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_levels_are_shares_of_the_thinned_nets_macs(tmp_path, round_to):
+    """A round that takes too much, for the sake of round widths, leaves less to the next."""
+    wanted = [0.15, 0.3, 0.45, 0.6]
+    callback = pruning(schedule=Sparsities(wanted), pruner=of_macs(round_to), epochs_per_round=1)
+    outcome = fit(tmp_path, callback, epochs=1)
+    reached = [1 - thinned_share(outcome.run, number) for number in range(5)]
+    assert [level["macs_gone"] for level in callback.levels] == reached
+    largest = 0.14 * round_to  # a unit of the first layer, of the dense net
+    for before, now, level in zip(reached, reached[1:], wanted, strict=False):
+        assert now == before if before >= level else level <= now < level + largest
+
+
+def test_gradual_reaches_its_share_of_the_macs(tmp_path):
+    callback = pruning(schedule=Gradual(0.5, 0, 1.5, every_n_steps=1), pruner=of_macs(1))
+    outcome = fit(tmp_path, callback)
+    assert 0.5 <= 1 - thinned_share(outcome.run, 0) < 0.64
+    assert callback.levels[0]["macs_gone"] == 1 - thinned_share(outcome.run, 0)
+
+
+@pytest.mark.parametrize("schedule", [Sparsities([0.5, 0.95]), Gradual(0.95, 0, 1), Iterative(0.8, 2), OneShot(0.95)])
+@pytest.mark.parametrize("pruner", [of_macs(4), Pruner("units", keep=0.3, round_to=1), Pruner(keep=0.1)])
+def test_what_can_not_be_reached_is_refused_before_the_training(tmp_path, schedule, pruner):
+    watch = Watch()
+    with pytest.raises(ValueError, match=rf"9[56] % of the {pruner.counted} gone, but with keep .* at most") as error:
+        fit(tmp_path, pruning(schedule=schedule, pruner=pruner), watch)
+    assert "\n" not in str(error.value)
+    assert not watch.after and not list(tmp_path.glob("*/version_*"))
+
+
+# -- runs that end early -------------------------------------------------------------------------------------------
+
+
+def test_a_run_out_of_time_says_so_and_ends_as_if_it_had_not(tmp_path, caplog):
+    """Its report and thinning wait: a level half trained is no result."""
+    options = {"schedule": Sparsities([0.3]), "pruner": of_macs(4), "epochs_per_round": 2, "thin": True}
+    out_of_time, in_time = (
+        Timer(duration=timedelta(microseconds=duration), interval="epoch") for duration in (1, 10**9)
+    )
+    with caplog.at_level("WARNING", "project"):
+        stopped = fit(tmp_path, pruning(**options), out_of_time, epochs=1).run
+    (message,) = (record.getMessage() for record in caplog.records if "stopped" in record.getMessage())
+    assert "after epoch 1 of 3" in message and str(stopped.folder) in message and "larger max_time" in message
+    assert not stopped.level_checkpoint(0).is_file() and stopped.best_checkpoint.is_file()
+    caplog.clear()
+    with caplog.at_level("WARNING", "project"):
+        fit(tmp_path, pruning(**options), in_time, epochs=1, resume=stopped)
+        whole = fit(tmp_path, pruning(**options), epochs=1).run
+    assert not [record for record in caplog.records if "stopped" in record.getMessage()]
+    small = load_net(Classifier(TinyNet(), 10, (1, 8, 8)), stopped.best_checkpoint)
+    assert count_macs(small, (1, 8, 8)) <= 0.7 * count_macs(TinyNet(), (1, 8, 8))
+    assert not differences(weights_of(stopped.best_checkpoint), weights_of(whole.best_checkpoint))
+
+
 # -- several processes ---------------------------------------------------------------------------------------------
 
 CONFIG = """
@@ -381,6 +457,8 @@ def test_two_processes_have_the_same_masks(logs, monkeypatch):
         {"epochs_per_round": 0},
         {"finetune_lr": 0.0},
         {"after": "rewind", "schedule": Gradual(0.9, 0, 2)},
+        {"epochs_per_round": 3, "schedule": Gradual(0.9, 0, 2)},
+        {"finetune_lr": 0.5, "schedule": Gradual(0.9, 0, 2)},
         {"scope": "deviation"},
         {"schedule": QualityFactors([1.0])},
     ],
@@ -389,7 +467,7 @@ def test_arguments_that_do_not_fit_are_refused_in_one_sentence(options):
     argument = next(iter(options))
     if argument == "scope":
         options = {"pruner": Pruner(scope="deviation")}
-    with pytest.raises(ValueError, match="scope: deviation" if "sc" in argument else f"{argument} is ") as error:
+    with pytest.raises(ValueError, match="scope: deviation" if "sc" in argument else rf"{argument} (is )?") as error:
         IterativeMagnitudePruning(**options)
     assert "\n" not in str(error.value)
 

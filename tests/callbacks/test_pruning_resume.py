@@ -139,7 +139,10 @@ trainer:
 EMA_TOO = {"class_path": "project.callbacks.EMA", "init_args": {"decay": 0.9}}
 RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "weights, rewind 5it": ({"after": "rewind", "rewind_to": "5it"}, []),
-    "units, finetune, EMA": ({"after": "finetune", "pruner.structure": "units", "pruner.exclude": ["fc"]}, [EMA_TOO]),
+    "units, finetune, EMA": (
+        {"after": "finetune", "pruner.structure": "units", "pruner.exclude": ["fc"], "pruner.round_to": 4},
+        [EMA_TOO],
+    ),
     "weights, rewind_lr, EMA, OBD": (
         {"after": "rewind_lr", "pruner.criterion": "obd", "pruner.num_images": 40},
         [EMA_TOO],
@@ -238,7 +241,6 @@ def test_killed_at_any_moment_and_resumed_is_never_killed(name, tmp_path, logs, 
     ends = [torch.load(run.folder / "process_0.pt", weights_only=True) for run in (killed, whole)]
     assert same(*ends) and ends[0]["masks"]
     rows, expected = (run.metrics.read_text().splitlines() for run in (killed, whole))
-    rows = list(dict.fromkeys(rows))  # twice, where there was no checkpoint yet
     # Lightning logs an epoch's means after its checkpoint: killed between the two, the run never has that row
     assert rows == [row for row in expected if row in rows]
     assert len(expected) - len(rows) <= num_kills

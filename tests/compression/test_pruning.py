@@ -18,6 +18,7 @@ from project.compression import (
     plan_thinning,
     removed_units,
     sparsity,
+    thinning,
 )
 from project.compression.saliency import saliency_of_units, saliency_of_weights
 from project.compression.sparsity_schedules import share_to_take
@@ -303,7 +304,7 @@ def test_arguments_that_make_no_sense_are_refused(options):
         (Pruner(), "weights"),
         (Pruner("weights", scope="layer", rates={"pool": 9.0}), "weights"),
         (Pruner("units", scope="layer", rates={"pool": 9.0}), "units"),
-        (Pruner("units", "gradient"), "units"),
+        (Pruner("units", "gradient", round_to=1), "units"),
     ],
 )
 def test_a_branch_that_would_lose_everything_is_named_and_nothing_has_changed(pruner, things):
@@ -318,6 +319,12 @@ def test_a_branch_that_would_lose_everything_is_named_and_nothing_has_changed(pr
         prune(net, pruner, 0.4, masks)
     assert all((mask == 1).all() for mask in masks.values())
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+
+
+def test_the_net_is_traced_once(monkeypatch):
+    traces = []
+    monkeypatch.setattr(thinning, "trace", lambda *args, trace=thinning.trace: traces.append(1) or trace(*args))
+    assert Pruner("units").groups(inception(), SHAPE) and len(traces) == 1
 
 
 def test_keep_leaves_the_best_of_each_layer_and_the_count_is_still_exact():
@@ -541,6 +548,14 @@ def test_share_to_take(before, after):
     assert (1 - before) * (1 - share) == pytest.approx(1 - after)
     assert 0 <= share < 1
     assert share_to_take(0.6, 0.4) == 0  # nothing comes back
+
+
+def test_levels_are_reached_though_a_round_took_too_much():
+    schedule = Sparsities([0.4, 0.6])
+    for gone in (0.4, 0.45, 0.6, 0.7):
+        assert 1 - (1 - gone) * (1 - schedule.amount(1, gone)) == pytest.approx(max(gone, 0.6))
+    assert Iterative(0.2, 3).amount(1, 0.2) == pytest.approx(0.2)
+    assert [s.level(-1) for s in (schedule, Iterative(0.2, 3), OneShot(0.9))] == pytest.approx([0.6, 1 - 0.8**3, 0.9])
 
 
 @pytest.mark.parametrize("initial", [0.0, 0.25])

@@ -1,14 +1,15 @@
 """Units chosen by what they cost: the budget is the thinned net's, widths are round, the least worth goes."""
 
+import math
 from copy import deepcopy
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units
+from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, thinned_macs
 from project.compression.thinning import plan_thinning
-from project.compression.unit_budget import Macs, take_cheapest
+from project.compression.unit_budget import Macs, least_units, take_cheapest
 from project.metrics.complexity import count_macs
 from project.models import BNGoogLeNet, InceptionV3, LeNet5, SmallInception
 
@@ -42,7 +43,7 @@ def test_the_budget_is_that_of_the_thinned_net(name: str) -> None:
     build, shape = NETS[name]
     net = build()
     dense = count_macs(net, shape)
-    pruner = Pruner("units", "random", budget="macs", keep=0.05)
+    pruner = Pruner("units", "random", budget="macs", keep=0.05, round_to=1)
     groups, masks = pruned(net, shape, pruner, 0.4, 0.5)
     left = count_macs(thinned(net, shape, groups, masks), shape) / dense
     assert left <= 0.3 + 1e-9
@@ -51,7 +52,7 @@ def test_the_budget_is_that_of_the_thinned_net(name: str) -> None:
 
 def test_the_count_of_a_model_of_costs_is_exact() -> None:
     net, shape = NETS["LeNet5"][0](), (1, 28, 28)
-    pruner = Pruner("units", "random", budget="macs")
+    pruner = Pruner("units", "random", budget="macs", round_to=1)
     groups, masks = pruned(net, shape, pruner, 0.5)
     macs = Macs(net, shape, {group.layer: ((group.layer, *group.coupled), group.readers) for group in groups})
     kept = {group.layer: int(masks[group.parameters[0]].sum()) for group in groups}
@@ -67,6 +68,67 @@ def test_widths_are_multiples(budget: str) -> None:
     assert all(count % 8 == 0 and count > 0 for count in kept.values())
     small = thinned(net, SHAPE, groups, masks)
     assert all(m.in_channels % 8 == 0 for m in small.modules() if isinstance(m, nn.Conv2d) and m.in_channels > 1)
+
+
+def test_by_default_widths_of_units_are_multiples_of_8() -> None:
+    assert Pruner("units").round_to == 8
+    assert {Pruner().round_to, Pruner("units", scope="layer").round_to} == {1}
+    for options in ({"round_to": 0}, {"round_to": 8, "scope": "layer"}):
+        with pytest.raises(ValueError, match=f"round_to is {options['round_to']}"):
+            Pruner("units", **options)
+
+
+def test_layers_of_few_units_go_one_by_one_and_every_layer_keeps_some() -> None:
+    """Widths 6, 20 and 8: 20 goes to 16 and 8, the others lose any number but the last."""
+    net = nn.Sequential(nn.Conv2d(1, 6, 3), nn.Conv2d(6, 20, 3), nn.Conv2d(20, 8, 3), nn.Flatten(), nn.Linear(32, 2))
+    pruner, shape = Pruner("units", "random", budget="macs", exclude=["4"]), (1, 8, 8)
+    groups = pruner.groups(net, shape)
+    most = pruner.most(net, groups, shape)
+    seen: set[tuple[int, ...]] = set()
+    for amount in (*torch.linspace(0.05, 0.95, 19).mul(most).tolist(), most):
+        masks = pruner.prune(net, groups, {}, amount, image_shape=shape)
+        seen.add(tuple(int(masks[f"{layer}.weight"].sum()) for layer in range(3)))
+    few, many, eight = (set(column) for column in zip(*seen, strict=True))
+    assert many == {8, 16, 20} and min(few) == min(eight) == 1
+    assert any(count % 8 for count in few) and any(count % 8 for count in eight)
+    assert pruner.share_gone(net, groups, masks, shape) == pytest.approx(most)
+    with pytest.raises(ValueError, match="can not lose so many"):
+        pruner.prune(net, groups, {}, most + 0.01, image_shape=shape)
+
+
+@pytest.mark.parametrize(
+    ("num_units", "keep", "least"), [(6, 0, 1), (8, 0.5, 4), (9, 0, 8), (64, 0.1, 8), (64, 0.2, 16)]
+)
+def test_least_units(num_units: int, keep: float, least: int) -> None:
+    assert least_units(num_units, keep, 8) == least
+    assert least_units(num_units, keep, 1) == math.ceil(keep * num_units)
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_the_share_gone_is_that_of_the_thinned_net(name: str) -> None:
+    torch.manual_seed(0)
+    build, shape = NETS[name]
+    net = build()
+    pruner = Pruner("units", budget="macs")
+    groups, masks = pruned(net, shape, pruner, 0.3)
+    gone = 1 - count_macs(thinned(net, shape, groups, masks), shape) / count_macs(net, shape)
+    assert pruner.share_gone(net, groups, masks, shape) == pytest.approx(gone, rel=1e-9)
+    assert 1 - thinned_macs(net, groups, masks, shape) / count_macs(net, shape) == gone
+    assert pruner.share_gone(net, groups, {}, shape) == 0
+
+
+def test_what_multiplies_without_being_a_layer_is_counted_as_it_is() -> None:
+    class Attends(nn.Sequential):
+        def forward(self, images: Tensor) -> Tensor:
+            pixels = self[1](self[0](images).relu()).flatten(2)
+            return self[2]((pixels @ (pixels.transpose(1, 2) @ pixels).softmax(2)).mean(2))
+
+    net, shape = Attends(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.Linear(16, 4)), (1, 8, 8)
+    pruner = Pruner("units", budget="macs", include=["0"], exclude=["2"])
+    groups, masks = pruned(net, shape, pruner, 0.1)
+    macs = Macs(net, shape, {group.layer: ((group.layer,), group.readers) for group in groups})
+    assert macs({"0": 16}) == count_macs(net, shape)
+    assert macs({"0": 8}) == count_macs(thinned(net, shape, groups, masks), shape)
 
 
 def test_of_equal_saliency_the_most_expensive_go() -> None:
@@ -101,7 +163,7 @@ def test_more_than_can_go_is_refused() -> None:
     with pytest.raises(ValueError, match=r"90 % of the multiply-accumulates .* keep 0.5 and round_to 8"):
         pruned(net, SHAPE, Pruner("units", budget="macs", keep=0.5, round_to=8), 0.9)
     with pytest.raises(ValueError, match=r"would take all units of|can not lose so many"):
-        pruned(net, SHAPE, Pruner("units", "random", budget="macs"), 0.999)
+        pruned(net, SHAPE, Pruner("units", "random", budget="macs", round_to=1), 0.999)
 
 
 @pytest.mark.parametrize("criterion", ["obd", "gradient"])
