@@ -34,7 +34,9 @@ def test_every_command_runs(command, logs, tmp_path, monkeypatch):
         args = shlex.split(line)[1:]
         small = SMALL if args[0] == "fit" and "--help" not in args else []
         if "compression" in line:
-            small = [*small, "--trainer.callbacks.epochs_per_round=1", "--trainer.callbacks.latency=false"]
+            schedule = "--trainer.callbacks.schedule.init_args"
+            small = [*small, f"{schedule}.begin_epoch=0", f"{schedule}.end_epoch=0.5", f"{schedule}.every_n_steps=1"]
+            small = [*small, "--trainer.callbacks.latency=false"]
             small = [*small, f"--trainer.callbacks.report={'true' if 'digits' in line else 'false'}"]
         if "fashion_mnist" in line and not Path("/usr/share/datasets/fashion-mnist").is_dir():
             continue
