@@ -149,7 +149,7 @@ class ConvNormAct(nn.Sequential):
         norm: factory of the norm; the convolution has a bias only without one (batch norm's shift replaces it,
             Ioffe & Szegedy 2015, sec. 3.2).
         activation: factory of the activation.
-        pool: factory of a pooling between convolution and norm: what follows it then acts on fewer pixels.
+        pool: factory of a pooling after the activation.
     """
 
     def __init__(
@@ -171,18 +171,17 @@ class ConvNormAct(nn.Sequential):
         super().__init__()
         bias = isinstance(normed, nn.Identity)
         self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride, padding, bias=bias)
-        if pool is not None:
-            self.pool = pool()
         self.norm = normed
         self.act = activation()
+        if pool is not None:
+            self.pool = pool()
 
     def forward(self, x: Tensor) -> Tensor:
         """One after the other; in training on a CPU batch norm and ReLU are one operation."""
         x = self.conv(x)
-        if hasattr(self, "pool"):
-            x = self.pool(x)
         y = batch_norm_relu(x, self.norm, self.act)
-        return self.act(self.norm(x)) if y is None else y
+        y = self.act(self.norm(x)) if y is None else y
+        return self.pool(y) if hasattr(self, "pool") else y
 
 
 ConvFactory = Callable[..., nn.Module]

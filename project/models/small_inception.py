@@ -4,8 +4,7 @@ The block is figure 2b of Szegedy et al. 2014 (arXiv:1409.4842) with the 5x5 as 
 arXiv:1512.00567, figure 5); stem of plain convolutions first, then blocks, then global average pooling, dropout and one
 linear layer, as in both papers. The scale is ours: a max pooling after each convolution of the stem halves the image
 while more than 16 pixels are left, one before each stage while more than 4 are. No convolution has a stride: of a
-small image the first one sees every pixel. In the stem the norm comes after the pooling, on a quarter of the pixels.
-Widths are multiples of 8: vectors stay full.
+small image the first one sees every pixel. Widths are multiples of 8: vectors stay full.
 """
 
 from collections.abc import Callable
