@@ -19,6 +19,8 @@ _UNKNOWN = (
 )
 _BULLET = re.compile(r"^\s*- ", re.MULTILINE)
 _OTHER_KINDS = ("Expected a <class 'NoneType'>", "Expected a path but")
+_NESTED = ("Does not validate against any of the Union subtypes", "Not a valid subclass of")
+"""Branches that only say that those below them failed."""
 _KEYS = re.compile(r'Parser key "([\w.]+)":\s*')
 _PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\s*")
 
@@ -65,6 +67,7 @@ def one_sentence(message: str) -> str:
     """One sentence for jsonargparse's tree of lines, which has a branch for each type a value could have had."""
     branches = [branch.strip() for branch in _BULLET.split(message)]
     head, tried = branches[0], [branch for branch in branches[1:] if not branch.startswith(_OTHER_KINDS)]
+    tried = [branch for branch in tried if not branch.startswith(_NESTED)] or tried
     keys = _KEYS.findall(head)
     head = tried[0].split("Given value type:")[0] if tried else _KEYS.sub("", head, count=1)
     head = _PROBLEM.sub(r"\1: ", _KEYS.sub(r"\1: ", head))

@@ -208,3 +208,11 @@ def test_another_nets_checkpoint_is_refused(command, digits, logs):
     path = Run.find(logs / "digits").best_checkpoint
     status, _, err = command("test", *digits, "--model.net.width=0.5", f"--ckpt_path={path}")
     assert status == 2 and "belongs to another net" in err and "Traceback" not in err
+
+
+def test_a_wrong_value_deep_in_a_fragment_is_named(command, digits):
+    """The sentence of an object within a callback within a list, not jsonargparse's account of what it tried."""
+    fragment = ["--config", str(Path(__file__).parent.parent / "configs/compression/unit_pruning.yaml")]
+    status, _, err = command("fit", *digits, *fragment, "--trainer.callbacks.pruner.init_args.round_to=0")
+    assert status == 2
+    assert "round_to is 0" in err and "Union" not in err and err.count("\n") == 1
