@@ -1,4 +1,4 @@
-"""The command line: ``project {fit,validate,test,predict} --config …``, on LightningCLI.
+"""The command line: ``project {fit,validate,test,predict,export} --config …``, on LightningCLI.
 
 A further verb is a method of :class:`project.trainer.Trainer` and a line in :meth:`CLI.subcommands`.
 """
@@ -47,6 +47,11 @@ class CLI(LightningCLI):
             args=args,
             run=run,
         )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs, and which of their arguments the command line itself provides."""
+        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key in _FROM_DATA_TO_NET:
@@ -107,6 +112,7 @@ class CLI(LightningCLI):
         log.info("look           tensorboard --logdir %s", folder.parent)
         log.info("test           project test --run %s", folder)
         log.info("predict        project predict --run %s --images PATH", folder)
+        log.info("export         project export --run %s --format onnx-int8", folder)
 
 
 class SaveConfig(SaveConfigCallback):

@@ -1,9 +1,8 @@
-"""A net as an ONNX file (https://onnx.ai): one file that runtimes on servers, phones and browsers read.
+"""A net as one file: ONNX (https://onnx.ai) in fp32 or int8, or PyTorch's exported program; checked before it is there.
 
 Input ``images`` ``[batch, C, H, W]`` fp32, normalised as in training; output ``logits`` ``[batch, num_classes]``;
-``batch`` is dynamic. The exporter's optimizer folds batch norm into the convolution before it (y = w x + b with both
-scaled, so equal up to rounding) and leaves dropout out. Weights lie inside the file as dense fp32: zeros take their
-four bytes like any other value.
+``batch`` is dynamic. The ONNX exporter's optimizer folds batch norm into the convolution before it (y = w x + b with
+both scaled, so equal up to rounding) and leaves dropout out. In fp32 zeros take their four bytes like any other value.
 
 The exporter notes for every value its shape and for every node the lines of source code it came from, with the paths
 of the machine it ran on. No runtime needs either, so both are dropped: SmallInception for 28x28 images (186,026
@@ -11,18 +10,153 @@ parameters, 744,104 bytes at four bytes each) makes a file of 748,845 bytes inst
 """
 
 import copy
+import json
+import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from project.compression.quantization import QuantizedLayer, Quantizer, quantize
+from project.data import ImageDataModule
+from project.model_file import Metadata, ModelFile
+from project.models.classifier import Classifier, load_net
 from project.paths import write_whole
 
 if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
+
+log = logging.getLogger(__name__)
+
+Format = Literal["onnx", "onnx-int8", "pt2"]
+TOLERANCE: dict[Format, float] = {"onnx": 1e-4, "onnx-int8": 0.25, "pt2": 1e-4}
+"""Largest difference of a logit that passes as the same net, as a share of the largest logit."""
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written and how it compares with the net.
+
+    Args:
+        path: the file.
+        difference: of any logit on the images compared, at most, over the largest logit.
+        agreement: share of the images that get the same class.
+        layers: of a quantized file: what became of each layer.
+    """
+
+    path: Path
+    difference: float
+    agreement: float
+    layers: tuple[QuantizedLayer, ...] = ()
+
+
+def export(
+    net: nn.Module,
+    path: str | os.PathLike[str],
+    metadata: Metadata,
+    images: Tensor,
+    *,
+    format: Format = "onnx",
+    tolerance: float | None = None,
+    calibration: Tensor | None = None,
+    quantizer: Quantizer | None = None,
+) -> Exported:
+    """Write a model file that its own runtime has read again and that gives the net's logits.
+
+    Args:
+        net: takes normalised images ``[N, C, H, W]`` for every N; left as it was.
+        path: of the file; at most 2 GB.
+        metadata: goes into the file.
+        images: ``[N, C, H, W]``, normalised: what file and net are compared on.
+        format: onnx (fp32), onnx-int8 or pt2.
+        tolerance: largest difference of a logit, as a share of the largest; ``None`` is that of :data:`TOLERANCE`.
+        calibration: normalised training images, of int8 alone.
+        quantizer: likewise.
+
+    Raises:
+        ValueError: when the difference is above the tolerance; no file is left then, and an older one stays.
+    """
+    limit = TOLERANCE[format] if tolerance is None else tolerance
+    net = copy.deepcopy(net).eval().to("cpu", torch.float32)
+    with torch.inference_mode():
+        expected = net(images)
+    layers: list[QuantizedLayer] = []
+    found: list[Exported] = []
+    if format == "pt2":
+        write: Callable[[Path], object] = lambda part: _write_pt2(net, part, metadata)  # noqa: E731
+    else:
+        model = _to_onnx(net, metadata.image_shape)
+        if format == "onnx-int8":
+            if calibration is None:
+                raise ValueError("there are no calibration images, and int8 needs them: give training images.")
+            model, layers = quantize(model, calibration.contiguous().numpy(), quantizer or Quantizer())
+        _note_(model, metadata.to_strings())
+        content = model.SerializeToString()
+        write = lambda part: part.write_bytes(content)  # noqa: E731
+
+    def write_and_check(part: Path) -> None:
+        write(part)
+        logits = torch.cat([ModelFile(part).logits(batch.contiguous()) for batch in images.split(64)])
+        difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
+        agreement = float((logits.argmax(1) == expected.argmax(1)).float().mean())
+        if not difference <= limit:
+            raise ValueError(
+                f"the {format} file's logits differ from the net's by up to {difference:.2g} of the largest, more than "
+                f"the tolerance {limit:g}, so it was not kept: raise --tolerance, or report a bug."
+            )
+        found.append(Exported(Path(path), difference, agreement, tuple(layers)))
+
+    write_whole(Path(path), write_and_check)
+    return found[0]
+
+
+def export_checkpoint(
+    module: Classifier,
+    data: ImageDataModule,
+    checkpoint: Path,
+    path: Path,
+    *,
+    format: Format = "onnx",
+    tolerance: float | None = None,
+    num_images: int = 256,
+    quantizer: Quantizer | None = None,
+) -> Exported:
+    """:func:`export` of a checkpoint's net, compared on the first test images, calibrated on training images."""
+    if num_images < 1:
+        raise ValueError(f"num_images is {num_images}, but file and net are compared on them: choose about 256.")
+    quantizer = quantizer or Quantizer()
+    net = load_net(module, checkpoint)
+    data.prepare_data()
+    data.setup("test")
+    if format == "onnx-int8":
+        data.setup("validate")
+    assert data.test_data is not None
+    pixels, *_ = data.test_data.__getitems__(list(range(min(num_images, len(data.test_data)))))
+    exported = export(
+        net,
+        path,
+        Metadata(module.class_names, module.image_shape, module.mean, module.std),
+        data.normalize(pixels.float().div_(255)),
+        format=format,
+        tolerance=tolerance,
+        calibration=data.sample(quantizer.num_images)[0] if format == "onnx-int8" else None,
+        quantizer=quantizer,
+    )
+    log.info(
+        "%s: %d bytes; on %d test images a logit differs by at most %.2g of the largest, %.1f %% get the same class",
+        exported.path,
+        exported.path.stat().st_size,
+        len(pixels),
+        exported.difference,
+        100 * exported.agreement,
+    )
+    if floats := [layer.name for layer in exported.layers if layer.num_bits == 32]:
+        log.info("in fp32 stay %s", ", ".join(floats))
+    return exported
 
 
 def export_onnx(
@@ -38,11 +172,10 @@ def export_onnx(
         net: takes images ``[N, C, H, W]`` for every N.
         path: of the file; at most 2 GB.
         image_shape: (C, H, W).
-        metadata: keys and values for the file's ``metadata_props``, such as class names or the normalisation.
+        metadata: keys and values for the file's ``metadata_props``.
     """
     model = _to_onnx(net, image_shape)
-    for key, value in (metadata or {}).items():
-        model.metadata_props.add(key=key, value=value)
+    _note_(model, metadata or {})
     write_whole(Path(path), lambda part: part.write_bytes(model.SerializeToString()))
 
 
@@ -68,9 +201,22 @@ def _to_onnx(net: nn.Module, image_shape: tuple[int, int, int]) -> "ModelProto":
     return model
 
 
+def _note_(model: "ModelProto", strings: Mapping[str, str]) -> None:
+    for key, value in strings.items():
+        model.metadata_props.add(key=key, value=value)
+
+
 def _strip_(graph: "GraphProto") -> None:
     """Drop what is neither computed nor needed to compute: inner shapes, documentation, the exporter's notes."""
     graph.ClearField("value_info")
     for part in (graph, *graph.input, *graph.output, *graph.initializer, *graph.node):
         part.ClearField("doc_string")
         part.ClearField("metadata_props")
+
+
+def _write_pt2(net: nn.Module, path: Path, metadata: Metadata) -> None:
+    images = torch.zeros(2, *metadata.image_shape)
+    net = net.to(memory_format=torch.contiguous_format)
+    with torch.no_grad():
+        program = torch.export.export(net, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata.to_strings())})

@@ -13,6 +13,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+MODEL_FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx", "pt2": "model.pt2"}
+"""Names of the files that ``project export`` writes, by format."""
+
 
 class Paths:
     """The data and logs folders.
@@ -93,8 +96,16 @@ class Run:
         return self.folder / "summary.json"
 
     @property
+    def report(self) -> Path:
+        return self.folder / "report.csv"
+
+    @property
     def predictions(self) -> Path:
         return self.folder / "predictions.csv"
+
+    def model_file(self, format: str) -> Path:
+        """Where ``project export`` writes the net in a format."""
+        return self.folder / MODEL_FILES[format]
 
     @property
     def checkpoints(self) -> Path:

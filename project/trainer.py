@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -20,8 +20,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from project.callbacks import default_callbacks
+from project.compression import Quantizer
 from project.logger import MetricsCSV
-from project.paths import Paths, Run
+from project.paths import MODEL_FILES, Paths, Run
 
 log = logging.getLogger(__name__)
 
@@ -215,6 +216,49 @@ class Trainer(pl.Trainer):
             classes = self.lightning_module.class_names
             write_predictions(path, names, torch.cat(predictions), classes)  # type: ignore[arg-type]
         return predictions
+
+    def export(
+        self,
+        model: "pl.LightningModule",
+        datamodule: "pl.LightningDataModule",
+        run: str | None = None,
+        ckpt_path: str | None = None,
+        format: Literal["onnx", "onnx-int8", "pt2"] = "onnx",
+        output: str | None = None,
+        tolerance: float | None = None,
+        num_images: int = 256,
+        quantizer: Quantizer | None = None,
+    ) -> Any:
+        """Write the net as one file that runs without this package, once it has been read again and compared.
+
+        Args:
+            model: the classifier.
+            datamodule: the data: test images to compare on, training images to calibrate int8 with.
+            run: a run's folder, for its configuration and best checkpoint.
+            ckpt_path: checkpoint to export.
+            format: onnx (fp32), onnx-int8 (quantized after training) or pt2 (torch.export).
+            output: the file; null is ``model.onnx``, ``model_int8.onnx`` or ``model.pt2`` in the run's folder, else in
+                the working directory.
+            tolerance: largest difference of a logit that is accepted, as a share of the largest logit; null is 1e-4,
+                0.25 for int8.
+            num_images: test images to compare file and net on.
+            quantizer: of int8: what becomes integers, and how their scales are found.
+        """
+        from project.export import export_checkpoint
+
+        path = self._weights_of(run, ckpt_path)
+        target = Path(output) if output else self.run.model_file(format) if self.run else Path(MODEL_FILES[format])
+        assert path is not None
+        return export_checkpoint(
+            model,  # type: ignore[arg-type]
+            datamodule,  # type: ignore[arg-type]
+            Path(path),
+            target,
+            format=format,
+            tolerance=tolerance,
+            num_images=num_images,
+            quantizer=quantizer,
+        )
 
     # -- the run's folder ----------------------------------------------------------------------------------------
 

@@ -9,6 +9,7 @@ from project.callbacks.look_at_batch import LookAtBatch
 from project.callbacks.nan_guard import StopOnNaN
 from project.callbacks.progress import ProgressLines, default_progress_bar
 from project.callbacks.pruning import IterativeMagnitudePruning
+from project.callbacks.quantization import PostTrainingQuantization, QuantizationAwareTraining
 from project.callbacks.summary import WriteSummary
 from project.callbacks.test_report import TestReport
 from project.callbacks.weight_histograms import WeightHistograms
@@ -20,7 +21,9 @@ __all__ = [
     "IterativeMagnitudePruning",
     "LogGraph",
     "LookAtBatch",
+    "PostTrainingQuantization",
     "ProgressLines",
+    "QuantizationAwareTraining",
     "StopOnNaN",
     "TestReport",
     "WeightHistograms",

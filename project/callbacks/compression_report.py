@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Iterable
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,9 +12,10 @@ from torch import Tensor, nn
 from project.callbacks.places import run_of, tensorboard
 from project.data import ImageDataModule
 from project.data.array_dataset import Batch
-from project.metrics.latency import engines, measure
-from project.metrics.report import ReportRow, describe, to_markdown, write_report
-from project.models.classifier import Classifier
+from project.metrics.latency import Latency, engines, measure
+from project.metrics.report import ReportRow, describe, read_report, to_markdown, write_report
+from project.model_file import ModelFile
+from project.models.classifier import Classifier, load_net
 
 log = logging.getLogger(__name__)
 
@@ -68,10 +68,52 @@ def report_steps(trainer: Trainer, module: Classifier, steps: list[Step], *, mea
         )
         for step in steps
     ]
+    _publish(trainer, rows, rows)
+    return rows
+
+
+def add_file_row(trainer: Trainer, module: Classifier, step: Step, path: Path, *, latency: bool) -> None:
+    """Add the row of a model file to the run's report, in place of an older one of its kind.
+
+    Args:
+        trainer: with a run's folder that holds a report.
+        module: as in :func:`report_steps`.
+        step: its name, and the checkpoint that the file was made of.
+        path: of the file; accuracy and speed are ONNX Runtime's on it.
+        latency: measure the speed, in one interleaved run with the dense fp32 net's engines.
+    """
+    run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
+    assert run is not None
+    logits, net = ModelFile(path).logits, load_net(module, step.checkpoint)
+    dense = run.level_checkpoint(0) if run.level_checkpoint(0).is_file() else step.checkpoint
+    own: dict[tuple[str, int], Latency] = {}
+    reference: dict[tuple[str, int], Latency] = {}
+    if latency:
+        named = {**engines(load_net(module, dense), module.image_shape, _ENGINES), _FILE: logits}
+        for (name, batch), time in measure(named, module.image_shape, rounds=30, budget_s=20).items():
+            (own if name == _FILE else reference)[name, batch] = time
+    row = describe(
+        step.name,
+        net,
+        module.image_shape,
+        file=path,
+        val_accuracy=accuracy(logits, data, "val"),
+        test_accuracy=accuracy(logits, data, "test"),
+        latencies=own,
+        reference=reference,
+    )
+    older = [row for row in read_report(run.report) if row.file != path.name]
+    _publish(trainer, [*older, row], [row])
+
+
+def _publish(trainer: Trainer, rows: list[ReportRow], new: list[ReportRow]) -> None:
+    """Write the report, show it in TensorBoard, and say what is new."""
+    run = run_of(trainer)
+    assert run is not None
     write_report(rows, run.folder)
     if (writer := tensorboard(trainer)) is not None:
         writer.add_text("report", to_markdown(rows), trainer.global_step)
-    for row in rows:
+    for row in new:
         log.info(
             "%-22s test %6.2f %%  %5.1f %% zeros  %9d MACs%s",
             row.step,
@@ -80,19 +122,10 @@ def report_steps(trainer: Trainer, module: Classifier, steps: list[Step], *, mea
             row.macs,
             "" if row.speedup_batch64 is None else f"  {row.speedup_batch64:.2f}x at batch 64 ({row.engine})",
         )
-    return rows
 
 
+_FILE = "onnxruntime int8"
 _ENGINES = ["eager", "onnxruntime"]
-
-
-def load_net(module: Classifier, path: Path) -> nn.Module:
-    """The net of a checkpoint, in eval mode on the processor; ``module`` is left as it was."""
-    copy = deepcopy(module).to("cpu")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    copy.on_load_checkpoint(checkpoint)
-    copy.load_state_dict(checkpoint["state_dict"])
-    return copy.net.eval()
 
 
 @torch.inference_mode()

@@ -383,13 +383,10 @@ class IterativeMagnitudePruning(Callback):
             )
 
     def _images(self, trainer: Trainer, module: Classifier) -> tuple[Tensor, Tensor]:
-        """Training images without augmentation, spread over the whole set."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(data, ImageDataModule) and data.train_data is not None
-        count = min(self.pruner.num_images, len(data.train_data))
-        positions = torch.linspace(0, len(data.train_data) - 1, count).long().tolist()
-        images, labels, _ = data.train_data.__getitems__(positions)
-        return data.normalize(images.to(module.device).float().div_(255)), labels.to(module.device)
+        assert isinstance(data, ImageDataModule)
+        images, labels = data.sample(self.pruner.num_images)
+        return images.to(module.device), labels.to(module.device)
 
     # -- lengths -------------------------------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """The mathematics of efficient inference; nothing here knows Lightning."""
 
 from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, sparsity
+from project.compression.quantization import QuantizedLayer, Quantizer, quantize
 from project.compression.sparsity_schedules import Gradual, Iterative, OneShot, QualityFactors, Rounds, Sparsities
 from project.compression.surgery import Surgery, from_plain, register_surgery, replay_, to_plain
 from project.compression.thinning import Thin, Units, plan_thinning, units_of, why_not
@@ -13,6 +14,8 @@ __all__ = [
     "OneShot",
     "Pruner",
     "QualityFactors",
+    "QuantizedLayer",
+    "Quantizer",
     "Rounds",
     "Sparsities",
     "Surgery",
@@ -21,6 +24,7 @@ __all__ = [
     "apply_masks_",
     "from_plain",
     "plan_thinning",
+    "quantize",
     "register_surgery",
     "removed_units",
     "replay_",

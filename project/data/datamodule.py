@@ -151,6 +151,14 @@ class ImageDataModule(LightningDataModule):
         """The test images."""
         return self.test_dataloader()
 
+    def sample(self, count: int) -> tuple[Tensor, Tensor]:
+        """At most ``count`` training images, spread over the whole set, normalised and not augmented, and labels."""
+        assert self.train_data is not None, "call setup('fit') first"
+        count = min(count, len(self.train_data))
+        positions = torch.linspace(0, len(self.train_data) - 1, count).long().tolist()
+        images, labels, _ = self.train_data.__getitems__(positions)
+        return self.normalize(images.float().div_(255)), labels
+
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Raw batch -> float images, normalised, channels-last in memory when coloured, and targets.
 

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -298,6 +299,15 @@ class Classifier(LightningModule):
                 f"the checkpoint belongs to another net ({problem}): give the configuration that it was trained with, "
                 "as `--run DIR` does, or another checkpoint."
             )
+
+
+def load_net(module: Classifier, path: Path) -> nn.Module:
+    """The net of a checkpoint, in eval mode on the processor; ``module`` is left as it was."""
+    copy = deepcopy(module).to("cpu")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    copy.on_load_checkpoint(checkpoint)
+    copy.load_state_dict(checkpoint["state_dict"])
+    return copy.net.eval()
 
 
 def _mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:

@@ -1,0 +1,140 @@
+"""After training: the best weights as an int8 file, measured as what it is, a file in the engine that will run it.
+
+The mathematics and its sources are in :mod:`project.compression.quantization`; quantization-aware training (Jacob et
+al. 2018, arXiv:1712.05877, sec. 3) in :mod:`project.compression.fake_quantization`.
+"""
+
+import logging
+from pathlib import Path
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from project.callbacks.compression_report import Step, accuracy, add_file_row, report_steps
+from project.callbacks.places import run_of
+from project.compression.fake_quantization import FakeQuantization
+from project.compression.quantization import Quantizer
+from project.data import ImageDataModule
+from project.export import Exported, export_checkpoint
+from project.model_file import ModelFile
+from project.models.classifier import Classifier
+from project.paths import Run
+
+log = logging.getLogger(__name__)
+
+
+class PostTrainingQuantization(Callback):
+    """At the end of a fit writes ``model.onnx`` and ``model_int8.onnx`` of the best checkpoint into the run's folder.
+
+    The int8 file's accuracy on validation and test images and its speed, both in ONNX Runtime, are a row of the run's
+    report, whose other rows (of pruning before it) stay. Where the file loses more than ``max_drop`` on the validation
+    images, the layers that alone change the outputs most stay fp32, twice as many at each try.
+
+    Args:
+        quantizer: what becomes integers, and how their scales are found.
+        max_drop: validation accuracy that int8 may lose, as a fraction: 0.002 is 0.2 points.
+        latency: measure the speed for the report.
+
+    Raises:
+        ValueError: for a negative drop.
+    """
+
+    def __init__(self, quantizer: Quantizer | None = None, max_drop: float = 0.002, latency: bool = True) -> None:
+        if max_drop < 0:
+            raise ValueError(f"max_drop is {max_drop}, but it is what may be lost: choose 0 or more.")
+        self.quantizer = quantizer or Quantizer()
+        self.max_drop = max_drop
+        self.latency = latency
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Classifier):
+            raise ValueError(f"the model is a {type(pl_module).__name__}, but what is quantized is a Classifier's net.")
+        if not isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
+            raise ValueError("quantization calibrates on training images: fit with an ImageDataModule.")
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
+        if run is None or trainer.current_epoch < (trainer.max_epochs or 0):
+            return  # fast_dev_run, or a run that is to be resumed
+        source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
+        if not source.is_file():
+            log.warning("there is no checkpoint to quantize: switch trainer.enable_checkpointing on")
+            return
+        export_checkpoint(pl_module, data, source, run.model_file("onnx"))
+        exported = self._quantize(run, pl_module, data, source)
+        if not run.report.is_file():
+            report_steps(trainer, pl_module, [Step("dense", source)], measured=["dense"] if self.latency else [])
+        kept = sum(layer.num_bits == 32 for layer in exported.layers)
+        name = f"int8, {kept} layers fp32" if kept else "int8"
+        add_file_row(trainer, pl_module, Step(name, source), exported.path, latency=self.latency)
+
+    def _quantize(self, run: Run, module: Classifier, data: ImageDataModule, source: Path) -> Exported:
+        """Export, with more layers in fp32 as long as too much is lost."""
+        wanted = accuracy(ModelFile(run.model_file("onnx")).logits, data, "val")
+        quantizer, target = self.quantizer, run.model_file("onnx-int8")
+        while True:
+            exported = export_checkpoint(
+                module, data, source, target, format="onnx-int8", quantizer=quantizer, tolerance=float("inf")
+            )
+            reached = accuracy(ModelFile(target).logits, data, "val")
+            if wanted is None or reached is None or wanted - reached <= self.max_drop:
+                return exported
+            more = max(1, 2 * quantizer.float_layers)
+            points = 100 * (wanted - reached)
+            if more >= len(exported.layers) // 2:
+                log.warning(
+                    "int8 loses %.2f points on the validation images, more than max_drop %g: fine-tune with "
+                    "project.callbacks.QuantizationAwareTraining before it",
+                    points,
+                    self.max_drop,
+                )
+                return exported
+            log.info("int8 loses %.2f points on the validation images: %d layers stay fp32", points, more)
+            quantizer = quantizer.with_float_layers(more)
+
+
+class QuantizationAwareTraining(Callback):
+    """Trains the last epochs with weights and activations rounded to eight bits, so that the net gets used to it.
+
+    Structure, checkpoints and keys stay those of the plain net: the rounding is in the forward pass of training alone,
+    and validation measures the net without it. :class:`PostTrainingQuantization` after it writes the file.
+
+    Args:
+        begin_epoch: the first epoch, from 0, that rounds; fine-tuning begins well after half of the training.
+        weight_bits: 8 or fewer.
+        activations: round the layers' inputs too.
+    """
+
+    def __init__(self, begin_epoch: int, weight_bits: int = 8, activations: bool = True) -> None:
+        if begin_epoch < 0:
+            raise ValueError(f"begin_epoch is {begin_epoch}: choose 0 or more.")
+        self.begin_epoch = begin_epoch
+        self.fake = FakeQuantization(num_bits=weight_bits, activations=activations)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.max_epochs is not None and 0 < trainer.max_epochs <= self.begin_epoch:
+            raise ValueError(
+                f"begin_epoch is {self.begin_epoch}, but training ends after {trainer.max_epochs} epochs: begin before."
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        if trainer.current_epoch >= self.begin_epoch:
+            self.fake.attach_(pl_module.net)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.fake.detach_()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.fake.detach_()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.fake.detach_()
+
+    def state_dict(self) -> dict[str, object]:
+        return {"ranges": {name: tuple(span) for name, span in self.fake.ranges.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        self.fake.ranges = {name: tuple(span) for name, span in state_dict["ranges"].items()}  # type: ignore[attr-defined]

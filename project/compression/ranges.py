@@ -1,0 +1,112 @@
+"""Which range of values eight bits stand for: the observers of post-training quantization.
+
+Krishnamoorthi 2018 (arXiv:1806.08342, sec. 2 and 3.1): ``x = scale * (q - zero_point)``. A wide range loses small
+differences, a narrow one clips large values; Nagel et al. 2021 (arXiv:2106.08295, sec. 3.1) compare how to choose:
+
+- ``min-max``: the smallest and the largest value seen; nothing is clipped;
+- ``percentile``: all but a share of the values at either end;
+- ``mse``: the range with the smallest mean squared error of what was seen (the paper's eq. 12).
+
+Values are counted in a histogram of 2,048 bins between the extremes of a first pass; within a bin they count as its
+middle, so that a chosen end is right to a 2,048th of the values' span.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float32]
+Method = Literal["min-max", "percentile", "mse"]
+
+NUM_BINS = 2048
+_STEPS = 100  # ends that mse tries, from all of the range down to a hundredth
+
+
+@dataclass(frozen=True)
+class Scale:
+    """``x = scale * (q - zero_point)`` with q from 0 to 255."""
+
+    scale: float
+    zero_point: int
+
+    @classmethod
+    def of_range(cls, low: float, high: float) -> "Scale":
+        """The scale of [low, high], widened to hold 0, which padding and ReLU need exactly."""
+        low, high = min(low, 0.0), max(high, 0.0)
+        scale = max((high - low) / 255, 1e-12)
+        return cls(float(np.float32(scale)), round(-low / scale))
+
+    def fake(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
+        """``x`` as it comes back from eight bits."""
+        q = np.clip(np.round(x / self.scale) + self.zero_point, 0, 255)
+        return (q - self.zero_point) * self.scale
+
+
+class Observer:
+    """Sees the batches of one tensor twice: :meth:`see_range` for the extremes, then :meth:`count`."""
+
+    def __init__(self) -> None:
+        self.low, self.high = float("inf"), float("-inf")
+        self.counts = np.zeros(NUM_BINS, dtype=np.int64)
+
+    def see_range(self, x: Array) -> None:
+        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
+
+    def count(self, x: Array) -> None:
+        if self.high > self.low:
+            self.counts += np.histogram(x, NUM_BINS, (self.low, self.high))[0]
+
+    def scale(self, method: Method, percentile: float = 99.99) -> Scale:
+        """The scale of the values seen.
+
+        Args:
+            method: see the module; without :meth:`count` only ``min-max``.
+            percentile: share of the values, in percent, that ``percentile`` keeps; half of the rest goes at either end.
+        """
+        if method == "min-max" or not self.counts.any():
+            return Scale.of_range(self.low, self.high)
+        edges = np.linspace(self.low, self.high, NUM_BINS + 1)
+        if method == "percentile":
+            shares = self.counts.cumsum() / self.counts.sum()
+            cut = (1 - percentile / 100) / 2
+            first, last = int(np.searchsorted(shares, cut)), int(np.searchsorted(shares, 1 - cut))
+            return Scale.of_range(float(edges[first]), float(edges[min(last, NUM_BINS - 1) + 1]))
+        middles = (edges[:-1] + edges[1:]) / 2
+
+        def error(scale: Scale) -> float:
+            return float(np.dot(self.counts, (middles - scale.fake(middles)) ** 2))
+
+        shrunk = [factor / _STEPS for factor in range(_STEPS, 0, -1)]
+        return min((Scale.of_range(self.low * f, self.high * f) for f in shrunk), key=error)
+
+
+def weight_scales(weight: Array, num_bits: int, method: Method = "min-max") -> Array:
+    """Each row's scale, ``[rows]``, for integers from ``-(2**(num_bits-1) - 1)`` to its opposite.
+
+    Args:
+        weight: ``[rows, ...]``.
+        num_bits: 2 to 8.
+        method: ``mse`` looks for each row's own clipping; the others take its largest magnitude.
+    """
+    most = 2 ** (num_bits - 1) - 1
+    rows = weight.reshape(len(weight), -1)
+    whole = np.maximum(np.abs(rows).max(1), 1e-12) / most
+    if method != "mse":
+        return whole.astype(np.float32)
+    best, scales = np.full(len(rows), np.inf), whole.copy()
+    for factor in np.linspace(1, 0.3, 36):
+        scale = whole * factor
+        back = np.clip(np.round(rows / scale[:, None]), -most, most) * scale[:, None]
+        error = ((rows - back) ** 2).sum(1)
+        scales = np.where(error < best, scale, scales)
+        best = np.minimum(error, best)
+    return scales.astype(np.float32)
+
+
+def to_integers(weight: Array, scales: Array, num_bits: int) -> NDArray[np.int8]:
+    """``round(weight / scale)`` per row, clipped to ``num_bits`` symmetrically."""
+    most = 2 ** (num_bits - 1) - 1
+    per_row = scales.reshape(-1, *[1] * (weight.ndim - 1))
+    return np.clip(np.round(weight / per_row), -most, most).astype(np.int8)

@@ -1,0 +1,143 @@
+"""A deployed model: one file that classifies images, with neither the configuration nor the checkpoint that made it.
+
+``.onnx`` runs in ONNX Runtime, ``.pt2`` (torch.export) in PyTorch. Beside the weights a file holds what is needed to
+use it: names of the classes, shape of the images, and mean and standard deviation of their normalisation.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """What a file says of its model.
+
+    Args:
+        class_names: in the order of the logits.
+        image_shape: (C, H, W).
+        mean, std: per channel, of pixels in [0, 1]: the model takes ``(pixels / 255 - mean) / std``.
+    """
+
+    class_names: tuple[str, ...]
+    image_shape: tuple[int, int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def to_strings(self) -> dict[str, str]:
+        """Keys and JSON values, and a line for whoever reads them without this package."""
+        texts = {key: json.dumps(value, ensure_ascii=False) for key, value in asdict(self).items()}
+        return texts | {"preprocessing": "images = (pixels / 255 - mean) / std per channel, float32 [batch, C, H, W]"}
+
+    @classmethod
+    def from_strings(cls, strings: Mapping[str, str]) -> "Metadata":
+        """The opposite of :meth:`to_strings`.
+
+        Raises:
+            KeyError, ValueError: where a key is missing or no JSON.
+        """
+        values = {key: tuple(json.loads(strings[key])) for key in cls.__dataclass_fields__}
+        return cls(**values)
+
+
+class ModelFile:
+    """A model file, opened to be run.
+
+    Args:
+        path: ends in ``.onnx`` or ``.pt2``.
+
+    Raises:
+        ValueError: when there is no such file, its ending is another, it is damaged, it was not made by ``project
+            export`` (no class names), or the package that runs it is missing.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise ValueError(f"model is {str(path)!r}, but there is no such file: project export writes one.")
+        openers = {".onnx": _open_onnx, ".pt2": _open_pt2}
+        if self.path.suffix not in openers:
+            raise ValueError(f"model is {str(path)!r}, but a model file ends in {' or '.join(openers)}.")
+        try:
+            self.logits, strings = openers[self.path.suffix](self.path)
+        except ImportError as error:
+            raise ValueError(f"model is {str(path)!r}, which needs {error.name}: pip install {error.name}.") from None
+        except Exception as error:  # each runtime has kinds of its own
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+            raise ValueError(f"model is {str(path)!r}, but the file is damaged or no model ({reason}).") from None
+        try:
+            self.metadata = Metadata.from_strings(strings)
+        except (KeyError, ValueError, TypeError):
+            raise ValueError(
+                f"model is {str(path)!r}, but it does not say its classes and normalisation: write it with project "
+                "export."
+            ) from None
+
+    logits: Callable[[Tensor], Tensor]
+    """Normalised images ``[N, C, H, W]`` float32 -> ``[N, K]``."""
+
+    def probabilities(self, pixels: Tensor) -> Tensor:
+        """uint8 images ``[N, C, H, W]`` -> ``[N, K]``.
+
+        Raises:
+            ValueError: for images of another shape.
+        """
+        if tuple(pixels.shape[1:]) != self.metadata.image_shape:
+            raise ValueError(
+                f"images are {list(pixels.shape)}, but {self.path.name} takes [N, "
+                f"{', '.join(map(str, self.metadata.image_shape))}]: resize or convert them."
+            )
+        mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.metadata.mean, self.metadata.std))
+        return self.logits(((pixels.float() / 255 - mean) / std).contiguous()).softmax(1)
+
+
+def predict(model: str, images: str, output: str = "predictions.csv") -> Tensor:
+    """Classify image files with a model file and write a CSV of class names and probabilities.
+
+    Args:
+        model: the file, as ``project export`` wrote it.
+        images: an image file, or a folder of them (searched through).
+        output: the CSV file.
+    """
+    from project.prediction import image_loader, write_predictions
+
+    file = ModelFile(model)
+    loader, names = image_loader(images, file.metadata.image_shape, _BATCH)
+    probabilities = torch.cat([file.probabilities(batch[0]) for batch in loader])
+    write_predictions(Path(output), names, probabilities, file.metadata.class_names)
+    return probabilities
+
+
+Opened = tuple[Callable[[Tensor], Tensor], Mapping[str, str]]
+
+
+def _open_onnx(path: Path) -> Opened:
+    import onnxruntime
+
+    from project.metrics.latency import onnx_engine
+
+    session_options = onnxruntime.SessionOptions()
+    session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session_options.log_severity_level = 4
+    session_options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
+    return onnx_engine(path), session.get_modelmeta().custom_metadata_map
+
+
+def _open_pt2(path: Path) -> Opened:
+    extra: dict[str, Any] = {"metadata.json": ""}
+    net = torch.export.load(path, extra_files=extra).module()
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return net(images)
+
+    return run, json.loads(extra["metadata.json"] or "{}")

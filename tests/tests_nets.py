@@ -1,0 +1,132 @@
+"""For the tests of surgery and deployment: each shipped net in small, with lively weights, and the same net thinned."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+
+from project.compression.thinning import Thin, Units, plan_thinning, units_of
+from project.models import (
+    BatchNorm,
+    BNGoogLeNet,
+    DropPath,
+    GoogLeNet,
+    InceptionV3,
+    InstanceNorm,
+    LeNet5,
+    LeNet300100,
+    NoNorm,
+    SmallInception,
+)
+
+Shape = tuple[int, int, int]
+NETS: dict[str, tuple[Callable[..., nn.Module], Shape]] = {
+    "SmallInception-8": (partial(SmallInception, stem=(16,), stages=((64,),)), (1, 8, 8)),
+    "SmallInception-28": (partial(SmallInception, stem=(16, 24), stages=((64,), (128,))), (1, 28, 28)),
+    "SmallInception-64x48": (partial(SmallInception, width=0.25, stages=((96, 64), (64,), (128,))), (3, 64, 48)),
+    "GoogLeNet-32": (partial(GoogLeNet, width=0.125), (3, 32, 32)),
+    "BNGoogLeNet-48": (partial(BNGoogLeNet, width=0.125, factorized=True), (1, 48, 48)),
+    "InceptionV3-75": (partial(InceptionV3, width=0.125), (3, 75, 75)),
+    "LeNet300100-9x5": (LeNet300100, (3, 9, 5)),
+    "LeNet5-28x19": (LeNet5, (3, 28, 19)),
+}
+OTHERS: dict[str, tuple[Callable[..., nn.Module], Shape]] = {
+    "instance norm": (partial(SmallInception, norm=InstanceNorm, width=0.5, activation=nn.SiLU), (3, 16, 16)),
+    "no norm": (partial(SmallInception, norm=NoNorm, width=0.5, activation=nn.GELU), (3, 16, 16)),
+    "instance norm on 1x1": (partial(BNGoogLeNet, norm=InstanceNorm, width=0.125), (1, 32, 32)),
+    "normed vectors": (partial(LeNet300100, norm=BatchNorm, activation=nn.Tanh), (1, 8, 8)),
+    "1x1 before flatten": (partial(LeNet5, norm=InstanceNorm, conv_activation=nn.PReLU), (1, 16, 16)),
+    "dropout": (
+        partial(SmallInception, width=0.5, conv_dropout=0.5, conv_dropout_type=DropPath, fc_dropout=0.5),
+        (1, 28, 28),
+    ),
+}
+SMALL = ["SmallInception-28", "GoogLeNet-32", "LeNet5-28x19"]
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    net_class, image_shape = {**NETS, **OTHERS}[name]
+    torch.manual_seed(seed)
+    return net_class(5, image_shape)
+
+
+def images_for(name: str) -> Tensor:
+    return torch.randn(8, *{**NETS, **OTHERS}[name][1], generator=torch.Generator().manual_seed(1))
+
+
+@cache
+def units_by_layer(name: str) -> dict[str, Units]:
+    return units_of(build(name), {**NETS, **OTHERS}[name][1])
+
+
+def choose(units: dict[str, Units], sparsity: float) -> dict[str, list[int]]:
+    generator = torch.Generator().manual_seed(2)
+    return {
+        layer: torch.randperm(of.num, generator=generator)[: min(of.num - 1, int(sparsity * of.num))].tolist()
+        for layer, of in units.items()
+    }
+
+
+@torch.no_grad()
+def mask_(net: nn.Module, units: dict[str, Units], removed: dict[str, list[int]]) -> None:
+    parameters = dict(net.named_parameters())
+    for layer, indices in removed.items():
+        for name in units[layer].parameters:
+            parameters[name][indices] = 0
+
+
+@torch.no_grad()
+def enliven_(net: nn.Module, images: Tensor) -> None:
+    """Random shifts, scales and running statistics around the true ones, so that logits depend on the image.
+
+    A deep net of random weights and statistics gives the same logits for all images, and any net equals any other.
+    """
+    generator = torch.Generator().manual_seed(3)
+
+    def scale_(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        scale = output.square().mean().sqrt().clamp(min=1e-3)
+        layer.weight /= scale
+        if layer.bias is None:
+            return output / scale
+        alive = (layer.weight.flatten(1) != 0).any(dim=1)
+        layer.bias.normal_(0.2, 0.3, generator=generator)
+        if output.dim() == 4:
+            layer.bias -= output.mean(dim=(0, 2, 3)) / scale
+        layer.bias *= alive
+        return output / scale + layer.bias.reshape((-1,) + (1,) * (output.dim() - 2))
+
+    def settle_(norm: nn.Module, args: tuple[Tensor, ...]) -> None:
+        alive = norm.weight != 0
+        norm.weight.uniform_(0.5, 1.5, generator=generator).mul_(alive)
+        norm.bias.normal_(0.2, 0.3, generator=generator).mul_(alive)
+        if isinstance(norm, nn.BatchNorm2d):
+            var, mean = torch.var_mean(args[0], dim=(0, 2, 3))
+            norm.running_mean.copy_(mean)
+            # One variance for all, means included: a channel that hardly varies would blow up the rounding error.
+            power = (var + mean.square())[alive].mean().clamp(min=1e-3)
+            norm.running_var.uniform_(0.5, 1.5, generator=generator).mul_(power)
+
+    handles = []
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            if module.bias is not None:
+                module.bias.zero_()
+            handles.append(module.register_forward_hook(scale_))
+        elif isinstance(module, nn.BatchNorm2d | nn.InstanceNorm2d):
+            handles.append(module.register_forward_pre_hook(settle_))
+    net.eval()(images)
+    for handle in handles:
+        handle.remove()
+
+
+def masked_and_thinned(name: str, sparsity: float) -> tuple[nn.Module, nn.Module, Thin]:
+    net, units = build(name), units_by_layer(name)
+    removed = choose(units, sparsity)
+    mask_(net, units, removed)
+    enliven_(net, images_for(name))
+    plan = plan_thinning(net, removed, {**NETS, **OTHERS}[name][1])
+    thinned = deepcopy(net)
+    plan.apply_(thinned)
+    return net, thinned, plan
