@@ -135,7 +135,7 @@ def benchmark(
         _check_data(subject, data)
     with tempfile.TemporaryDirectory() as folder:
         entries = _entries(subjects, names, Path(folder))
-        log.info("starting %s on %d threads", ", ".join(names), torch.get_num_threads())
+        log.info("starting %s; threads: %d", ", ".join(names), torch.get_num_threads())
         for entry in sorted(entries, key=lambda entry: not entry.deployed):  # what may be refused comes first
             _start_(entry)
         started = {str(index): entry.forward for index, entry in enumerate(entries) if entry.forward}

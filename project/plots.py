@@ -155,8 +155,8 @@ def plot_levels(points: Sequence[tuple[float, float]], score: str) -> "Figure":
 def plot_benchmark(rows: "Sequence[BenchmarkRow]") -> "Figure":
     """Accuracy against latency at batch 64, with the 5th to 95th percentile, and against bytes: left and up is better.
 
-    Each engine or model file has its marker; with several runs, each run has its colour. Points that would lie
-    on each other stand side by side. Rows without values are left out.
+    Each engine or model file has its marker; with several runs, each run has its colour. Points of the
+    same bytes and accuracy stand side by side on a grey line. Rows without values are left out.
 
     Args:
         rows: of :func:`project.benchmark.benchmark`.
@@ -185,7 +185,7 @@ def plot_benchmark(rows: "Sequence[BenchmarkRow]") -> "Figure":
     by_time.set_xlim(min(min(spreads)) / 1.1, max(max(spreads, key=max)) * 1.1)
     by_bytes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
     by_time.set(xlabel="milliseconds for a batch of 64", ylabel="test accuracy (%)")
-    by_bytes.set(xlabel="megabytes of weights or model file (side by side: the same)")
+    by_bytes.set(xlabel="megabytes of weights or model file (on a grey line: the same)")
     middle, half = (min(accuracies) + max(accuracies)) / 2, max(0.6, 0.6 * (max(accuracies) - min(accuracies)))
     by_time.set_ylim(middle - half, middle + half)  # at least 1.2 points: noise shall not fill the picture
     handles = [line for line in by_time.lines if line.get_marker() != "None"]
@@ -250,17 +250,14 @@ def _draw_points(
             groups.append([index])
         else:
             group.append(index)
+    look: dict[str, Any] = {"linestyle": "", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.6}
     for group in groups:
+        if len(group) > 1:  # where they all belong
+            axis.plot([x[group[0]]], [y[group[0]]], marker="|", markersize=30, color="grey", zorder=1)
         for place, index in enumerate(group):
-            inches = 0.15 * (place - (len(group) - 1) / 2)
+            inches = 0.12 * (place - (len(group) - 1) / 2)
             aside = axis.transData + ScaledTranslation(inches, 0, axis.figure.dpi_scale_trans)
-            style: dict[str, Any] = {
-                "linestyle": "",
-                "markersize": 8,
-                "markerfacecolor": "none",
-                "markeredgewidth": 1.6,
-            } | styles[index]
-            axis.plot([x[index]], [y[index]], transform=aside, **style)
+            axis.plot([x[index]], [y[index]], transform=aside, **(look | styles[index]))
     axis.set_xscale("log")
     axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(x) > 5 * min(x) else (1, 1.5, 2, 3, 4, 5, 7)))
     axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))

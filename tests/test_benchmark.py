@@ -34,7 +34,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from project.cli import CLI
 
     logs = tmp_path_factory.mktemp("trained")
-    options = ["--trainer.max_epochs=2", "--trainer.precision=32-true", f"--trainer.logs_dir={logs}"]
+    options = ["--trainer.max_epochs=1", "--trainer.precision=32-true", f"--trainer.logs_dir={logs}"]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("sys.argv", ["project"])
         CLI(["fit", "--config", str(ROOT / "configs/digits.yaml"), *TINY, *options])
