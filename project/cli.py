@@ -1,8 +1,9 @@
-"""The command line: ``project {fit,validate,test,predict,export} --config …``, on LightningCLI.
+"""The command line: ``project {fit,validate,test,predict,export,benchmark} --config …``, on LightningCLI.
 
 A further verb is a method of :class:`project.trainer.Trainer` and a line in :meth:`CLI.subcommands`.
 """
 
+import json
 import logging
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ log = logging.getLogger(__name__)
 _FROM_DATA_TO_NET = ("num_classes", "image_shape")
 _FROM_DATA_TO_CLASSIFIER = ("num_classes", "image_shape", "class_names", "mean", "std")
 _RUN_OPTIONS = ("--run", "--resume")
+_LIST_OPTIONS = ("--compare", "--engines")
 
 
 class CLI(LightningCLI):
@@ -51,7 +53,8 @@ class CLI(LightningCLI):
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
         """Verbs, and which of their arguments the command line itself provides."""
-        return {**LightningCLI.subcommands(), "export": {"model", "datamodule"}}
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), "export": own, "benchmark": own}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key in _FROM_DATA_TO_NET:
@@ -62,7 +65,7 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if args is None or isinstance(args, list):
             args = _with_config_of_run(sys.argv[1:] if args is None else args)
-            self.config = parser.parse_args(args)
+            self.config = parser.parse_args(_with_lists(args))
         else:
             self.config = parser.parse_object(args)
 
@@ -139,6 +142,25 @@ def _with_config_of_run(args: list[str]) -> list[str]:
             run = Run.find(folder)
             return [args[0], "--config", str(run.config), *args[1:]]
     return args
+
+
+def _with_lists(args: list[str]) -> list[str]:
+    """``--compare DIR DIR`` -> ``--compare ["DIR", "DIR"]``, the form that jsonargparse reads; that form stays."""
+    done: list[str] = []
+    rest = list(args)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        done.append(f"{option}{equals}{value}")
+        if option not in _LIST_OPTIONS:
+            continue
+        values = [value] if equals else []
+        while rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if values and not values[0].startswith(("[", "null")):
+            done[-1:] = [option, json.dumps(values)]
+        else:
+            done += values[1:] if equals else values
+    return done
 
 
 def _relative(path: Path) -> Path:

@@ -122,7 +122,7 @@ Opened = tuple[Callable[[Tensor], Tensor], Mapping[str, str]]
 def _open_onnx(path: Path) -> Opened:
     import onnxruntime
 
-    from project.metrics.latency import onnx_engine
+    from project.metrics.engines import onnx_engine
 
     session_options = onnxruntime.SessionOptions()
     session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL

@@ -107,6 +107,15 @@ class Run:
         """Where ``project export`` writes the net in a format."""
         return self.folder / MODEL_FILES[format]
 
+    def benchmark(self, suffix: str) -> Path:
+        """Of ``project benchmark``: the table (``csv``, ``md``) and the picture (``png``)."""
+        return self.folder / f"benchmark.{suffix}"
+
+    @property
+    def model_files(self) -> list[Path]:
+        """Exported models that runtimes read, by name."""
+        return sorted(self.folder.glob("*.onnx"))
+
     @property
     def checkpoints(self) -> Path:
         return self.folder / "checkpoints"
@@ -114,6 +123,23 @@ class Run:
     @property
     def best_checkpoint(self) -> Path:
         return self.checkpoints / "best.ckpt"
+
+    def weights(self, argument: str = "run") -> Path:
+        """The best checkpoint, else the last.
+
+        Args:
+            argument: that named the run, for the error.
+
+        Raises:
+            ValueError: when there is neither.
+        """
+        path = next((path for path in (self.best_checkpoint, self.last_checkpoint) if path.is_file()), None)
+        if path is None:
+            raise ValueError(
+                f"{argument} is {str(self.folder)!r}, but that run has no checkpoint: train it with `project fit`, or "
+                "name another run."
+            )
+        return path
 
     def level_checkpoint(self, number: int) -> Path:
         """The best of one level of a compression run; level 0 is the net before it."""

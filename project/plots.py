@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from project.metrics.benchmark import BenchmarkRow
+
 Curve = tuple[Sequence[float], Sequence[float]]
 """x and y of one line."""
 
@@ -150,6 +152,47 @@ def plot_levels(points: Sequence[tuple[float, float]], score: str) -> "Figure":
     return figure
 
 
+def plot_benchmark(rows: "Sequence[BenchmarkRow]") -> "Figure":
+    """Accuracy against latency at batch 64, with the 5th to 95th percentile, and against bytes: left and up is better.
+
+    Each engine or model file has its marker; with several runs, each run has its colour. Points of the
+    same bytes and accuracy stand side by side on a grey line. Rows without values are left out.
+
+    Args:
+        rows: of :func:`project.benchmark.benchmark`.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.test_accuracy is not None and row.latency_ms_batch64 and row.file_bytes]
+    labels, runs = list(dict.fromkeys(row.label for row in rows)), list(dict.fromkeys(row.run for row in rows))
+    columns = 4 if len(runs) == 1 else 2
+    figure = Figure(figsize=(10, 4.2 + 0.2 * math.ceil(len(rows) / columns)), layout="constrained")
+    by_time, by_bytes = figure.subplots(1, 2, sharey=True)
+    accuracies = [100 * (row.test_accuracy or 0) for row in rows]
+    styles = []
+    for row in rows:
+        marker = labels.index(row.label)
+        number = runs.index(row.run) if len(runs) > 1 else marker
+        label = row.label if len(runs) == 1 else f"{row.run}: {row.label}"
+        colour, shape = _COLOURS[number % len(_COLOURS)], _MARKERS[marker % len(_MARKERS)]
+        styles.append({"color": colour, "marker": shape, "label": label})
+    times, sizes = [row.latency_ms_batch64 or 0 for row in rows], [(row.file_bytes or 0) / 1e6 for row in rows]
+    spreads = [(row.latency_ms_batch64_p05 or 0, row.latency_ms_batch64_p95 or 0) for row in rows]
+    _draw_points(by_time, times, accuracies, styles)
+    _draw_points(by_bytes, sizes, accuracies, styles, apart=True)
+    for spread, accuracy, style in zip(spreads, accuracies, styles, strict=True):
+        by_time.plot(spread, (accuracy, accuracy), color=style["color"], linewidth=1)
+    by_time.set_xlim(min(min(spreads)) / 1.1, max(max(spreads, key=max)) * 1.1)
+    by_bytes.set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
+    by_time.set(xlabel="milliseconds for a batch of 64", ylabel="test accuracy (%)")
+    by_bytes.set(xlabel="megabytes of weights or model file (on a grey line: the same)")
+    middle, half = (min(accuracies) + max(accuracies)) / 2, max(0.6, 0.6 * (max(accuracies) - min(accuracies)))
+    by_time.set_ylim(middle - half, middle + half)  # at least 1.2 points: noise shall not fill the picture
+    handles = [line for line in by_time.lines if line.get_marker() != "None"]
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    return figure
+
+
 def read_curves(path: str | PathLike[str]) -> dict[str, Curve]:
     """The columns of a ``metrics.csv`` over its ``epoch`` column; empty cells, and what test wrote, are left out."""
     with Path(path).open(newline="") as file:
@@ -183,6 +226,43 @@ def _pixels(images: Tensor) -> Any:
     if images.is_floating_point():
         images = images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
     return images[:, 0].numpy() if images.shape[1] == 1 else images.permute(0, 2, 3, 1).numpy()
+
+
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#7F7F7F")
+"""Told apart with any colour vision: Okabe and Ito 2008 (https://jfly.uni-koeln.de/color), and grey."""
+_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h")
+
+
+def _draw_points(
+    axis: "Axes", x: Sequence[float], y: Sequence[float], styles: Sequence[dict[str, Any]], apart: bool = False
+) -> None:
+    """Hollow markers over a logarithmic axis with round ticks; ``apart`` sets those side by side that would lie on each
+    other.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+    from matplotlib.transforms import ScaledTranslation
+
+    groups: list[list[int]] = []
+    for index in range(len(x)):
+        near = (g for g in groups if abs(math.log(x[index] / x[g[0]])) < 0.03 and abs(y[index] - y[g[0]]) < 0.04)
+        group = next(near, None) if apart else None
+        if group is None:
+            groups.append([index])
+        else:
+            group.append(index)
+    look: dict[str, Any] = {"linestyle": "", "markersize": 8, "markerfacecolor": "none", "markeredgewidth": 1.6}
+    for group in groups:
+        if len(group) > 1:  # where they all belong
+            axis.plot([x[group[0]]], [y[group[0]]], marker="|", markersize=30, color="grey", zorder=1)
+        for place, index in enumerate(group):
+            inches = 0.12 * (place - (len(group) - 1) / 2)
+            aside = axis.transData + ScaledTranslation(inches, 0, axis.figure.dpi_scale_trans)
+            axis.plot([x[index]], [y[index]], transform=aside, **(look | styles[index]))
+    axis.set_xscale("log")
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(x) > 5 * min(x) else (1, 1.5, 2, 3, 4, 5, 7)))
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
+    axis.grid(alpha=0.3)
 
 
 def _short(line: str, length: int = 21) -> str:

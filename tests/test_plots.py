@@ -3,7 +3,16 @@ import sys
 import pytest
 import torch
 
-from project.plots import figure_to_image, plot_confusion_matrix, plot_curves, plot_images, plot_levels, read_curves
+from project.metrics.benchmark import BenchmarkRow
+from project.plots import (
+    figure_to_image,
+    plot_benchmark,
+    plot_confusion_matrix,
+    plot_curves,
+    plot_images,
+    plot_levels,
+    read_curves,
+)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -65,3 +74,24 @@ def test_levels_run_from_dense_to_sparse():
     axes = plot_levels([(1.0, 0.90), (0.5, 0.91), (0.1, 0.8)], "val/accuracy").axes[0]
     left, right = axes.get_xlim()
     assert left > right and list(axes.lines[0].get_xdata()) == [100.0, 50.0, 10.0]
+
+
+def row(run: str, engine: str, accuracy: float | None, milliseconds: float, num_bytes: int) -> BenchmarkRow:
+    times = {"latency_ms_batch64_p05": milliseconds / 2, "latency_ms_batch64_p95": milliseconds * 2}
+    return BenchmarkRow(
+        run, engine, test_accuracy=accuracy, latency_ms_batch64=milliseconds, file_bytes=num_bytes, **times
+    )
+
+
+def test_benchmark_has_a_marker_for_every_engine_and_a_colour_for_every_run():
+    rows = [row(run, engine, 0.9, 3, 4_000_000) for run in ("a/0", "b/0") for engine in ("eager", "bf16")]
+    by_time, by_bytes = plot_benchmark([*rows, row("b/0", "compiled", None, 1, 1)]).axes
+    for axis, x in ((by_time, 3), (by_bytes, 4)):
+        points = [line for line in axis.lines if line.get_marker() not in ("None", "|")]
+        assert [(list(line.get_xdata()), list(line.get_ydata())) for line in points] == [([x], [90.0])] * 4
+        assert len({line.get_marker() for line in points}) == len({line.get_color() for line in points}) == 2
+        assert axis.get_xscale() == "log"
+    (legend,) = by_time.figure.legends
+    names = [text.get_text() for text in legend.get_texts()]
+    assert names == ["a/0: eager", "a/0: bf16", "b/0: eager", "b/0: bf16"]
+    assert plot_benchmark(rows[:1]).legends[0].get_texts()[0].get_text() == "eager"

@@ -16,6 +16,7 @@ COMMANDS = [
     if part.strip().startswith("project ")
 ]
 SMALL = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"]
+SMALL_BENCHMARK = ["--engines", "eager", "onnxruntime", "--rounds=1", "--memory=false"]
 
 
 def test_the_readme_shows_the_main_job():
@@ -33,6 +34,7 @@ def test_every_command_runs(command, logs, tmp_path, monkeypatch):
     for line in COMMANDS:
         args = shlex.split(line)[1:]
         small = SMALL if args[0] == "fit" and "--help" not in args else []
+        small = SMALL_BENCHMARK if args[0] == "benchmark" else small
         if "compression" in line:
             schedule = "--trainer.callbacks.schedule.init_args"
             small = [*small, f"{schedule}.begin_epoch=0", f"{schedule}.end_epoch=0.5", f"{schedule}.every_n_steps=1"]

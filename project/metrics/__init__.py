@@ -11,14 +11,16 @@ from project.metrics.complexity import (
     count_parameters,
     parameter_bytes,
 )
+from project.metrics.engines import available, engine, engines, onnx_engine, openvino_engine
 from project.metrics.environment import cpu_model, describe_environment
-from project.metrics.latency import Latency, best, engine, engines, measure, onnx_engine
+from project.metrics.latency import Latency, best, measure
 from project.metrics.report import ReportRow, describe, read_report, to_markdown, weight_sparsity, write_report
 
 __all__ = [
     "Latency",
     "LayerComplexity",
     "ReportRow",
+    "available",
     "best",
     "complexity_by_layer",
     "count_macs",
@@ -31,6 +33,7 @@ __all__ = [
     "engines",
     "measure",
     "onnx_engine",
+    "openvino_engine",
     "parameter_bytes",
     "read_report",
     "to_markdown",

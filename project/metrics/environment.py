@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-_PACKAGES = ("torch", "lightning", "torchvision", "torchmetrics", "numpy", "jsonargparse")
+_PACKAGES = ("torch", "lightning", "torchvision", "torchmetrics", "numpy", "jsonargparse", "onnxruntime", "openvino")
 
 
 def describe_environment() -> dict[str, Any]:

@@ -1,33 +1,21 @@
-"""How long inference takes on the processor, and which engine is the fastest.
+"""How long inference takes, and which engine (:mod:`project.metrics.engines`) is the fastest.
 
-An engine is a function of images ``[N, C, H, W]`` (fp32, contiguous) to logits that returns when the logits are there:
-
-- ``eager``: PyTorch as it runs, weights and images in channels-last order;
-- ``contiguous``: the same in PyTorch's default order; a poor baseline for convolutions;
-- ``compiled``: ``torch.compile``, channels-last;
-- ``onnxruntime``: ONNX Runtime on the file of :func:`project.export.export_onnx`.
-
-Turning the images into the order an engine wants counts as the engine's time. A machine's speed drifts, from heat,
-clock and neighbours, so engines that shall be compared are measured in one call of :func:`measure`: it runs all of them
-in every round, in an order drawn anew, and drift hits all alike. Reported is the median over the rounds with the 5th
-and the 95th percentile. All engines use ``torch.get_num_threads()`` threads; set them before building the engines.
+A machine's speed drifts, from heat, clock and neighbours, so engines that shall be compared are measured in one call of
+:func:`measure`: it runs all of them in every round, in an order drawn anew, and drift hits all alike. Reported is the
+median over the rounds with the 5th and the 95th percentile.
 """
 
-import copy
-import importlib.util
 import random
-import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import FunctionType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-Engine = Callable[[Tensor], Tensor]
-"""Images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
+from project.metrics.engines import Engine, engine, engines, onnx_engine, openvino_engine
+
+__all__ = ["Engine", "Latency", "best", "engine", "engines", "measure", "onnx_engine", "openvino_engine"]
 
 PAUSE_S = 0.02
 """Rest before each timed call when there are several threads: those of the engine before spin for a while (OpenMP's
@@ -116,114 +104,6 @@ def best(latencies: Mapping[tuple[str, int], Latency]) -> dict[int, str]:
     for name, batch in sorted(latencies, key=lambda slot: latencies[slot].median_ms):
         fastest.setdefault(batch, name)
     return fastest
-
-
-def engine(name: str, net: nn.Module, image_shape: tuple[int, int, int]) -> Engine:
-    """An engine on a copy of the net in eval mode, in fp32 on the processor; the net itself is left as it is.
-
-    ``compiled`` takes up to eight batch sizes and compiles for each at its first call (seconds to a minute).
-
-    Args:
-        name: ``eager``, ``contiguous``, ``compiled`` or ``onnxruntime``.
-        net: takes images ``[N, C, H, W]``.
-        image_shape: (C, H, W).
-
-    Raises:
-        ValueError: for an unknown name, and for ``onnxruntime`` where it is not installed.
-    """
-    if name not in _ENGINES:
-        raise ValueError(f"engine is {name!r}, but there are only these: {', '.join(_ENGINES)}.")
-    if missing := _missing(name):
-        raise ValueError(
-            f"engine is {name!r}, but {missing} cannot be imported: pip install {' '.join(_PACKAGES[name])}, "
-            "or choose eager or compiled."
-        )
-    return _ENGINES[name](net, image_shape)
-
-
-def engines(net: nn.Module, image_shape: tuple[int, int, int], names: Sequence[str] | None = None) -> dict[str, Engine]:
-    """Engines by name; ``None`` builds all whose packages are installed. Arguments and errors as of :func:`engine`."""
-    names = [name for name in _ENGINES if not _missing(name)] if names is None else names
-    return {name: engine(name, net, image_shape) for name in names}
-
-
-def onnx_engine(path: Path) -> Engine:
-    """ONNX Runtime on a file with one input and one output, quantized ones too."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3  # errors only
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # after a run, leave the cores to others
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    (images_value,), (logits_value,) = session.get_inputs(), session.get_outputs()
-
-    def run(images: Tensor) -> Tensor:
-        return torch.from_numpy(session.run([logits_value.name], {images_value.name: images.numpy()})[0])
-
-    return run
-
-
-def _eager(net: nn.Module, image_shape: tuple[int, int, int]) -> Engine:
-    return _torch_engine(_channels_last(net))
-
-
-def _contiguous(net: nn.Module, image_shape: tuple[int, int, int]) -> Engine:
-    return _torch_engine(_copy(net, torch.contiguous_format))
-
-
-def _compiled(net: nn.Module, image_shape: tuple[int, int, int]) -> Engine:
-    forward = _channels_last(net)
-    # torch.compile counts compilations per code object and, past eight, runs eagerly with no more than a log line.
-    # So every engine has a code object of its own; and fullgraph makes an error of what would run eagerly.
-    own = FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
-    return _torch_engine(torch.compile(own, dynamic=False, fullgraph=True))
-
-
-def _onnxruntime(net: nn.Module, image_shape: tuple[int, int, int]) -> Engine:
-    from project.export import export_onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "net.onnx"
-        export_onnx(net, path, image_shape)
-        return onnx_engine(path)
-
-
-_ENGINES: dict[str, Callable[[nn.Module, tuple[int, int, int]], Engine]] = {
-    "eager": _eager,
-    "contiguous": _contiguous,
-    "compiled": _compiled,
-    "onnxruntime": _onnxruntime,
-}
-_PACKAGES = {"onnxruntime": ("onnxruntime", "onnx", "onnxscript")}
-
-
-def _missing(name: str) -> str | None:
-    """The first package that an engine needs and that is not installed."""
-    return next((package for package in _PACKAGES.get(name, ()) if importlib.util.find_spec(package) is None), None)
-
-
-def _torch_engine(forward: Engine) -> Engine:
-    def run(images: Tensor) -> Tensor:
-        with torch.inference_mode():
-            return forward(images)
-
-    return run
-
-
-def _channels_last(net: nn.Module) -> FunctionType:
-    net = _copy(net, torch.channels_last)
-
-    def forward(images: Tensor) -> Tensor:
-        return net(images.contiguous(memory_format=torch.channels_last))
-
-    assert isinstance(forward, FunctionType)
-    return forward
-
-
-def _copy(net: nn.Module, memory_format: torch.memory_format) -> nn.Module:
-    return copy.deepcopy(net).eval().to("cpu", torch.float32).to(memory_format=memory_format)
 
 
 def _time_ms(engine: Engine, images: Tensor) -> float:

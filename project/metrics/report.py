@@ -7,10 +7,9 @@ says so.
 """
 
 import csv
-import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -19,6 +18,7 @@ from torch import nn
 
 from project.metrics.complexity import count_macs, count_nonzero, count_parameters
 from project.metrics.latency import Latency, best
+from project.metrics.table import markdown_line, write_csv, write_latency, write_number
 from project.paths import write_whole
 
 
@@ -120,7 +120,7 @@ def describe(
 
 def write_report(rows: Sequence[ReportRow], folder: str | os.PathLike[str]) -> None:
     """Write ``report.csv`` and ``report.md`` into ``folder``; each is the old file or the new one, never a half."""
-    write_whole(Path(folder) / "report.csv", lambda part: _write_csv(rows, part))
+    write_whole(Path(folder) / "report.csv", lambda part: write_csv(rows, ReportRow, part))
     write_whole(Path(folder) / "report.md", lambda part: part.write_text(to_markdown(rows), encoding="utf-8"))
 
 
@@ -139,8 +139,8 @@ def read_report(path: str | os.PathLike[str]) -> list[ReportRow]:
 
 def to_markdown(rows: Sequence[ReportRow]) -> str:
     """A table, latencies as "median (5th-95th percentile)", and a sentence on each row whose zeros buy no time."""
-    table = [_line(_HEADS), _line("---" if head in _WORDS else "---:" for head in _HEADS)]
-    table += [_line(_cells(row)) for row in rows]
+    table = [markdown_line(_HEADS), markdown_line("---" if head in _WORDS else "---:" for head in _HEADS)]
+    table += [markdown_line(_cells(row)) for row in rows]
     remarks = [f"\n{remark}" for row in rows if (remark := _remark(row))]
     return "\n".join([*table, *remarks]) + "\n"
 
@@ -155,13 +155,6 @@ _HEADS = (
 )
 
 
-def _write_csv(rows: Sequence[ReportRow], path: Path) -> None:
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(_TYPES), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)  # None is written as nothing
-
-
 def _parse(column: str, text: str) -> Any:
     return _TYPES[column](text) if text or column == "step" else None
 
@@ -169,37 +162,20 @@ def _parse(column: str, text: str) -> Any:
 def _cells(row: ReportRow) -> list[str]:
     return [
         row.step,
-        _format(row.val_accuracy, ".4f"),
-        _format(row.test_accuracy, ".4f"),
-        _format(row.num_parameters, ","),
-        _format(row.num_nonzero, ","),
-        _format(row.sparsity, ".3f"),
-        _format(row.macs, ","),
+        write_number(row.val_accuracy, ".4f"),
+        write_number(row.test_accuracy, ".4f"),
+        write_number(row.num_parameters, ","),
+        write_number(row.num_nonzero, ","),
+        write_number(row.sparsity, ".3f"),
+        write_number(row.macs, ","),
         row.file or "",
-        _format(row.file_bytes, ","),
+        write_number(row.file_bytes, ","),
         row.engine or "",
-        _latency(row.latency_ms_batch1, row.latency_ms_batch1_p05, row.latency_ms_batch1_p95),
-        _latency(row.latency_ms_batch64, row.latency_ms_batch64_p05, row.latency_ms_batch64_p95),
-        _format(row.speedup_batch1, ".2f", "x"),
-        _format(row.speedup_batch64, ".2f", "x"),
+        write_latency(row.latency_ms_batch1, row.latency_ms_batch1_p05, row.latency_ms_batch1_p95),
+        write_latency(row.latency_ms_batch64, row.latency_ms_batch64_p05, row.latency_ms_batch64_p95),
+        write_number(row.speedup_batch1, ".2f", "x"),
+        write_number(row.speedup_batch64, ".2f", "x"),
     ]
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _format(value: float | None, spec: str, unit: str = "") -> str:
-    return "" if value is None else f"{value:{spec}}{unit}"
-
-
-def _latency(median: float | None, p05: float | None, p95: float | None) -> str:
-    """Three significant digits of the median, and as many decimals of the percentiles: "1.23 (1.20-1.31)"."""
-    if median is None:
-        return ""
-    decimals = max(0, 2 - math.floor(math.log10(median))) if median > 0 else 2
-    spread = "" if p05 is None or p95 is None else f" ({p05:.{decimals}f}-{p95:.{decimals}f})"
-    return f"{median:.{decimals}f}{spread}"
 
 
 def _remark(row: ReportRow) -> str | None:

@@ -4,104 +4,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from project.metrics import latency
-from project.metrics.latency import Latency, best, engine, engines, measure
+from project.metrics.latency import Latency, best, measure
 
 SHAPE = (2, 6, 6)
-
-
-def make_net() -> nn.Module:
-    """In training mode, with running statistics that are not 0 and 1."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(), nn.Linear(64, 3))
-    with torch.no_grad():
-        net(3 * torch.randn(32, *SHAPE) + 1)
-    return net
-
-
-def check_engine(name: str) -> None:
-    """The engine computes the net's logits at every batch size, and the net is left as it was."""
-    net = make_net()
-    state = {key: tensor.clone() for key, tensor in net.state_dict().items()}
-    run = engine(name, net, SHAPE)
-    for batch in (1, 3, 64):
-        images = torch.randn(batch, *SHAPE)
-        logits = run(images)
-        assert net.training and net[1].training
-        with torch.no_grad():
-            expected = net.eval()(images)
-        net.train()
-        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
-        assert not logits.requires_grad and type(logits) is Tensor
-    assert all(torch.equal(tensor, state[key]) for key, tensor in net.state_dict().items())
-    assert net[0].weight.is_contiguous()
-
-
-@pytest.mark.parametrize("name", ["eager", "contiguous", "onnxruntime"])
-def test_engine_computes_the_logits(name: str) -> None:
-    check_engine(name)
-
-
-@pytest.mark.slow
-def test_compiled_engine_computes_the_logits() -> None:
-    check_engine("compiled")
-
-
-def test_each_net_is_compiled_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    compilations: list[int] = []
-    compile: Callable[..., Any] = torch.compile
-
-    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> Callable[..., Any]:
-        compilations.append(1)
-        return graph.forward
-
-    monkeypatch.setattr(torch, "compile", lambda function, **options: compile(function, backend=backend, **options))
-    nets = [nn.Sequential(nn.Conv2d(2, width, 3), nn.ReLU()) for width in range(1, 6)]
-    runs = [engine("compiled", net, SHAPE) for net in nets]
-    for batch in (1, 3):
-        images = torch.randn(batch, *SHAPE)
-        for net, run in zip(nets, runs, strict=True):
-            with torch.no_grad():
-                torch.testing.assert_close(run(images), net(images))
-    assert len(compilations) == 10  # torch.compile's limit is 8
-
-
-def test_engine_does_not_follow_the_net() -> None:
-    net, images = make_net(), torch.randn(1, *SHAPE)
-    run = engine("eager", net, SHAPE)
-    before = run(images)
-    nn.init.zeros_(net[-1].weight)
-    assert torch.equal(run(images), before)
-
-
-def test_eager_convolves_channels_last_and_contiguous_does_not() -> None:
-    layouts: list[bool] = []
-
-    class Spy(nn.Conv2d):
-        def forward(self, input: Tensor) -> Tensor:
-            layouts.append(input.is_contiguous(memory_format=torch.channels_last))
-            layouts.append(self.weight.is_contiguous(memory_format=torch.channels_last))
-            return super().forward(input)
-
-    net = nn.Sequential(Spy(2, 4, 3))
-    for name in ("eager", "contiguous"):
-        engine(name, net, SHAPE)(torch.randn(2, *SHAPE))
-    assert layouts == [True, True, False, False]
-
-
-def test_onnxruntime_is_missed_only_when_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    find_spec = latency.importlib.util.find_spec
-    monkeypatch.setattr(
-        latency.importlib.util, "find_spec", lambda name: None if name == "onnxruntime" else find_spec(name)
-    )
-    assert list(engines(make_net(), SHAPE)) == ["eager", "contiguous", "compiled"]
-    assert list(engines(make_net(), SHAPE, ["contiguous"])) == ["contiguous"]
-    with pytest.raises(ValueError, match="onnxruntime cannot be imported: pip install"):
-        engine("onnxruntime", make_net(), SHAPE)
-    with pytest.raises(ValueError, match=r"'tensorrt'.*eager, contiguous, compiled, onnxruntime"):
-        engine("tensorrt", make_net(), SHAPE)
 
 
 def sleeper(duration_ms: float) -> Callable[[Tensor], Tensor]:
