@@ -1,6 +1,8 @@
 """The kernels against torch's own operations, forward and backward, on the maps of a net: milliseconds and ratios.
 
-Both run in turn on the same map, as often as ``--rounds`` says; the medians and the spread of the rounds' ratios.
+Both run in turn on the same map, as often as ``--rounds`` says; the medians and the spread of the rounds' ratios. The
+first layer is compared as a whole, with torch's operations and, below the sum, with torch's convolution and the other
+two kernels.
 
     python scripts/benchmark_kernels.py --config configs/fashion_mnist.yaml --threads 1
 """
@@ -14,14 +16,48 @@ import torch
 from torch import Tensor, nn
 
 from project.cli import CLI
-from project.kernels import batch_norm_relu, max_pool
+from project.kernels import batch_norm_relu, first_layer, max_pool
+from project.models.layers import ConvNormAct, MaxPool
 
 Operation = Callable[[Tensor], Tensor | None]
+Row = tuple[str, Tensor, Operation, Operation]
+"""Name, input, the kernel, what it is compared with."""
 
 
-def operations(net: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Operation, Operation]]:
-    """Each distinct batch norm and pool of the net: name, its input, the kernel, torch's."""
-    found: dict[str, tuple[str, Tensor, Operation, Operation]] = {}
+def find_first(net: nn.Module, images: Tensor) -> ConvNormAct | None:
+    """The layer that sees the images, if there is a kernel for it."""
+    layer = next((module for module in net.modules() if isinstance(module, ConvNormAct)), None)
+    if layer is None or first_layer(images, layer.conv, layer.norm, layer.act, getattr(layer, "pool", None)) is None:
+        return None
+    return layer
+
+
+def first_layers(layer: ConvNormAct, images: Tensor, autocast: torch.autocast) -> list[Row]:
+    """The net's first layer against torch's operations and against the other kernels."""
+    conv, norm, relu, pool = layer.conv, layer.norm, layer.act, getattr(layer, "pool", nn.Identity())
+
+    def whole(x: Tensor) -> Tensor | None:
+        with autocast:
+            return first_layer(x, conv, norm, relu, getattr(layer, "pool", None))
+
+    def one_by_one(x: Tensor) -> Tensor:
+        with autocast:
+            y = batch_norm_relu(conv(x), norm, relu)
+            assert y is not None, "there is no kernel for this map"
+            return pool(y)
+
+    def plain(x: Tensor) -> Tensor:
+        with autocast:
+            y = relu(norm(conv(x)))
+            return super(MaxPool, pool).forward(y) if isinstance(pool, MaxPool) else pool(y)
+
+    name = f"first layer {'x'.join(map(str, images.shape))}"
+    return [(name, images, whole, plain), (f"{name}, see above", images, whole, one_by_one)]
+
+
+def operations(net: nn.Module, images: Tensor, first: nn.Module | None) -> list[Row]:
+    """Each distinct batch norm and pool of the net behind the first layer."""
+    found: dict[str, Row] = {}
     relu = nn.ReLU(inplace=True)
 
     def note(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
@@ -36,7 +72,8 @@ def operations(net: nn.Module, images: Tensor) -> list[tuple[str, Tensor, Operat
             name = f"max pool {module.kernel_size}, stride {module.stride} {shape}"
             found[name] = (name, x, lambda x: max_pool(x, plain), plain)
 
-    handles = [module.register_forward_hook(note) for module in net.modules()]
+    behind = set(net.modules()) - set(first.modules() if first is not None else ())
+    handles = [module.register_forward_hook(note) for module in behind]
     net(images)
     for handle in handles:
         handle.remove()
@@ -52,6 +89,19 @@ def milliseconds(operation: Operation, x: Tensor, grad: Tensor) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+def compare(row: Row, rounds: int) -> tuple[float, float]:
+    """Print and return the medians."""
+    name, x, kernel, plain = row
+    grad = torch.randn_like(plain(x))  # type: ignore[arg-type]
+    for operation in (kernel, plain):
+        milliseconds(operation, x, grad)
+    times = [(milliseconds(kernel, x, grad), milliseconds(plain, x, grad)) for _ in range(rounds)]
+    ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
+    low, middle, high = statistics.quantiles([one / other for one, other in times], n=4)
+    print(f"{name:48s} {ours:6.2f} ms {theirs:6.2f} ms   {middle:.2f} ({low:.2f} to {high:.2f})", flush=True)  # noqa: T201
+    return ours, theirs
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/fashion_mnist.yaml")
@@ -62,21 +112,19 @@ def main() -> None:
     cli = CLI(["--config", args.config], run=False)
     data, net = cli.datamodule, cli.model.net.to(memory_format=torch.channels_last).train()
     images = torch.randn(data.batch_size, *data.image_shape).contiguous(memory_format=torch.channels_last)
-    with torch.autocast("cpu", torch.bfloat16, enabled=cli.trainer.precision == "bf16-mixed"):
-        rows = operations(net, images)
-    totals = [0.0, 0.0]
+    autocast = torch.autocast("cpu", torch.bfloat16, enabled=cli.trainer.precision == "bf16-mixed")
+    first = find_first(net, images)
+    with autocast:
+        rows = operations(net, images, first)
+    firsts = [] if first is None else first_layers(first, images, autocast)
     print(f"{'forward + backward':48s} {'kernel':>9s} {'torch':>9s}   ratio")  # noqa: T201
-    for name, x, kernel, plain in rows:
+    for _, x, _, _ in rows:
         x.requires_grad_()
-        grad = torch.randn_like(plain(x))  # type: ignore[arg-type]
-        for operation in (kernel, plain):
-            milliseconds(operation, x, grad)
-        times = [(milliseconds(kernel, x, grad), milliseconds(plain, x, grad)) for _ in range(args.rounds)]
-        ours, theirs = (statistics.median(column) for column in zip(*times, strict=True))
-        totals = [totals[0] + ours, totals[1] + theirs]
-        low, middle, high = statistics.quantiles([one / other for one, other in times], n=4)
-        print(f"{name:48s} {ours:6.2f} ms {theirs:6.2f} ms   {middle:.2f} ({low:.2f} to {high:.2f})", flush=True)  # noqa: T201
-    print(f"{'sum':48s} {totals[0]:6.2f} ms {totals[1]:6.2f} ms   {totals[0] / totals[1]:.2f}")  # noqa: T201
+    times = [compare(row, args.rounds) for row in [*firsts[:1], *rows]]
+    ours, theirs = map(sum, zip(*times, strict=True))
+    print(f"{'sum':48s} {ours:6.2f} ms {theirs:6.2f} ms   {ours / theirs:.2f}")  # noqa: T201
+    for row in firsts[1:]:
+        compare(row, args.rounds)
 
 
 if __name__ == "__main__":

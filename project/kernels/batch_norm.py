@@ -6,14 +6,14 @@ et al. 1983, shifted data), so float32 suffices. There is no second derivative: 
 (``PROJECT_KERNELS=0``).
 """
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from project.kernels.build import library
-from project.kernels.maps import as_rows, can_run
+from project.kernels.maps import as_rows, can_run, is_watched
 
 
 def batch_norm_relu(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor | None:
@@ -22,21 +22,27 @@ def batch_norm_relu(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor
 
     The output differs from torch's by the rounding of its type; the sums' relative error is about 1e-6.
     """
-    if not isinstance(norm, nn.BatchNorm2d) or not isinstance(activation, nn.ReLU) or not norm.training:
-        return None
-    if norm.num_batches_tracked is None or norm.momentum is None or not norm.affine:
-        return None
-    if _is_watched(norm) or _is_watched(activation) or not can_run(x):
+    if not is_training_norm_relu(norm, activation) or not can_run(x):
         return None
     if x.numel() == x.shape[1]:  # torch refuses one value per channel, in its own words
         return None
+    assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
     return _BatchNormReLU.apply(x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.momentum, norm.eps)
 
 
-def _is_watched(module: nn.Module) -> bool:
-    """Whether hooks wait for a call of the module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+def is_training_norm_relu(norm: nn.Module, activation: nn.Module) -> TypeGuard[nn.BatchNorm2d]:
+    """Whether the two are batch norm in training, with parameters and running statistics, and ReLU; without hooks."""
+    return (
+        isinstance(norm, nn.BatchNorm2d)
+        and isinstance(activation, nn.ReLU)
+        and norm.training
+        and norm.num_batches_tracked is not None
+        and norm.momentum is not None
+        and norm.affine
+        and not is_watched(norm)
+        and not is_watched(activation)
+    )
 
 
 class _BatchNormReLU(torch.autograd.Function):

@@ -1,4 +1,5 @@
-"""Compile ``cpu.c`` when it is first needed and load it; without a compiler there is nothing to load, and nobody minds.
+"""Compile the C files here when they are first needed and load them; without a compiler there is nothing to load, and
+nobody minds.
 
 The libraries lie in :attr:`project.paths.Paths.cache` under a name made of the source, the compiler and the processor,
 so that a changed source or another machine compiles its own.
@@ -20,7 +21,7 @@ from project.paths import Paths, write_whole
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("cpu.c")
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 
@@ -52,16 +53,20 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.batch_norm_relu_grad.argtypes = [pointer, pointer, *[count] * 3, *[pointer] * 4]
     kernels.max_pool.argtypes = [pointer, *[count] * 9, pointer, pointer]
     kernels.max_pool_grad.argtypes = [pointer, pointer, *[count] * 9, pointer]
+    kernels.first_layer.argtypes = [pointer, *[count] * 8, *[pointer] * 4, *[number] * 2, *[pointer] * 7]
+    kernels.first_layer_grad.argtypes = [pointer, *[count] * 8, pointer, count, *[pointer] * 8]
     return kernels
 
 
 def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
-    command = [compiler, *flags, "-x", "c", str(SOURCE), "-o", str(target), "-lm"]
+    sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+    command = [compiler, *flags, "-x", "c", *sources, "-o", str(target), "-lm"]
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
 
 
 def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
-    parts = [SOURCE.read_bytes(), compiler.encode(), " ".join(flags).encode(), _processor().encode()]
+    parts = [source.read_bytes() for source in SOURCES]
+    parts += [compiler.encode(), " ".join(flags).encode(), _processor().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
 
 

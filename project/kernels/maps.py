@@ -1,7 +1,7 @@
-"""Which maps the kernels can take, and how they lie in memory."""
+"""Which maps and modules the kernels can take, and how maps lie in memory."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from project.kernels.build import library
 
@@ -11,17 +11,29 @@ def can_run(x: Tensor) -> bool:
     gradients, not being traced or compiled; and the kernels could be built.
     """
     return (
+        is_plain(x)
+        and x.shape[1] % 8 == 0
+        and x.is_contiguous(memory_format=torch.channels_last)
+        and library(x.dtype) is not None
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Images or maps ``[N, C, H, W]`` in a CPU's memory, not empty, with gradients, not being traced or compiled."""
+    return (
         x.device.type == "cpu"
         and x.dim() == 4
-        and x.shape[1] % 8 == 0
         and x.numel() > 0
         and type(x) is Tensor
         and torch.is_grad_enabled()
-        and x.is_contiguous(memory_format=torch.channels_last)
         and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
-        and library(x.dtype) is not None
     )
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether hooks wait for a call of the module."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:

@@ -82,9 +82,9 @@ def test_nan_goes_through() -> None:
 
 def test_a_layer_trains_the_same_with_and_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    fused = ConvNormAct(3, 16, 3).to(memory_format=torch.channels_last)
+    fused = ConvNormAct(8, 16, 3).to(memory_format=torch.channels_last)
     plain = deepcopy(fused)
-    x = torch.randn(8, 3, 9, 9).contiguous(memory_format=torch.channels_last)
+    x = torch.randn(8, 8, 9, 9).contiguous(memory_format=torch.channels_last)
     y = fused(x)
     assert "BatchNormReLU" in type(y.grad_fn).__name__
     y.square().sum().backward()
