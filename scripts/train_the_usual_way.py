@@ -1,13 +1,14 @@
 """The way most templates train: torchvision's data set, transforms per image, DataLoader workers, contiguous layout.
 
 The same net, batch size, optimizer, schedule and flips as ``project fit`` on Fashion-MNIST, through Lightning with
-torchmetrics and ``self.log`` in each step, as the templates do.
+torchmetrics and ``self.log`` in each step, as the templates do; layers are torch's own, without compiled kernels.
 
     python scripts/train_the_usual_way.py --config configs/fashion_mnist.yaml --steps 150 --workers 2
 """
 
 import argparse
 import gzip
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -63,6 +64,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     args = parser.parse_args()
 
+    os.environ["PROJECT_KERNELS"] = "0"  # their output is channels-last
     cli = CLI(["--config", args.config], run=False)
     assert isinstance(cli.datamodule, FashionMNIST)
     batch_size = cli.datamodule.batch_size

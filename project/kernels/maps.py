@@ -32,8 +32,9 @@ def is_plain(x: Tensor) -> bool:
 
 
 def is_watched(module: nn.Module) -> bool:
-    """Whether hooks wait for a call of the module."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    """Whether hooks wait for a call of the module, or its forward was replaced."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
+    return bool(hooks) or "forward" in vars(module)
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
