@@ -5,6 +5,7 @@ use it: names of the classes, shape of the images, and mean and standard deviati
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -134,7 +135,12 @@ def _open_onnx(path: Path) -> Opened:
 
 def _open_pt2(path: Path) -> Opened:
     extra: dict[str, Any] = {"metadata.json": ""}
-    net = torch.export.load(path, extra_files=extra).module()
+    logger = logging.getLogger("torch.export")
+    logger.disabled, before = True, logger.disabled  # a damaged file is answered with one sentence, not with a trace
+    try:
+        net = torch.export.load(path, extra_files=extra).module()
+    finally:
+        logger.disabled = before
 
     def run(images: Tensor) -> Tensor:
         with torch.inference_mode():

@@ -1,0 +1,138 @@
+"""Int8 after training: this project's quantizer beside ONNX Runtime's ``quantize_static`` and NNCF's default.
+
+The same fp32 file, the same calibration images, the whole test set; each file runs in ONNX Runtime and, where it is
+installed, in OpenVINO. Times are medians of interleaved rounds.
+
+    pip install -e '.[openvino]' nncf
+    python scripts/compare_quantization.py --runs logs/fashion_mnist/version_0 logs/fashion_mnist/version_1
+"""
+
+import argparse
+import importlib.util
+import statistics
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+import yaml
+from torch import Tensor
+
+from project.cli import CLI
+from project.compression import Quantizer, quantize
+from project.data import ImageDataModule
+from project.export import export_onnx
+from project.metrics.engines import Engine, onnx_engine, openvino_engine
+from project.metrics.latency import measure
+from project.models.classifier import load_net
+from project.paths import Run
+
+OPENVINO = importlib.util.find_spec("openvino") is not None
+NNCF = importlib.util.find_spec("nncf") is not None
+
+
+def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
+    """An int8 file of each maker, beside the fp32 file."""
+    files = {"fp32": fp32}
+    for observer in ("min-max", "percentile", "mse"):
+        files[f"project, {observer}"] = fp32.with_name(f"project_{observer}.onnx")
+        model, _ = quantize(onnx.load(fp32), calibration, Quantizer(observer=observer))  # type: ignore[arg-type]
+        onnx.save(model, files[f"project, {observer}"])
+    files["quantize_static"] = fp32.with_name("quantize_static.onnx")
+    quantize_static(fp32, files["quantize_static"], calibration)
+    if NNCF:
+        files["NNCF"] = fp32.with_name("nncf.onnx")
+        quantize_nncf(fp32, files["NNCF"], calibration)
+    return files
+
+
+def quantize_static(source: Path, target: Path, calibration: np.ndarray) -> None:
+    """With the settings its documentation advises for convolutional nets on x86: QDQ, u8s8, per channel."""
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self.batches: Iterator[np.ndarray] = iter(np.array_split(calibration, -(-len(calibration) // 64)))
+
+        def get_next(self) -> dict[str, np.ndarray] | None:
+            batch = next(self.batches, None)
+            return None if batch is None else {"images": batch}
+
+    quantization.quantize_static(
+        str(source),
+        str(target),
+        Reader(),
+        quant_format=quantization.QuantFormat.QDQ,
+        per_channel=True,
+        weight_type=quantization.QuantType.QInt8,
+        activation_type=quantization.QuantType.QUInt8,
+    )
+
+
+def quantize_nncf(source: Path, target: Path, calibration: np.ndarray) -> None:
+    import nncf
+
+    data = nncf.Dataset([image[None] for image in calibration], lambda image: {"images": image})
+    onnx.save(nncf.quantize(onnx.load(source), data, subset_size=len(calibration)), target)
+
+
+def accuracy(engine: Engine, images: Tensor, labels: Tensor) -> float:
+    right = sum(
+        int((engine(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True)
+    )
+    return 100 * right / len(labels)
+
+
+def load(run: Run) -> tuple[torch.nn.Module, ImageDataModule]:
+    config = yaml.safe_load(run.config.read_text())
+    cli = CLI({key: config[key] for key in ("model", "data")}, run=False)
+    data = cli.datamodule
+    data.prepare_data()
+    data.setup("validate")
+    data.setup("test")
+    return load_net(cli.model, run.best_checkpoint), data
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", nargs="+", required=True)
+    parser.add_argument("--images", type=int, default=512, help="calibration images")
+    parser.add_argument("--rounds", type=int, default=30)
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore")
+    found: dict[str, list[float]] = {}
+    times: dict[tuple[str, int], list[float]] = {}
+    sizes: dict[str, int] = {}
+    for folder in args.runs:
+        net, data = load(Run.find(folder))
+        assert data.test_data is not None
+        pixels, labels, _ = data.test_data.__getitems__(list(range(len(data.test_data))))
+        images = data.normalize(pixels.float().div_(255))
+        with tempfile.TemporaryDirectory() as temporary:
+            fp32 = Path(temporary) / "fp32.onnx"
+            export_onnx(net, fp32, data.image_shape)
+            files = write_files(fp32, data.sample(args.images)[0].numpy())
+            engines = {f"{name} | ONNX Runtime": onnx_engine(path) for name, path in files.items()}
+            if OPENVINO:
+                engines |= {f"{name} | OpenVINO": openvino_engine(path) for name, path in files.items()}
+            sizes |= {name: path.stat().st_size for name, path in files.items()}
+            for name, engine in engines.items():
+                found.setdefault(name, []).append(accuracy(engine, images, labels))
+            for slot, latency in measure(engines, data.image_shape, rounds=args.rounds).items():
+                times.setdefault(slot, []).append(latency.median_ms)
+    print(f"{len(args.runs)} runs, {args.images} calibration images, {torch.get_num_threads()} threads")  # noqa: T201
+    print("| file | engine | test accuracy, % | each | bytes | ms, batch 1 | ms, batch 64 |")  # noqa: T201
+    print("| --- | --- | ---: | --- | ---: | ---: | ---: |")  # noqa: T201
+    for name, values in found.items():
+        each = " ".join(f"{value:.2f}" for value in values)
+        spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+        one, many = (statistics.median(times[name, batch]) for batch in (1, 64))
+        size = sizes[name.partition(" | ")[0]]
+        print(f"| {name} | {statistics.mean(values):.3f}{spread} | {each} | {size:,} | {one:.3f} | {many:.2f} |")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""After a fit: an int8 file, measured as what it is; and training that gets used to rounding."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tests_pruning_run import STEPS, DigitsOnce, differences, fit, state_of, weights_of
+
+from project.callbacks import IterativeMagnitudePruning, PostTrainingQuantization, QuantizationAwareTraining
+from project.callbacks.compression_report import accuracy
+from project.compression import OneShot, Pruner, Quantizer
+from project.metrics.report import read_report
+from project.model_file import ModelFile
+
+
+def int8(**options: object) -> PostTrainingQuantization:
+    return PostTrainingQuantization(**{"latency": False, "max_drop": 1.0, **options})  # type: ignore[arg-type]
+
+
+def test_a_fit_ends_with_a_measured_int8_file(tmp_path: Path) -> None:
+    run = fit(tmp_path, PostTrainingQuantization(max_drop=1.0)).run
+    dense, row = read_report(run.report)
+    path = run.model_file("onnx-int8")
+    assert (dense.step, row.step, row.file, row.file_bytes) == ("dense", "int8", path.name, path.stat().st_size)
+    data = DigitsOnce(batch_size=64, seed=0)
+    assert row.test_accuracy == accuracy(ModelFile(path).logits, data, "test")
+    assert row.val_accuracy == accuracy(ModelFile(path).logits, data, "val")
+    assert abs(row.test_accuracy - (dense.test_accuracy or 0)) < 0.05
+    assert row.engine == "onnxruntime int8" and row.speedup_batch64 and row.latency_ms_batch1
+    assert path.stat().st_size < 0.8 * run.model_file("onnx").stat().st_size  # of 1.5 k weights much is the graph
+
+
+def test_the_file_is_of_the_thinned_net_and_the_report_goes_on(tmp_path: Path) -> None:
+    pruning = IterativeMagnitudePruning(
+        schedule=OneShot(0.5), pruner=Pruner(structure="units", scope="layer"), epochs_per_round=1, latency=False
+    )
+    run = fit(tmp_path, pruning, int8()).run
+    steps = [row.step for row in read_report(run.report)]
+    assert steps[0] == "dense" and steps[-2:] == ["thinned", "int8"] and len(steps) == 4
+    names = {tensor.name: tensor for tensor in onnx.load(run.model_file("onnx-int8")).graph.initializer}
+    (name,) = [name for name in names if name.startswith("conv2") and name.endswith("_q")]
+    assert names[name].dims[0] == 8  # of 16
+    assert [row.num_parameters for row in read_report(run.report)[-2:]] == [
+        read_report(run.report)[-1].num_parameters
+    ] * 2
+
+
+def test_a_resumed_run_writes_its_row_once(tmp_path: Path) -> None:
+    run = fit(tmp_path, int8()).run
+    fit(tmp_path, int8(), resume=run)
+    assert [row.step for row in read_report(run.report)] == ["dense", "int8"]
+
+
+def test_layers_stay_float_while_too_much_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A net of three layers: at most one stays, and the user is told what to do."""
+    from project.callbacks import quantization
+
+    def lossy(logits_of: object, data: object, split: str) -> float:
+        return 0.9 if str(getattr(logits_of, "path", "")).endswith("int8.onnx") else 1.0
+
+    class Marked(ModelFile):
+        def __init__(self, path: Path) -> None:
+            super().__init__(path)
+            engine = self.logits
+            self.logits = lambda images: engine(images)
+            self.logits.path = str(path)  # type: ignore[attr-defined]
+
+    monkeypatch.setattr(quantization, "accuracy", lossy)
+    monkeypatch.setattr(quantization, "ModelFile", Marked)
+    warnings: list[str] = []
+    monkeypatch.setattr(quantization.log, "warning", lambda text, *args: warnings.append(text % args))
+    run = fit(tmp_path, int8(max_drop=0.02)).run
+    assert len(warnings) == 1 and "10.00 points" in warnings[0] and "QuantizationAwareTraining" in warnings[0]
+    assert run.model_file("onnx-int8").is_file()
+
+
+def test_excluded_layers_are_named_in_the_report(tmp_path: Path) -> None:
+    run = fit(tmp_path, int8(quantizer=Quantizer(exclude=["fc"]))).run
+    assert read_report(run.report)[-1].step == "int8, 1 layers fp32"
+
+
+def test_without_a_checkpoint_nothing_is_written(tmp_path: Path) -> None:
+    run = fit(tmp_path, int8(), enable_checkpointing=False).run
+    assert not list(run.folder.glob("*.onnx")) and not run.report.exists()
+
+
+def test_a_negative_drop_is_refused() -> None:
+    with pytest.raises(ValueError, match="max_drop is -1"):
+        PostTrainingQuantization(max_drop=-1)
+
+
+# -- quantization-aware training -------------------------------------------------------------------------------------
+
+
+class Weights(Callback):
+    """The weights after each epoch, and what the net says of fixed images when it is validated."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, torch.Tensor]] = []
+        self.replaced: list[tuple[bool, bool]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        self.replaced.append((self._is_replaced(pl_module), False))
+
+    def on_validation_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        self.replaced.append((self._is_replaced(pl_module), True))
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.epochs.append(state_of(pl_module.net))  # type: ignore[arg-type]
+
+    @staticmethod
+    def _is_replaced(module: LightningModule) -> bool:
+        return "forward" in vars(module.net.conv2.conv)  # type: ignore[union-attr]
+
+
+def test_rounding_begins_where_it_should_and_spares_validation(tmp_path: Path) -> None:
+    plain, watch = Weights(), Weights()
+    fit(tmp_path / "plain", plain, epochs=3)
+    fit(tmp_path / "aware", QuantizationAwareTraining(begin_epoch=1), watch, epochs=3)
+    assert not differences(plain.epochs[0], watch.epochs[0])
+    assert differences(plain.epochs[1], watch.epochs[1])
+    training = [replaced for replaced, validating in watch.replaced if not validating]
+    assert training == [False] * STEPS + [True] * 2 * STEPS
+    assert not any(replaced for replaced, validating in watch.replaced if validating)
+
+
+def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
+    class Stop(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if trainer.current_epoch == 2:
+                raise KeyboardInterrupt
+
+    whole = fit(tmp_path / "whole", QuantizationAwareTraining(begin_epoch=1), epochs=4)
+    with pytest.raises(SystemExit):
+        fit(tmp_path / "half", QuantizationAwareTraining(begin_epoch=1), Stop(), epochs=4)
+    (folder,) = (tmp_path / "half" / "pruning").iterdir()
+    (folder / "config.yaml").touch()
+    from project.paths import Run
+
+    half = fit(tmp_path / "half", QuantizationAwareTraining(begin_epoch=1), epochs=4, resume=Run(folder))
+    assert not differences(weights_of(whole.run.last_checkpoint), weights_of(half.run.last_checkpoint))
+    keys = weights_of(fit(tmp_path / "plain", epochs=1).run.last_checkpoint).keys()
+    assert weights_of(half.run.last_checkpoint).keys() == keys
+
+
+def test_a_begin_after_the_end_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="begin_epoch is 5"):
+        fit(tmp_path, QuantizationAwareTraining(begin_epoch=5), epochs=3)
