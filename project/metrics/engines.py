@@ -29,9 +29,10 @@ import copy
 import importlib.util
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -138,15 +139,13 @@ def openvino_engine(path: Path, precision: str = "f32") -> Engine:
     Raises:
         ValueError: when it cannot load the file.
     """
-    import openvino
-
     options = {
         "INFERENCE_PRECISION_HINT": precision,
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "PERFORMANCE_HINT": "LATENCY",
     }
     try:
-        model = openvino.Core().compile_model(str(path), "CPU", options)
+        model = _openvino_core().compile_model(str(path), "CPU", options)
     except Exception as error:
         raise _unreadable(path, "OpenVINO") from error
     _check_one_and_one(path, len(model.inputs), len(model.outputs))
@@ -251,6 +250,17 @@ def _copy(
     net: nn.Module, memory_format: torch.memory_format, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
     return copy.deepcopy(net).eval().to(device, dtype).to(memory_format=memory_format)
+
+
+@cache
+def _openvino_core() -> Any:
+    """One for the process. Each core of OpenVINO 2026.4 gives the process another stack for signal handlers and, freed,
+    puts back the one before: where that one's core was freed first, its memory is gone, and the next signal that Python
+    handles (a child's end, Ctrl-C) is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 def _unreadable(path: Path, runtime: str) -> ValueError:

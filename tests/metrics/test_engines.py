@@ -1,4 +1,6 @@
 import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 from project.export import export_onnx
 from project.metrics.engines import FP32, available, engine, engines, onnx_engine, openvino_engine, unavailable
 
+ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (2, 6, 6)
 OPENVINO = pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
 
@@ -140,3 +143,21 @@ def test_a_file_of_two_outputs_is_refused(run_file: Callable[[Path], Any], tmp_p
     onnx.save(model, tmp_path / "net.onnx")
     with pytest.raises(ValueError, match="1 inputs and 2 outputs"):
         run_file(tmp_path / "net.onnx")
+
+
+@OPENVINO
+def test_signals_are_handled_after_engines_of_openvino_are_gone(tmp_path: Path) -> None:
+    """In a process of its own: it would be a segmentation fault."""
+    export_onnx(make_net(), tmp_path / "net.onnx", SHAPE)
+    code = """
+import gc, os, pathlib, signal, sys
+from project.metrics.engines import openvino_engine
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+first, second = (openvino_engine(pathlib.Path(sys.argv[1])) for _ in range(2))
+del first; gc.collect()
+del second; gc.collect()
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path / "net.onnx")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
