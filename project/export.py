@@ -64,6 +64,7 @@ def export(
     tolerance: float | None = None,
     calibration: Tensor | None = None,
     quantizer: Quantizer | None = None,
+    fp32: Path | None = None,
 ) -> Exported:
     """Write a model file that its own runtime has read again and that gives the net's logits.
 
@@ -76,6 +77,7 @@ def export(
         tolerance: largest difference of a logit, as a share of the largest; ``None`` is that of :data:`TOLERANCE`.
         calibration: normalised training images, of int8 alone.
         quantizer: likewise.
+        fp32: an ONNX file of this net, to quantize; ``None`` makes one.
 
     Raises:
         ValueError: when the difference is above the tolerance; no file is left then, and an older one stays.
@@ -89,7 +91,10 @@ def export(
     if format == "pt2":
         write: Callable[[Path], object] = lambda part: _write_pt2(net, part, metadata)  # noqa: E731
     else:
-        model = _to_onnx(net, metadata.image_shape)
+        import onnx
+
+        model = _to_onnx(net, metadata.image_shape) if fp32 is None else onnx.load(fp32)
+        model.ClearField("metadata_props")
         if format == "onnx-int8":
             if calibration is None:
                 raise ValueError("there are no calibration images, and int8 needs them: give training images.")
@@ -124,6 +129,7 @@ def export_checkpoint(
     tolerance: float | None = None,
     num_images: int = 256,
     quantizer: Quantizer | None = None,
+    fp32: Path | None = None,
 ) -> Exported:
     """:func:`export` of a checkpoint's net, compared on the first test images, calibrated on training images."""
     if num_images < 1:
@@ -145,6 +151,7 @@ def export_checkpoint(
         tolerance=tolerance,
         calibration=data.sample(quantizer.num_images)[0] if format == "onnx-int8" else None,
         quantizer=quantizer,
+        fp32=fp32,
     )
     log.info(
         "%s: %d bytes; on %d test images a logit differs by at most %.2g of the largest, %.1f %% get the same class",

@@ -39,7 +39,7 @@ def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
     files = {"fp32": fp32}
     for observer in ("min-max", "percentile", "mse"):
         files[f"project, {observer}"] = fp32.with_name(f"project_{observer}.onnx")
-        model, _ = quantize(onnx.load(fp32), calibration, Quantizer(observer=observer))  # type: ignore[arg-type]
+        model, _ = quantize(onnx.load(fp32), calibration, Quantizer(observer=observer))
         onnx.save(model, files[f"project, {observer}"])
     files["quantize_static"] = fp32.with_name("quantize_static.onnx")
     quantize_static(fp32, files["quantize_static"], calibration)
@@ -53,7 +53,7 @@ def quantize_static(source: Path, target: Path, calibration: np.ndarray) -> None
     """With the settings its documentation advises for convolutional nets on x86: QDQ, u8s8, per channel."""
     from onnxruntime import quantization
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
+    class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
             self.batches: Iterator[np.ndarray] = iter(np.array_split(calibration, -(-len(calibration) // 64)))
 

@@ -44,11 +44,11 @@ def test_a_file_gives_the_nets_logits_at_every_batch(name: str, thinned: bool, f
     )  # fmt: skip
     file = ModelFile(done.path)
     assert file.metadata == metadata(shape)
-    assert done.difference <= (0.5 if format == "onnx-int8" else 1e-5)
+    assert done.difference <= (0.8 if format == "onnx-int8" else 5e-5)
     assert done.path.stat().st_size > 1000
     with torch.no_grad():
         expected = net.eval()(images)
-    limit = (0.6 if format == "onnx-int8" else 2e-5) * expected.abs().max()
+    limit = (0.8 if format == "onnx-int8" else 5e-5) * expected.abs().max()
     for batch in (images[:1], images[:3], images):
         assert (file.logits(batch.contiguous()) - expected[: len(batch)]).abs().max() <= limit
 
@@ -155,3 +155,26 @@ def test_export_of_a_run(command, digits, logs) -> None:  # type: ignore[no-unty
     ):
         status, _, err = command("export", *arguments)
         assert status == 2 and words in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.slow
+def test_three_runtimes_agree_on_real_images(command, digits, logs) -> None:  # type: ignore[no-untyped-def]
+    """ONNX Runtime, OpenVINO and onnx's own evaluator, which shares no code with them."""
+    pytest.importorskip("openvino")
+    from onnx.reference import ReferenceEvaluator
+
+    from project.data import Digits
+    from project.metrics.engines import openvino_engine
+
+    assert command("fit", *digits, "--trainer.max_epochs=10", "--trainer.test_after_fit=false")[0] == 0
+    data = Digits()
+    pixels, _ = data.load(train=False)
+    images = data.normalize(pixels.float().div_(255)).contiguous()
+    for format in ("onnx", "onnx-int8"):
+        assert command("export", "--run", logs / "digits", "--format", format)[0] == 0
+        path = Run.find(logs / "digits").model_file(format)
+        onnx.checker.check_model(str(path), full_check=True)
+        (logits,) = ReferenceEvaluator(str(path)).run(None, {"images": images.numpy()})
+        expected = torch.from_numpy(logits).argmax(1)
+        for engine in (ModelFile(path).logits, openvino_engine(path)):
+            assert (engine(images).argmax(1) == expected).float().mean() >= 0.997  # one of 359 may tie

@@ -5,6 +5,7 @@ al. 2018, arXiv:1712.05877, sec. 3) in :mod:`project.compression.fake_quantizati
 """
 
 import logging
+import math
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -72,11 +73,11 @@ class PostTrainingQuantization(Callback):
 
     def _quantize(self, run: Run, module: Classifier, data: ImageDataModule, source: Path) -> Exported:
         """Export, with more layers in fp32 as long as too much is lost."""
-        wanted = accuracy(ModelFile(run.model_file("onnx")).logits, data, "val")
-        quantizer, target = self.quantizer, run.model_file("onnx-int8")
+        quantizer, fp32, target = self.quantizer, run.model_file("onnx"), run.model_file("onnx-int8")
+        wanted = accuracy(ModelFile(fp32).logits, data, "val")
         while True:
             exported = export_checkpoint(
-                module, data, source, target, format="onnx-int8", quantizer=quantizer, tolerance=float("inf")
+                module, data, source, target, format="onnx-int8", quantizer=quantizer, fp32=fp32, tolerance=math.inf
             )
             reached = accuracy(ModelFile(target).logits, data, "val")
             if wanted is None or reached is None or wanted - reached <= self.max_drop:

@@ -17,6 +17,7 @@ from tests_nets import NETS, images_for, masked_and_thinned
 from project.compression.qdq import layers_of
 from project.compression.quantization import Quantizer, quantize, sensitivity
 from project.export import _to_onnx
+from project.metrics.engines import openvino_engine
 
 MIN_MAX = Quantizer(observer="min-max")
 FAST = ["SmallInception-28", "LeNet5-28x19", "GoogLeNet-32"]
@@ -66,12 +67,12 @@ def test_runtimes_agree_on_a_valid_model(name: str, thinned: bool) -> None:
 
 
 def test_openvino_agrees(tmp_path: Path) -> None:
-    openvino = pytest.importorskip("openvino")
+    pytest.importorskip("openvino")
     model, images = model_of("SmallInception-28"), images_of("SmallInception-28")
     quantized, _ = quantize(model, images, MIN_MAX)
     onnx.save(quantized, tmp_path / "net.onnx")
-    compiled = openvino.Core().compile_model(str(tmp_path / "net.onnx"), "CPU")
-    assert noise(compiled([images])[0], run(quantized, images)) < 0.01
+    logits = openvino_engine(tmp_path / "net.onnx")(torch.from_numpy(images)).numpy()
+    assert noise(logits, run(quantized, images)) < 0.01
 
 
 @pytest.mark.parametrize("name", FAST)
