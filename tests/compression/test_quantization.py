@@ -17,7 +17,7 @@ from tests_nets import NETS, images_for, masked_and_thinned
 from project.compression.qdq import layers_of
 from project.compression.quantization import Quantizer, quantize, sensitivity
 from project.export import _to_onnx
-from project.metrics.engines import openvino_engine
+from project.metrics.engines import _only_weights_are_integers, onnx_engine, openvino_engine
 
 MIN_MAX = Quantizer(observer="min-max")
 FAST = ["SmallInception-28", "LeNet5-28x19", "GoogLeNet-32"]
@@ -125,7 +125,7 @@ def test_bias_correction_takes_the_mean_error_out() -> None:
 
 
 @pytest.mark.parametrize("num_bits", [8, 4])
-def test_weights_alone_take_their_bits(num_bits: int) -> None:
+def test_weights_alone_take_their_bits(num_bits: int, tmp_path: Path) -> None:
     name = "LeNet5-28x19"
     model, images = model_of(name), images_of(name, 16)
     quantized, _ = quantize(model, images, Quantizer(activations=False, weight_bits=num_bits))
@@ -134,6 +134,11 @@ def test_weights_alone_take_their_bits(num_bits: int) -> None:
     weights = sum(layer.rows(model).size for layer in layers_of(model))
     assert len(quantized.SerializeToString()) < weights * num_bits / 8 + 12_000
     assert noise(run(quantized, images), run(model, images)) < (0.001 if num_bits == 8 else 0.3)
+    onnx.save(quantized, tmp_path / "net.onnx")
+    onnx.save(quantize(model, images, MIN_MAX)[0], tmp_path / "int8.onnx")
+    assert [_only_weights_are_integers(tmp_path / f"{name}.onnx") for name in ("net", "int8")] == [True, False]
+    logits = onnx_engine(tmp_path / "net.onnx")(torch.from_numpy(images)).numpy()
+    np.testing.assert_allclose(logits, run(quantized, images), rtol=1e-4, atol=1e-4)
 
 
 def test_the_most_sensitive_layers_stay_float() -> None:
