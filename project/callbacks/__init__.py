@@ -2,6 +2,7 @@
 
 from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.defaults import default_callbacks
+from project.callbacks.distillation import DistillFrom
 from project.callbacks.ema import EMA
 from project.callbacks.hparams import HParams
 from project.callbacks.log_graph import LogGraph
@@ -17,6 +18,7 @@ from project.callbacks.weight_histograms import WeightHistograms
 __all__ = [
     "EMA",
     "BestAndLast",
+    "DistillFrom",
     "HParams",
     "IterativeMagnitudePruning",
     "LogGraph",

@@ -22,7 +22,7 @@ from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
 from project.compression import Surgery, replay_, to_plain
-from project.losses import CrossEntropy, MaxNorm, Penalties
+from project.losses import CrossEntropy, Distillation, MaxNorm, Penalties
 from project.schedules import Schedule
 
 log = logging.getLogger(__name__)
@@ -125,6 +125,8 @@ class Classifier(LightningModule):
             },
             compute_groups=False,
         )
+        self.distillation: Distillation | None = None
+        """A teacher beside the labels, of training alone."""
         self._train_sums: Tensor | None = None
         self.phase: Phase | None = None
         """What part of the run the next optimizer is for; ``None`` for all of it."""
@@ -150,6 +152,8 @@ class Classifier(LightningModule):
         logits = self.net(images).float()  # under mixed precision the loss is still computed in full
         loss = self.loss(logits, targets)
         self._add_up(loss.detach(), logits.detach(), targets)
+        if self.distillation is not None:
+            loss = self.distillation(images, logits, loss)
         penalty = self.penalties(self.net)
         return loss if penalty is None else loss + penalty
 

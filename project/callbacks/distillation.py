@@ -1,0 +1,83 @@
+"""Train with a teacher: the net of another run, or this run's own dense net while it is made small.
+
+Hinton et al. 2015 (arXiv:1503.02531); the formula is in :mod:`project.losses.distillation`.
+"""
+
+import logging
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import nn
+
+from project.callbacks.places import run_of
+from project.losses.distillation import Distillation, check_distillation
+from project.models.classifier import Classifier, load_net
+from project.paths import Run
+
+log = logging.getLogger(__name__)
+
+
+class DistillFrom(Callback):
+    """Adds a teacher to the loss of training.
+
+    Args:
+        teacher: a run's folder, whose best checkpoint teaches from the first step; null is the run's own dense net,
+            from the first round of pruning on (``level_0.ckpt``).
+        temperature: of both nets' logits, above 0.
+        weight: the teacher's share of the loss, in [0, 1].
+
+    Raises:
+        ValueError: for numbers outside their range, a folder without a run, a teacher of other images or classes.
+    """
+
+    def __init__(self, teacher: str | None = None, temperature: float = 4.0, weight: float = 0.9) -> None:
+        check_distillation(temperature, weight)
+        self.teacher = teacher
+        self.temperature = temperature
+        self.weight = weight
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Classifier):
+            raise ValueError(
+                f"the model is a {type(pl_module).__name__}, but what learns from a teacher is a Classifier."
+            )
+        if self.teacher is not None:
+            self._teach(pl_module, _net_of(Run.find(self.teacher).best_checkpoint, pl_module))
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """The own dense net is there once a round has begun; give this callback after the pruning."""
+        assert isinstance(pl_module, Classifier)
+        run = getattr(trainer, "run", None)
+        if self.teacher is None and pl_module.distillation is None and run is not None:
+            path = run.level_checkpoint(0)
+            trainer.strategy.barrier()
+            if path.is_file():
+                self._teach(pl_module, load_net(pl_module, path))
+                if run_of(trainer) is not None:
+                    log.info("the dense net teaches from epoch %d on", trainer.current_epoch + 1)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(pl_module, Classifier):
+            pl_module.distillation = None
+
+    def _teach(self, module: Classifier, net: nn.Module) -> None:
+        if module.channels_last:
+            net.to(memory_format=torch.channels_last)
+        module.distillation = Distillation(net.to(module.device), self.temperature, self.weight)
+
+
+def _net_of(checkpoint: Path, student: Classifier) -> nn.Module:
+    if not checkpoint.is_file():
+        raise ValueError(f"teacher is {str(checkpoint.parent.parent)!r}, but that run has no best checkpoint.")
+    if "net" not in torch.load(checkpoint, map_location="meta", weights_only=True).get("hyper_parameters", {}):
+        return load_net(student, checkpoint)  # built in Python: it can only be of the same kind
+    teacher = Classifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
+    if (teacher.image_shape, teacher.num_classes) != (student.image_shape, student.num_classes):
+        raise ValueError(
+            f"the teacher takes images {teacher.image_shape} of {teacher.num_classes} classes, the net "
+            f"{student.image_shape} of {student.num_classes}: choose a run on the same data."
+        )
+    return teacher.net

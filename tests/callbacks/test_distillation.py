@@ -1,0 +1,77 @@
+"""A teacher in a run: when it teaches, that it leaves no trace, and whom it refuses."""
+
+from pathlib import Path
+
+import pytest
+from lightning.pytorch import Callback, LightningModule, Trainer
+from tests_pruning_run import STEPS, TinyNet, differences, fit, pruning, weights_of
+
+from project.callbacks import DistillFrom
+from project.compression import OneShot
+from project.losses import Distillation
+from project.models import Classifier
+from project.paths import Run
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+class Teachers(Callback):
+    """Which steps had a teacher."""
+
+    def __init__(self) -> None:
+        self.steps: list[bool] = []
+        self.last: Distillation | None = None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        self.last = pl_module.distillation  # type: ignore[assignment]
+        self.steps.append(self.last is not None)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return fit(tmp_path_factory.mktemp("teacher"), epochs=3, seed=5).run
+
+
+def test_another_runs_net_teaches_from_the_first_step(teacher: Run, tmp_path: Path) -> None:
+    watch = Teachers()
+    plain = fit(tmp_path / "plain").run
+    run = fit(tmp_path / "taught", DistillFrom(str(teacher.folder)), watch).run
+    assert watch.steps == [True] * 2 * STEPS
+    assert watch.last is not None
+    taught, wanted = watch.last._teacher[0].state_dict(), weights_of(teacher.best_checkpoint)
+    assert not differences(taught, wanted)
+    assert differences(weights_of(run.last_checkpoint), weights_of(plain.last_checkpoint))
+    assert weights_of(run.last_checkpoint).keys() == weights_of(plain.last_checkpoint).keys()
+
+
+def test_a_teacher_without_weight_changes_no_bit(teacher: Run, tmp_path: Path) -> None:
+    plain = fit(tmp_path / "plain").run
+    run = fit(tmp_path / "taught", DistillFrom(str(teacher.folder), weight=0.0)).run
+    assert not differences(weights_of(run.last_checkpoint), weights_of(plain.last_checkpoint))
+
+
+def test_the_own_dense_net_teaches_once_it_is_pruned(tmp_path: Path) -> None:
+    watch = Teachers()
+    run = fit(tmp_path, pruning(schedule=OneShot(0.5)), DistillFrom(), watch).run
+    assert watch.steps == [False] * 2 * STEPS + [True] * 2 * STEPS
+    assert watch.last is not None
+    assert not differences(watch.last._teacher[0].state_dict(), weights_of(run.level_checkpoint(0)))
+
+
+def test_others_teachers_are_refused(teacher: Run, tmp_path: Path) -> None:
+    student = Classifier(TinyNet(4), 4, (1, 8, 8))
+    with pytest.raises(ValueError, match="another net"):
+        DistillFrom(str(teacher.folder)).setup(Trainer(logger=False), student, "fit")
+    with pytest.raises(ValueError, match="no such folder"):
+        DistillFrom(str(tmp_path / "nix")).setup(Trainer(logger=False), student, "fit")
+    with pytest.raises(ValueError, match="temperature is -1"):
+        DistillFrom(temperature=-1)
+
+
+def test_a_smaller_net_learns_from_a_run_of_the_command_line(command, digits, logs) -> None:  # type: ignore[no-untyped-def]
+    short = ["--trainer.max_epochs=1", "--trainer.test_after_fit=false", "--trainer.limit_train_batches=2"]
+    fragment = ["--config", str(ROOT / "configs/callbacks/distillation.yaml")]
+    assert command("fit", *digits, *short, "--trainer.experiment=teacher")[0] == 0
+    teacher = f"--trainer.callbacks.teacher={logs / 'teacher'}"
+    status, _, err = command("fit", *digits, *fragment, teacher, "--model.net.stages=[[64]]", *short)
+    assert status == 0, err
