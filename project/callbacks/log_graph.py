@@ -31,6 +31,7 @@ class LogGraph(Callback):
             # Tracing warns of every Python branch, and TensorBoard prints.
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings(), redirect_stdout(io.StringIO()):
                 warnings.simplefilter("ignore")
-                writer.add_graph(deepcopy(net).cpu().eval(), image)
+                # Unchecked: torch compares a second trace by name, and names of local variables differ now and then.
+                writer.add_graph(torch.jit.trace(deepcopy(net).cpu().eval(), image, check_trace=False), image)
         except Exception as error:
             log.warning("The net's graph is not in TensorBoard: tracing %s failed (%s).", type(net).__name__, error)

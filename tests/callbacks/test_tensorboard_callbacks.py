@@ -7,6 +7,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import project.callbacks
 from project.callbacks import EMA, HParams, LogGraph, LookAtBatch, StopOnNaN, TestReport, WeightHistograms, WriteSummary
 from project.callbacks.hparams import flatten
+from project.models import SmallInception
 
 
 def events(trainer, folder):
@@ -34,6 +35,19 @@ def test_graph_is_written_and_training_goes_on_untouched(tiny):
         states.append(model.state_dict())
     assert events(trainer, tiny.run.folder).Tags()["graph"]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_the_graph_of_an_inception_net_is_written(tiny, caplog):
+    """Whose pooling in the stem gave two traces different names."""
+    model = tiny.classifier()
+    model.net = SmallInception(model.num_classes, (1, 28, 28), width=0.25)
+    trainer = tiny.trainer([], tensorboard=True, max_epochs=1)
+    trainer.strategy.connect(model)
+    model.image_shape = (1, 28, 28)
+    with caplog.at_level(logging.WARNING):
+        LogGraph().on_train_start(trainer, model)
+    assert "not in TensorBoard" not in caplog.text
+    assert events(trainer, tiny.run.folder).Tags()["graph"]
 
 
 def test_a_net_that_cannot_be_traced_is_a_log_line(tiny, caplog, capsys):
