@@ -11,12 +11,13 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from project.cli import CLI
-from project.kernels import batch_norm_relu, first_layer, max_pool
+from project.kernels import batch_norm_relu, batch_norm_relu_pool, first_layer, max_pool
 from project.models.layers import ConvNormAct, MaxPool
 
 Operation = Callable[[Tensor], Tensor | None]
@@ -55,20 +56,32 @@ def first_layers(layer: ConvNormAct, images: Tensor, autocast: torch.autocast) -
     return [(name, images, whole, plain), (f"{name}, see above", images, whole, one_by_one)]
 
 
+def torch_pool(pool: nn.Module) -> nn.MaxPool2d:
+    assert isinstance(pool, nn.MaxPool2d)
+    return nn.MaxPool2d(pool.kernel_size, pool.stride, pool.padding, ceil_mode=pool.ceil_mode)
+
+
 def operations(net: nn.Module, images: Tensor, first: nn.Module | None) -> list[Row]:
-    """Each distinct batch norm and pool of the net behind the first layer."""
+    """Each distinct batch norm and pool of the net behind the first layer; a layer's own pool with its norm."""
     found: dict[str, Row] = {}
     relu = nn.ReLU(inplace=True)
+    layers = [module for module in net.modules() if isinstance(module, ConvNormAct) and hasattr(module, "pool")]
+    pools = {layer.norm: layer.pool for layer in layers}
 
     def note(module: nn.Module, args: tuple[Tensor, ...], _: Tensor) -> None:
         x = args[0].detach()
         shape = "x".join(map(str, x.shape))
         if isinstance(module, nn.BatchNorm2d):
             norm = nn.BatchNorm2d(x.shape[1])
-            name = f"batch norm + ReLU {shape}"
-            found[name] = (name, x, lambda x: batch_norm_relu(x, norm, relu), lambda x: relu(norm(x)))
-        elif isinstance(module, nn.MaxPool2d):
-            plain = nn.MaxPool2d(module.kernel_size, module.stride, module.padding, ceil_mode=module.ceil_mode)
+            if module in pools:
+                name, pool = f"batch norm + ReLU + max pool {shape}", torch_pool(pools[module])
+                fused = partial(batch_norm_relu_pool, norm=norm, activation=relu, pool=pool)
+                found[name] = (name, x, fused, lambda x: pool(relu(norm(x))))
+            else:
+                name = f"batch norm + ReLU {shape}"
+                found[name] = (name, x, lambda x: batch_norm_relu(x, norm, relu), lambda x: relu(norm(x)))
+        elif isinstance(module, nn.MaxPool2d) and module not in pools.values():
+            plain = torch_pool(module)
             name = f"max pool {module.kernel_size}, stride {module.stride} {shape}"
             found[name] = (name, x, lambda x: max_pool(x, plain), plain)
 

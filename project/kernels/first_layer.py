@@ -30,6 +30,7 @@ from torch.autograd.function import once_differentiable
 from project.kernels.batch_norm import is_training_norm_relu
 from project.kernels.build import library
 from project.kernels.maps import as_rows, is_plain, is_watched
+from project.kernels.max_pool import halved_sides
 
 MAX_IN_CHANNELS = 3
 """The covariance of the taps costs the square of their number."""
@@ -48,15 +49,15 @@ def first_layer(
     are so near that rounding swaps them, in torch's float32 too. Under autocast the output has its type, but images,
     weights and sums are not rounded to it: 2e-3 and 4e-7, torch's 2e-3 and 1e-2 to 9e-2.
     """
-    if images.requires_grad or not _is_first(conv, images) or not (pool is None or _is_pool(pool)):
+    if images.requires_grad or not _is_first(conv, images):
         return None
+    sides = list(images.shape[2:]) if pool is None else halved_sides(images, pool)
     if not is_training_norm_relu(norm, activation) or norm.weight.dtype != torch.float32 or not is_plain(images):
         return None
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    if images.numel() == images.shape[1] or library(dtype) is None:  # of one value per channel torch makes an error
+    if images.numel() == images.shape[1]:  # of one value per channel torch makes an error
         return None
-    sides = [_side(side, pool) for side in images.shape[2:]]
-    if min(sides) < 1:
+    if sides is None or library(dtype) is None:
         return None
     assert norm.num_batches_tracked is not None
     norm.num_batches_tracked.add_(1)
@@ -77,19 +78,6 @@ def _is_first(conv: nn.Module, images: Tensor) -> TypeGuard[nn.Conv2d]:
         and conv.weight.dtype == images.dtype == torch.float32
         and not is_watched(conv)
     )
-
-
-def _is_pool(pool: nn.Module) -> TypeGuard[nn.MaxPool2d]:
-    return (
-        isinstance(pool, nn.MaxPool2d)
-        and (pool.kernel_size, pool.stride, pool.padding, pool.dilation) == (2, 2, 0, 1)
-        and not pool.return_indices
-        and not is_watched(pool)
-    )
-
-
-def _side(side: int, pool: nn.MaxPool2d | None) -> int:
-    return side if pool is None else (side + 1) // 2 if pool.ceil_mode else side // 2
 
 
 class _FirstLayer(torch.autograd.Function):

@@ -7,12 +7,12 @@ NaN win, as torch does; backward lets each pixel collect from the windows that c
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.pooling import _MaxPoolNd
 
 from project.kernels.build import library
-from project.kernels.maps import can_run
+from project.kernels.maps import can_run, is_watched
 
 
 def max_pool(x: Tensor, pool: _MaxPoolNd) -> Tensor | None:
@@ -28,6 +28,16 @@ def max_pool(x: Tensor, pool: _MaxPoolNd) -> Tensor | None:
     if min(sides) < 1 or 2 * padding > kernel:
         return None
     return _MaxPool.apply(x, sides, kernel, stride, padding)
+
+
+def halved_sides(x: Tensor, pool: nn.Module) -> list[int] | None:
+    """The sides of ``pool(x)``; ``None`` where that is not max pooling 2x2 without hooks, or nothing is left."""
+    if not isinstance(pool, nn.MaxPool2d) or pool.return_indices or is_watched(pool):
+        return None
+    if (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (2, 2, 0, 1):
+        return None
+    sides = [(side + 1) // 2 if pool.ceil_mode else side // 2 for side in x.shape[2:]]
+    return sides if min(sides) > 0 else None
 
 
 def _side(side: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:

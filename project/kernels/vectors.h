@@ -1,7 +1,9 @@
 /* Maps and vectors: what the kernels share.
  *
  * Compiled once for each type of the maps: float, or with -DBFLOAT16. Maps are channels-last: pixels (images, lines and
- * columns together) of `channels` values, a multiple of 8. Vectors are GCC's and Clang's own, eight lanes wide.
+ * columns together) of `channels` values, a multiple of 8. Vectors are GCC's and Clang's own, of LANES lanes: eight, or
+ * what a file defines beforehand. Of sixteen lanes the last ones of a pixel may be empty: `lanes`, sixteen or eight,
+ * says how many are in use.
  */
 #pragma once
 #include <math.h>
@@ -9,31 +11,66 @@
 #include <stdlib.h>
 #include <string.h>
 
-typedef float vec __attribute__((vector_size(32)));
-typedef int32_t ivec __attribute__((vector_size(32)));
+#ifndef LANES
 #define LANES 8
+#endif
 #define INLINE static inline __attribute__((always_inline))
 
-INLINE vec load_float(const float *p) {
+typedef float vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
+
+/* A half is loaded and stored by shuffles: GCC takes the other ways through memory. */
+#if LANES == 8
+#define HALF 0, 1, 2, 3
+#define REST 4, 5, 6, 7
+#else
+#define HALF 0, 1, 2, 3, 4, 5, 6, 7
+#define REST 8, 9, 10, 11, 12, 13, 14, 15
+#endif
+#define SHUFFLE __builtin_shufflevector
+typedef float half_vec __attribute__((vector_size(2 * LANES)));
+INLINE vec load_floats(const float *p, const int lanes) {
     vec v;
+    half_vec h;
+    memcpy(&h, p, sizeof h);
+    if (lanes < LANES) return SHUFFLE(h, (half_vec){0}, HALF, REST);
     memcpy(&v, p, sizeof v);
     return v;
 }
-INLINE void store_float(float *p, vec v) { memcpy(p, &v, sizeof v); }
+INLINE void store_floats(float *p, vec v, const int lanes) {
+    half_vec h = SHUFFLE(v, v, HALF);
+    if (lanes < LANES)
+        memcpy(p, &h, sizeof h);
+    else
+        memcpy(p, &v, sizeof v);
+}
+INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
 
-/* real: a value of a map; bits: an integer of its size; row: eight of them; widen: eight values as floats. */
+/* real: a value of a map; bits: an integer of its size; row: a vector of them; widen: their values as floats;
+ * narrow: integers of few bits; to_bits: floats rounded to nearest, ties to even. */
 #ifdef BFLOAT16
 typedef uint16_t real;
 typedef int16_t bits;
-typedef bits row __attribute__((vector_size(16)));
-typedef bits wide __attribute__((vector_size(32)));
+typedef bits row __attribute__((vector_size(2 * LANES)));
+typedef bits halves __attribute__((vector_size(4 * LANES)));
 #define INFINITE 0x7f80
-INLINE vec widen(row h) { return (vec)__builtin_shufflevector((row){0}, h, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15); }
-INLINE void store(real *p, vec v) { /* to nearest, ties to even */
+#if LANES == 8
+INLINE halves spread(row z, row h) { return SHUFFLE(z, h, 0, 8, 0, 9, 0, 10, 0, 11, 0, 12, 0, 13, 0, 14, 0, 15); }
+#define EVERY_SECOND(v, i) SHUFFLE(v, v, i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14)
+#else
+INLINE halves spread(row z, row h) {
+    return SHUFFLE(z, h, 0, 16, 0, 17, 0, 18, 0, 19, 0, 20, 0, 21, 0, 22, 0, 23, 0, 24, 0, 25, 0, 26, 0, 27, 0, 28, 0,
+                   29, 0, 30, 0, 31);
+}
+#define EVERY_SECOND(v, i) \
+    SHUFFLE(v, v, i, i + 2, i + 4, i + 6, i + 8, i + 10, i + 12, i + 14, i + 16, i + 18, i + 20, i + 22, i + 24, \
+            i + 26, i + 28, i + 30)
+#endif
+INLINE vec widen(row h) { return (vec)spread((row){0}, h); }
+INLINE row narrow(ivec v) { return EVERY_SECOND((halves)v, 0); }
+INLINE row to_bits(vec v) {
     ivec u = (ivec)v;
-    wide w = (wide)(u + 0x7fff + ((u >> 16) & 1));
-    row h = __builtin_shufflevector(w, w, 1, 3, 5, 7, 9, 11, 13, 15);
-    memcpy(p, &h, sizeof h);
+    return EVERY_SECOND((halves)(u + 0x7fff + ((u >> 16) & 1)), 1);
 }
 #else
 typedef float real;
@@ -41,17 +78,36 @@ typedef int32_t bits;
 typedef ivec row;
 #define INFINITE 0x7f800000
 INLINE vec widen(row h) { return (vec)h; }
-INLINE void store(real *p, vec v) { store_float(p, v); }
+INLINE row narrow(ivec v) { return v; }
+INLINE row to_bits(vec v) { return (row)v; }
 #endif
 #define SIGN_SHIFT (8 * (int)sizeof(bits) - 1)
 #define ALL_BUT_SIGN ((bits)~((uint32_t)1 << SIGN_SHIFT))
 
-INLINE row load_row(const void *p) {
-    row h;
+typedef bits half_row __attribute__((vector_size(LANES / 2 * sizeof(bits))));
+INLINE row load_bits(const void *p, const int lanes) {
+    row v;
+    half_row h;
     memcpy(&h, p, sizeof h);
-    return h;
+    if (lanes < LANES) return SHUFFLE(h, (half_row){0}, HALF, REST);
+    memcpy(&v, p, sizeof v);
+    return v;
 }
-INLINE void store_row(void *p, row h) { memcpy(p, &h, sizeof h); }
-INLINE vec load(const real *p) { return widen(load_row(p)); }
+INLINE void store_bits(void *p, row v, const int lanes) {
+    half_row h = SHUFFLE(v, v, HALF);
+    if (lanes < LANES)
+        memcpy(p, &h, sizeof h);
+    else
+        memcpy(p, &v, sizeof v);
+}
+INLINE row choose_bits(row mask, row yes, row no) { return (yes & mask) | (no & ~mask); }
+INLINE vec load_some(const real *p, const int lanes) { return widen(load_bits(p, lanes)); }
+INLINE void store_some(real *p, vec v, const int lanes) { store_bits(p, to_bits(v), lanes); }
 
-INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
+/* Whole vectors. */
+INLINE vec load_float(const float *p) { return load_floats(p, LANES); }
+INLINE row load_row(const void *p) { return load_bits(p, LANES); }
+INLINE vec load(const real *p) { return load_some(p, LANES); }
+INLINE void store_float(float *p, vec v) { store_floats(p, v, LANES); }
+INLINE void store_row(void *p, row h) { store_bits(p, h, LANES); }
+INLINE void store(real *p, vec v) { store_some(p, v, LANES); }

@@ -17,7 +17,7 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
-from project.kernels import batch_norm_relu, first_layer, max_pool
+from project.kernels import batch_norm_relu, batch_norm_relu_pool, first_layer, max_pool
 
 NormFactory = Callable[[int], nn.Module]
 """Number of channels -> a module that keeps the shape ``[N, C, H, W]``."""
@@ -177,12 +177,17 @@ class ConvNormAct(nn.Sequential):
             self.pool = pool()
 
     def forward(self, x: Tensor) -> Tensor:
-        """One after the other; in training on a CPU batch norm and ReLU are one operation, and all of it on images."""
+        """One after the other; in training on a CPU what follows the convolution is one operation, and all of it on
+        images.
+        """
         pool = getattr(self, "pool", None)
         y = first_layer(x, self.conv, self.norm, self.act, pool)
         if y is not None:
             return y
         x = self.conv(x)
+        y = None if pool is None else batch_norm_relu_pool(x, self.norm, self.act, pool)
+        if y is not None:
+            return y
         y = batch_norm_relu(x, self.norm, self.act)
         y = self.act(self.norm(x)) if y is None else y
         return y if pool is None else pool(y)

@@ -3,8 +3,9 @@
 The block is figure 2b of Szegedy et al. 2014 (arXiv:1409.4842) with the 5x5 as two 3x3 (Szegedy et al. 2015,
 arXiv:1512.00567, figure 5); stem of plain convolutions first, then blocks, then global average pooling, dropout and one
 linear layer, as in both papers. The scale is ours: a max pooling after each convolution of the stem halves the image
-while more than 16 pixels are left, one before each stage while more than 4 are. No convolution has a stride: of a
-small image the first one sees every pixel. Widths are multiples of 8: vectors stay full.
+while more than 16 pixels are left, one before each stage while more than 4 are; the one before the first stage belongs
+to the stem's last convolution where that has none, so that its norm, activation and pooling are one operation. No
+convolution has a stride: of a small image the first one sees every pixel. Widths are multiples of 8: vectors stay full.
 """
 
 from collections.abc import Callable
@@ -78,14 +79,20 @@ class SmallInception(nn.Module):
         self.image_shape = tuple(image_shape)
         conv = conv_factory(norm, activation)
 
+        pool_first = pool_first and len(stages) > 0
+        stem_pools = False  # before the first stage
         self.stem = nn.Sequential()
-        for wished in stem:
+        for number, wished in enumerate(stem, 1):
+            stem_pools = pool_first and number == len(stem) and 4 < side <= 16
+            pool = _max_pool if side > 16 or stem_pools else None
             out_channels = scale_channels(wished, width)
-            self.stem.append(conv(channels, out_channels, 3, pool=_max_pool if side > 16 else None))
-            channels, side = out_channels, -(-side // 2) if side > 16 else side
+            self.stem.append(conv(channels, out_channels, 3, pool=pool))
+            channels, side = out_channels, -(-side // 2) if pool else side
         self.blocks = nn.Sequential()
         for number, stage in enumerate(stages):
-            if side > 4 and (number or pool_first):
+            if stem_pools and not number:
+                self.blocks.append(nn.Identity())  # blocks have the same names whatever the image
+            elif side > 4 and (number or pool_first):
                 self.blocks.append(_max_pool())
                 side = -(-side // 2)
             for wished in stage:

@@ -10,7 +10,7 @@ from project.kernels import batch_norm_relu
 from project.models.layers import BatchNorm, ConvNormAct
 
 pytestmark = pytest.mark.usefixtures("kernels")
-SHAPES = [(5, 8, 7, 7), (3, 24, 5, 6), (64, 48, 7, 7), (1, 40, 3, 3), (130, 72, 1, 1), (2, 16, 1, 9)]
+SHAPES = [(5, 8, 7, 7), (3, 24, 5, 6), (64, 48, 7, 7), (2, 136, 4, 3), (1, 40, 3, 3), (130, 72, 1, 1), (2, 16, 1, 9)]
 
 
 def random_norm(channels: int) -> BatchNorm:
