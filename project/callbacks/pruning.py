@@ -7,25 +7,23 @@ training.
 """
 
 import logging
-import math
 import re
 import shutil
-from copy import deepcopy
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
 from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.compression_report import Step, report_steps
 from project.callbacks.ema import EMA
 from project.callbacks.places import run_of, show_figure, tensorboard
+from project.callbacks.pruning_checks import check_end, check_run, check_trainer
+from project.callbacks.thinning import thin_checkpoint
 from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, sparsity, thinned_macs
 from project.compression.sparsity_schedules import Gradual, Iterative, QualityFactors, Rounds, share_to_take
-from project.compression.thinning import plan_thinning
 from project.data import ImageDataModule
 from project.metrics.complexity import count_macs
 from project.models.classifier import Classifier, Phase
@@ -34,8 +32,6 @@ from project.paths import write_whole
 from project.plots import plot_levels
 
 log = logging.getLogger(__name__)
-
-_TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
 
 After = Literal["finetune", "rewind", "rewind_lr", "reinit"]
 
@@ -121,25 +117,19 @@ class IterativeMagnitudePruning(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if not isinstance(pl_module, Classifier):
-            raise ValueError(f"the model is a {type(pl_module).__name__}, but pruning works on a Classifier's net.")
-        if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-            raise ValueError(
-                "callbacks hold EarlyStopping, which would end the run in whichever round it is in: leave it out (the "
-                "best epoch of each level is kept anyway), or stop the dense training by a smaller max_epochs."
-            )
+        check_trainer(trainer, pl_module)
+        assert isinstance(pl_module, Classifier)
         fast = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        if trainer.max_epochs is None or trainer.max_epochs < 1 or (trainer.max_steps > 0 and not fast):
-            raise ValueError("pruning counts its rounds in epochs: set trainer.max_epochs, and leave max_steps out.")
         self.round, self.masks, self.rewound, self.levels = 0, {}, {}, []
         self._amounts = [] if isinstance(self.schedule, Gradual) or fast else self.schedule.amounts()
         self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
-        self._check_end(pl_module)
+        check_end(self.schedule, self.pruner, self._groups, pl_module)
+        assert trainer.max_epochs is not None
         self._dense_epochs = trainer.max_epochs
         if fast:
             log.info("fast_dev_run trains one batch and has no rounds: what would be pruned was looked up, no more")
             return
-        self._check_run(trainer)
+        check_run(trainer, self.schedule, self.pruner, self._dense_epochs, self._round_epochs(trainer))
         trainer.fit_loop.max_epochs = self._dense_epochs + len(self._amounts) * self._round_epochs(trainer)
         pl_module.phase = self._phase(trainer)
 
@@ -192,7 +182,8 @@ class IterativeMagnitudePruning(Callback):
                 name = f"pruned {100 * level['macs_gone']:.2f} % of MACs"
             steps.append(Step(name, run.level_checkpoint(number)))
         if self.pruner.structure == "units" and self.thin:
-            self._thin(pl_module, run.level_checkpoint(self.round), run.best_checkpoint)
+            removed = removed_units(self._groups, self.masks)
+            thin_checkpoint(pl_module, run.level_checkpoint(self.round), run.best_checkpoint, self.masks, removed)
             steps.append(Step("thinned", run.best_checkpoint))
         if self.report and isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
             report_steps(trainer, pl_module, steps, measured=[step.name for step in steps[-2:]] if self.latency else [])
@@ -316,21 +307,6 @@ class IterativeMagnitudePruning(Callback):
         if len(points) > 1:
             show_figure(trainer, "pruning/score_by_weights_left", plot_levels(points, str(best.monitor)))
 
-    def _thin(self, module: Classifier, source: Path, target: Path) -> None:
-        """A checkpoint of the net without the units that the masks take, to test, export or train on."""
-        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-        small = deepcopy(module).to("cpu")
-        small.on_load_checkpoint(checkpoint)
-        small.load_state_dict(checkpoint["state_dict"])
-        apply_masks_(small.net, {name: mask.cpu() for name, mask in self.masks.items()})
-        small.operate_(plan_thinning(small.net, removed_units(self._groups, self.masks), small.image_shape))
-        kept = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
-        small.on_save_checkpoint(kept)
-        optimizer = small.make_optimizer(small.parameter_groups())
-        fresh = {"state_dict": small.state_dict(), "epoch": 0, "global_step": 0}
-        fresh |= {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": []}
-        write_whole(target, lambda part: torch.save(kept | fresh, part))
-
     def _draw_sparsity(self, trainer: Trainer, module: Classifier) -> None:
         if (writer := tensorboard(trainer)) is not None:
             for group in self._groups:
@@ -347,40 +323,6 @@ class IterativeMagnitudePruning(Callback):
             "DIR" if (run := run_of(trainer)) is None else run.folder,
             ", with a larger max_time, which counts the time so far" if timed else "",
         )
-
-    def _check_end(self, module: Classifier) -> None:
-        """Refuse before the training what can not be reached after it."""
-        if self.pruner.scope != "global":
-            return
-        end = self.schedule.final if isinstance(self.schedule, Gradual) else self.schedule.level(-1)
-        most = self.pruner.most(module.net, self._groups, module.image_shape)
-        if end > most + 1e-9:
-            raise ValueError(
-                f"the schedule ends with {100 * end:.4g} % of the {self.pruner.counted} gone, but with keep "
-                f"{self.pruner.keep:g} and round_to {self.pruner.round_to} the included layers can lose "
-                f"{100 * most:.4g} % at most: prune less, choose a smaller keep or round_to, or include more layers."
-            )
-
-    def _check_run(self, trainer: Trainer) -> None:
-        """Refuse at once what would fail, or go wrong, in the last round."""
-        if self.pruner.needs_images and not isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
-            raise ValueError(
-                f"criterion is {self.pruner.criterion!r}, which takes gradients of training images, but there is no "
-                "ImageDataModule: give one, or choose the criterion magnitude."
-            )
-        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
-        every = 1 if best is None else math.lcm(best._every_n_epochs, trainer.check_val_every_n_epoch or 1)
-        last = self._dense_epochs // every * every
-        if isinstance(self.schedule, Gradual) and self.schedule.end_epoch >= last:
-            raise ValueError(
-                f"end_epoch is {self.schedule.end_epoch}, but the last checkpoint is written after epoch {last}: end "
-                "the pruning before, so that the net can heal."
-            )
-        if self._amounts and min(self._dense_epochs, self._round_epochs(trainer)) < every:
-            raise ValueError(
-                f"checkpoints are written every {every} epochs, but a round lasts {self._round_epochs(trainer)} and "
-                f"the dense training {self._dense_epochs}: write them more often, or train each for longer."
-            )
 
     def _images(self, trainer: Trainer, module: Classifier) -> tuple[Tensor, Tensor]:
         data = trainer.datamodule  # type: ignore[attr-defined]

@@ -1,0 +1,40 @@
+"""The checkpoint of a net without its pruned units, made when a run ends."""
+
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+
+from project.compression.pruning import Masks, apply_masks_
+from project.compression.thinning import plan_thinning
+from project.models.classifier import Classifier
+from project.paths import write_whole
+
+_TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
+
+
+def thin_checkpoint(
+    module: Classifier, source: Path, target: Path, masks: Masks, removed: Mapping[str, Sequence[int]]
+) -> None:
+    """Write a checkpoint of the smaller net, to test, export or train on (with a fresh optimizer, from epoch 0).
+
+    Args:
+        module: whose structure fits the source after its surgeries; left as it was.
+        source: a checkpoint of the masked net.
+        target: is overwritten as a whole.
+        masks: on the net's parameters, by name.
+        removed: numbers of the units that go, by layer.
+    """
+    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    small = deepcopy(module).to("cpu")
+    small.on_load_checkpoint(checkpoint)
+    small.load_state_dict(checkpoint["state_dict"])
+    apply_masks_(small.net, {name: mask.cpu() for name, mask in masks.items()})
+    small.operate_(plan_thinning(small.net, removed, small.image_shape))
+    kept = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
+    small.on_save_checkpoint(kept)
+    optimizer = small.make_optimizer(small.parameter_groups())
+    fresh = {"state_dict": small.state_dict(), "epoch": 0, "global_step": 0}
+    fresh |= {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": []}
+    write_whole(target, lambda part: torch.save(kept | fresh, part))
