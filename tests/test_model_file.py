@@ -166,7 +166,7 @@ def test_three_runtimes_agree_on_real_images(command, digits, logs) -> None:  # 
     from project.data import Digits
     from project.metrics.engines import openvino_engine
 
-    assert command("fit", *digits, "--trainer.max_epochs=10", "--trainer.test_after_fit=false")[0] == 0
+    assert command("fit", *digits[:2], "--trainer.observe=false")[0] == 0  # a net that is sure of its images
     data = Digits()
     pixels, _ = data.load(train=False)
     images = data.normalize(pixels.float().div_(255)).contiguous()
