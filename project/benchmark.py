@@ -73,7 +73,7 @@ def load_subjects(
     """
     folders, first = [run.folder.resolve()], _with_weights(module, checkpoint) if module else _from(checkpoint)
     modules, model_files = [first], [run.model_files if files else []]
-    for other in map(Run.find, compare):
+    for other in (Run.find(folder, "compare") for folder in compare):
         if other.folder.resolve() not in folders:
             folders.append(other.folder.resolve())
             modules.append(_from(other.weights("compare")))

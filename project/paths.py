@@ -54,21 +54,21 @@ class Run:
     folder: Path
 
     @classmethod
-    def find(cls, folder: str | os.PathLike[str]) -> "Run":
+    def find(cls, folder: str | os.PathLike[str], argument: str = "run") -> "Run":
         """The run in ``folder``, or the newest one below it when ``folder`` is an experiment.
 
         Raises:
-            ValueError: when there is no run.
+            ValueError: when there is no run; it names the ``argument`` that gave the folder.
         """
         path = Path(folder)
         if not path.is_dir():
-            raise ValueError(f"run is {str(path)!r}, but there is no such folder: name a run's folder below logs/.")
+            raise ValueError(f"{argument} is {str(path)!r}, but there is no such folder: name a run's folder below logs/.")
         if (path / "config.yaml").is_file():
             return cls(path)
         runs = [run for run in _runs(path) if run.config.is_file()]
         if not runs:
             raise ValueError(
-                f"run is {str(path)!r}, but neither it nor a version_* folder in it holds a config.yaml: "
+                f"{argument} is {str(path)!r}, but neither it nor a version_* folder in it holds a config.yaml: "
                 "name a run's folder, as `project fit` printed it."
             )
         return max(runs, key=lambda run: run.number)
