@@ -14,7 +14,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")
     try:
         if _names_model_file(sys.argv[1:]):
-            _predict_with_model_file(sys.argv[2:])
+            _predict_with_model_file(sys.argv[1], sys.argv[2:])
         else:
             from project.cli import CLI
 
@@ -29,15 +29,18 @@ def main() -> None:
 
 
 def _names_model_file(args: list[str]) -> bool:
-    """Whether it is ``predict --model FILE`` with a deployed model; ``--model CONFIG.yaml`` is LightningCLI's."""
-    if args[:1] != ["predict"]:
-        return False
+    """Whether ``--model`` names a deployed model; ``--model CONFIG.yaml`` is LightningCLI's."""
     values = [value for option, value in itertools.pairwise([*args, ""]) if option == "--model"]
     values += [arg.removeprefix("--model=") for arg in args if arg.startswith("--model=")]
     return any(not value.endswith((".yaml", ".yml", ".json")) for value in values)
 
 
-def _predict_with_model_file(args: list[str]) -> None:
+def _predict_with_model_file(verb: str, args: list[str]) -> None:
+    if verb != "predict":
+        raise ValueError(
+            f"{verb} does not take a model file: project predict --model FILE does, and project benchmark --run DIR "
+            "measures those in a run's folder."
+        )
     from jsonargparse import auto_cli
 
     from project.model_file import predict

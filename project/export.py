@@ -83,6 +83,8 @@ def export(
         ValueError: when the difference is above the tolerance; no file is left then, and an older one stays.
     """
     limit = TOLERANCE[format] if tolerance is None else tolerance
+    if not limit >= 0:
+        raise ValueError(f"tolerance is {tolerance}, but it is a share of the largest logit: choose 0 or more.")
     net = copy.deepcopy(net).eval().to("cpu", torch.float32)
     with torch.inference_mode():
         expected = net(images)

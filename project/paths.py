@@ -62,7 +62,9 @@ class Run:
         """
         path = Path(folder)
         if not path.is_dir():
-            raise ValueError(f"{argument} is {str(path)!r}, but there is no such folder: name a run's folder below logs/.")
+            raise ValueError(
+                f"{argument} is {str(path)!r}, but there is no such folder: name a run's folder below logs/."
+            )
         if (path / "config.yaml").is_file():
             return cls(path)
         runs = [run for run in _runs(path) if run.config.is_file()]

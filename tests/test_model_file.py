@@ -134,6 +134,17 @@ def test_predict_needs_the_file_alone(folder: Path, tmp_path: Path, command, mon
         assert status == 2 and words in err and len(err.strip().splitlines()) == 1, err
 
 
+def test_only_predict_takes_a_model_file(folder: Path, command) -> None:  # type: ignore[no-untyped-def]
+    status, _, err = command("test", "--model", folder / "model.pt2")
+    assert status == 2 and "test does not take a model file" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_negative_tolerance_is_refused(tmp_path: Path) -> None:
+    net, images = pair_of(QUICK)[0], images_for(QUICK)
+    with pytest.raises(ValueError, match="tolerance is -1"):
+        export(net, tmp_path / "model.onnx", metadata((1, 28, 28)), images, tolerance=-1)
+
+
 def test_export_of_a_run(command, digits, logs) -> None:  # type: ignore[no-untyped-def]
     assert command("fit", *digits, "--trainer.max_epochs=1", "--trainer.test_after_fit=false")[0] == 0
     run = Run.find(logs / "digits")

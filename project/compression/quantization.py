@@ -11,6 +11,7 @@ factorised ones too, and what is calibrated and corrected is what will run. Batc
 """
 
 import copy
+import difflib
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -142,8 +143,12 @@ def _wanted(layers: Sequence[Layer], quantizer: Quantizer) -> list[Layer]:
         raise ValueError("the model has no convolution or linear layer with a constant weight to quantize.")
     for pattern in quantizer.exclude:
         if not any(re.fullmatch(pattern, layer.name) for layer in layers):
-            names = ", ".join(layer.name for layer in layers)
-            raise ValueError(f"exclude holds {pattern!r}, which is no layer's name: they are {names}.")
+            names = [layer.name for layer in layers]
+            near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
+            raise ValueError(
+                f"exclude holds {pattern!r}, which is none of the {len(names)} layers' names: they are like "
+                f"{', '.join(near)}."
+            )
     left_out = {layers[0].name} if not quantizer.first_layer else set()
     left_out |= {layers[-1].name} if not quantizer.last_layer else set()
     left_out |= {layer.name for layer in layers for p in quantizer.exclude if re.fullmatch(p, layer.name)}

@@ -62,7 +62,7 @@ def test_others_teachers_are_refused(teacher: Run, tmp_path: Path) -> None:
     student = Classifier(TinyNet(4), 4, (1, 8, 8))
     with pytest.raises(ValueError, match="another net"):
         DistillFrom(str(teacher.folder)).setup(Trainer(logger=False), student, "fit")
-    with pytest.raises(ValueError, match="teacher is .*no such folder"):
+    with pytest.raises(ValueError, match=r"teacher is .*no such folder"):
         DistillFrom(str(tmp_path / "nix")).setup(Trainer(logger=False), student, "fit")
     with pytest.raises(ValueError, match="temperature is -1"):
         DistillFrom(temperature=-1)
