@@ -120,7 +120,8 @@ class QuantizationAwareTraining(Callback):
                 f"begin_epoch is {self.begin_epoch}, but training ends after {trainer.max_epochs} epochs: begin before."
             )
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        """Before each batch, since a validation amid an epoch takes the rounding out."""
         assert isinstance(pl_module, Classifier)
         if trainer.current_epoch >= self.begin_epoch:
             self.fake.attach_(pl_module.net)

@@ -52,7 +52,9 @@ class FakeQuantization:
                 self._layers.append(module)
 
     def detach_(self) -> None:
-        """The net computes as it did before."""
+        """The net computes as it did before; nothing happens where nothing was attached."""
+        if not self._layers:
+            return
         for module in self._layers:
             del module.forward
         self._layers = []

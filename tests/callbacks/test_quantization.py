@@ -126,6 +126,20 @@ def test_rounding_begins_where_it_should_and_spares_validation(tmp_path: Path) -
     assert not any(replaced for replaced, validating in watch.replaced if validating)
 
 
+def test_rounding_goes_on_after_a_validation_amid_an_epoch(tmp_path: Path) -> None:
+    watch = Weights()
+    fit(tmp_path, QuantizationAwareTraining(begin_epoch=0), watch, epochs=1, val_check_interval=STEPS // 2)
+    assert [replaced for replaced, validating in watch.replaced if not validating] == [True] * STEPS
+    assert not any(replaced for replaced, validating in watch.replaced if validating)
+
+
+def test_known_ranges_outlive_a_validation_before_the_first_batch() -> None:
+    callback = QuantizationAwareTraining(begin_epoch=0)
+    callback.load_state_dict({"ranges": {"fc": (0.0, 2.0)}})
+    callback.fake.detach_()
+    assert callback.state_dict() == {"ranges": {"fc": (0.0, 2.0)}}
+
+
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
     class Stop(Callback):
         def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
