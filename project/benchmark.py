@@ -11,7 +11,6 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -24,7 +23,7 @@ from project.metrics.complexity import count_macs, count_nonzero, count_paramete
 from project.metrics.engines import FILE_ENGINES, Engine, available, check_engine, engine
 from project.metrics.latency import Latency, measure
 from project.metrics.memory import peak_memory
-from project.models import Classifier
+from project.models.classifier import Classifier, with_weights
 from project.paths import Run
 
 log = logging.getLogger(__name__)
@@ -71,7 +70,8 @@ def load_subjects(
         ValueError: when a folder holds no run or no checkpoint, net and weights do not fit, or a checkpoint does not
             say how to build its net.
     """
-    folders, first = [run.folder.resolve()], _with_weights(module, checkpoint) if module else _from(checkpoint)
+    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    folders, first = [run.folder.resolve()], with_weights(module, content) if module else _from(checkpoint)
     modules, model_files = [first], [run.model_files if files else []]
     for other in (Run.find(folder, "compare") for folder in compare):
         if other.folder.resolve() not in folders:
@@ -184,13 +184,6 @@ def _from(checkpoint: str | os.PathLike[str]) -> Classifier:
             f"the checkpoint is {str(checkpoint)!r}, but its net cannot be built from it ({_first_line(error)}): "
             "compare runs that `project fit` made."
         ) from error
-
-
-def _with_weights(module: Classifier, checkpoint: str | os.PathLike[str]) -> Classifier:
-    copy, content = deepcopy(module).to("cpu"), torch.load(checkpoint, map_location="cpu", weights_only=True)
-    copy.on_load_checkpoint(content)
-    copy.load_state_dict(content["state_dict"])
-    return copy.eval()
 
 
 def _names(folders: Sequence[Path]) -> list[str]:

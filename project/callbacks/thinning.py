@@ -1,14 +1,13 @@
 """The checkpoint of a net without its pruned units, made when a run ends."""
 
 from collections.abc import Mapping, Sequence
-from copy import deepcopy
 from pathlib import Path
 
 import torch
 
 from project.compression.pruning import Masks, apply_masks_
 from project.compression.thinning import plan_thinning
-from project.models.classifier import Classifier
+from project.models.classifier import Classifier, with_weights
 from project.paths import write_whole
 
 _TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
@@ -27,9 +26,7 @@ def thin_checkpoint(
         removed: numbers of the units that go, by layer.
     """
     checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    small = deepcopy(module).to("cpu")
-    small.on_load_checkpoint(checkpoint)
-    small.load_state_dict(checkpoint["state_dict"])
+    small = with_weights(module, checkpoint)
     apply_masks_(small.net, {name: mask.cpu() for name, mask in masks.items()})
     small.operate_(plan_thinning(small.net, removed, small.image_shape))
     kept = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}

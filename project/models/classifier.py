@@ -305,13 +305,19 @@ class Classifier(LightningModule):
             )
 
 
-def load_net(module: Classifier, path: Path) -> nn.Module:
-    """The net of a checkpoint, in eval mode on the processor; ``module`` is left as it was."""
+def with_weights(module: Classifier, checkpoint: dict[str, Any]) -> Classifier:
+    """A copy on the processor, in eval mode, with the structure and the weights of a checkpoint's content; ``module`` is
+    left as it was.
+    """
     copy = deepcopy(module).to("cpu")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     copy.on_load_checkpoint(checkpoint)
     copy.load_state_dict(checkpoint["state_dict"])
-    return copy.net.eval()
+    return copy.eval()
+
+
+def load_net(module: Classifier, path: Path) -> nn.Module:
+    """The net of a checkpoint, in eval mode on the processor; ``module`` is left as it was."""
+    return with_weights(module, torch.load(path, map_location="cpu", weights_only=True)).net
 
 
 def _mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
