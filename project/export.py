@@ -15,6 +15,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -90,9 +91,8 @@ def export(
         expected = net(images)
     layers: list[QuantizedLayer] = []
     found: list[Exported] = []
-    if format == "pt2":
-        write: Callable[[Path], object] = lambda part: _write_pt2(net, part, metadata)  # noqa: E731
-    else:
+    write: Callable[[Path], object] = partial(_write_pt2, net, metadata)
+    if format != "pt2":
         import onnx
 
         model = _to_onnx(net, metadata.image_shape) if fp32 is None else onnx.load(fp32)
@@ -102,8 +102,7 @@ def export(
                 raise ValueError("there are no calibration images, and int8 needs them: give training images.")
             model, layers = quantize(model, calibration.contiguous().numpy(), quantizer or Quantizer())
         _note_(model, metadata.to_strings())
-        content = model.SerializeToString()
-        write = lambda part: part.write_bytes(content)  # noqa: E731
+        write = partial(_write_onnx, model)
 
     def write_and_check(part: Path) -> None:
         write(part)
@@ -185,7 +184,7 @@ def export_onnx(
     """
     model = _to_onnx(net, image_shape)
     _note_(model, metadata or {})
-    write_whole(Path(path), lambda part: part.write_bytes(model.SerializeToString()))
+    write_whole(Path(path), partial(_write_onnx, model))
 
 
 def _to_onnx(net: nn.Module, image_shape: tuple[int, int, int]) -> "ModelProto":
@@ -223,7 +222,11 @@ def _strip_(graph: "GraphProto") -> None:
         part.ClearField("metadata_props")
 
 
-def _write_pt2(net: nn.Module, path: Path, metadata: Metadata) -> None:
+def _write_onnx(model: "ModelProto", path: Path) -> None:
+    path.write_bytes(model.SerializeToString())
+
+
+def _write_pt2(net: nn.Module, metadata: Metadata, path: Path) -> None:
     images = torch.zeros(2, *metadata.image_shape)
     net = net.to(memory_format=torch.contiguous_format)
     with torch.no_grad():

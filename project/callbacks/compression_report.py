@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from project.callbacks.places import run_of, tensorboard
 from project.data import ImageDataModule
 from project.data.array_dataset import Batch
-from project.metrics.latency import Latency, engines, measure
+from project.metrics.engines import engines
+from project.metrics.latency import Latency, measure
 from project.metrics.report import ReportRow, describe, read_report, to_markdown, write_report
 from project.model_file import ModelFile
 from project.models.classifier import Classifier, load_net

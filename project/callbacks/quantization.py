@@ -6,6 +6,7 @@ al. 2018, arXiv:1712.05877, sec. 3) in :mod:`project.compression.fake_quantizati
 
 import logging
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -93,7 +94,7 @@ class PostTrainingQuantization(Callback):
                 )
                 return exported
             log.info("int8 loses %.2f points on the validation images: %d layers stay fp32", points, more)
-            quantizer = quantizer.with_float_layers(more)
+            quantizer = replace(quantizer, float_layers=more)
 
 
 class QuantizationAwareTraining(Callback):

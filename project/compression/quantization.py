@@ -73,10 +73,6 @@ class Quantizer:
         if self.float_layers < 0:
             raise ValueError(f"float_layers is {self.float_layers}, but it is a count: choose 0 or more.")
 
-    def with_float_layers(self, count: int) -> "Quantizer":
-        """The same with so many layers in fp32."""
-        return replace(self, float_layers=count)
-
 
 @dataclass(frozen=True)
 class QuantizedLayer:

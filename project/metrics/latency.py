@@ -13,9 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from project.metrics.engines import Engine, engine, engines, onnx_engine, openvino_engine
-
-__all__ = ["Engine", "Latency", "best", "engine", "engines", "measure", "onnx_engine", "openvino_engine"]
+from project.metrics.engines import Engine
 
 PAUSE_S = 0.02
 """Rest before each timed call when there are several threads: those of the engine before spin for a while (OpenMP's
