@@ -13,6 +13,7 @@ import statistics
 import tempfile
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -37,10 +38,13 @@ NNCF = importlib.util.find_spec("nncf") is not None
 def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
     """An int8 file of each maker, beside the fp32 file."""
     files = {"fp32": fp32}
-    for observer in ("min-max", "percentile", "mse"):
-        files[f"project, {observer}"] = fp32.with_name(f"project_{observer}.onnx")
-        model, _ = quantize(onnx.load(fp32), calibration, Quantizer(observer=observer))
-        onnx.save(model, files[f"project, {observer}"])
+    quantizers = {observer: Quantizer(observer=observer) for observer in ("min-max", "percentile", "mse")}
+    quantizers["bias correction"] = Quantizer(bias_correction=True)
+    quantizers["4-bit weights"] = Quantizer(activations=False, weight_bits=4, weight_observer="mse")
+    quantizers["4-bit weights, bias correction"] = replace(quantizers["4-bit weights"], bias_correction=True)
+    for name, quantizer in quantizers.items():
+        files[f"project, {name}"] = fp32.with_name(f"{name}.onnx")
+        onnx.save(quantize(onnx.load(fp32), calibration, quantizer)[0], files[f"project, {name}"])
     files["quantize_static"] = fp32.with_name("quantize_static.onnx")
     quantize_static(fp32, files["quantize_static"], calibration)
     if NNCF:

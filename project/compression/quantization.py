@@ -13,7 +13,7 @@ factorised ones too, and what is calibrated and corrected is what will run. Batc
 import copy
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -109,7 +109,9 @@ def quantize(model: "ModelProto", images: Array, quantizer: Quantizer) -> tuple[
         wanted = [layer for layer in wanted if layer not in worst]
     if not wanted:
         raise ValueError("no layer is left to quantize: exclude fewer, or choose fewer float_layers.")
-    quantized = _quantize_layers(model, images, quantizer, wanted)
+    plan = plan_of(model, wanted, activations=quantizer.activations)
+    scales = _calibrate(model, set(plan.group_of.values()), images, quantizer)
+    quantized = _quantize_layers(model, images, quantizer, wanted, plan, scales)
     chosen = {layer.name for layer in wanted}
     bits = [quantizer.weight_bits if layer.name in chosen else 32 for layer in layers]
     rows = [QuantizedLayer(layer.name, b, losses.get(layer.name)) for layer, b in zip(layers, bits, strict=True)]
@@ -127,9 +129,11 @@ def sensitivity(
     alone = replace(quantizer, bias_correction=False, float_layers=0)
     (output,) = (value.name for value in model.graph.output)
     exact = _run(model, [output], images)[output]
+    plans = [plan_of(model, [layer], activations=quantizer.activations) for layer in layers]
+    scales = _calibrate(model, {name for plan in plans for name in plan.group_of.values()}, images, quantizer)
     losses = {}
-    for layer in layers:
-        rough = _run(_quantize_layers(model, images, alone, [layer]), [output], images)[output]
+    for layer, plan in zip(layers, plans, strict=True):
+        rough = _run(_quantize_layers(model, images, alone, [layer], plan, scales), [output], images)[output]
         losses[layer.name] = float(((rough - exact) ** 2).mean() / exact.var())
     return losses
 
@@ -151,9 +155,14 @@ def _wanted(layers: Sequence[Layer], quantizer: Quantizer) -> list[Layer]:
     return [layer for layer in layers if layer.name not in left_out]
 
 
-def _quantize_layers(model: "ModelProto", images: Array, quantizer: Quantizer, layers: Sequence[Layer]) -> "ModelProto":
-    plan = plan_of(model, layers, activations=quantizer.activations)
-    scales = _calibrate(model, plan, images, quantizer)
+def _quantize_layers(
+    model: "ModelProto",
+    images: Array,
+    quantizer: Quantizer,
+    layers: Sequence[Layer],
+    plan: Plan,
+    scales: Mapping[str, Scale],
+) -> "ModelProto":
     weights = {}
     for layer in layers:
         rows = layer.rows(model)
@@ -166,9 +175,9 @@ def _quantize_layers(model: "ModelProto", images: Array, quantizer: Quantizer, l
     return written(_corrected(model, written, layers, images)) if quantizer.bias_correction else written(model)
 
 
-def _calibrate(model: "ModelProto", plan: Plan, images: Array, quantizer: Quantizer) -> dict[str, Scale]:
-    """The scale of each group of tensors, from the values of the group's tensor that holds all of them."""
-    names = sorted(set(plan.group_of.values()))
+def _calibrate(model: "ModelProto", chiefs: set[str], images: Array, quantizer: Quantizer) -> dict[str, Scale]:
+    """The scale of each group of tensors, from the values of its chief, the tensor that holds all of them."""
+    names = sorted(chiefs)
     if not names:  # weights alone
         return {}
     observers = {name: Observer() for name in names}

@@ -306,9 +306,7 @@ class Classifier(LightningModule):
 
 
 def with_weights(module: Classifier, checkpoint: dict[str, Any]) -> Classifier:
-    """A copy on the processor, in eval mode, with the structure and the weights of a checkpoint's content; ``module`` is
-    left as it was.
-    """
+    """A copy on the processor, in eval mode, with structure and weights of a checkpoint's content."""
     copy = deepcopy(module).to("cpu")
     copy.on_load_checkpoint(checkpoint)
     copy.load_state_dict(checkpoint["state_dict"])
