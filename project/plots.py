@@ -155,27 +155,29 @@ def plot_levels(points: Sequence[tuple[float, float]], score: str) -> "Figure":
 def plot_benchmark(rows: "Sequence[BenchmarkRow]") -> "Figure":
     """Accuracy against latency at batch 64, with the 5th to 95th percentile, and against bytes: left and up is better.
 
-    Each engine or model file has its marker; with several runs, each run has its colour. Points of the
-    same bytes and accuracy stand side by side on a grey line. Rows without values are left out.
+    Each engine or model file has its marker; with several runs, each run has its colour, and the legend explains
+    colours and markers apart. Points of the same bytes and accuracy stand side by side on a grey line. Rows without
+    values are left out.
 
     Args:
         rows: of :func:`project.benchmark.benchmark`.
     """
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     rows = [row for row in rows if row.test_accuracy is not None and row.latency_ms_batch64 and row.file_bytes]
     labels, runs = list(dict.fromkeys(row.label for row in rows)), list(dict.fromkeys(row.run for row in rows))
-    columns = 4 if len(runs) == 1 else 2
-    figure = Figure(figsize=(10, 4.2 + 0.2 * math.ceil(len(rows) / columns)), layout="constrained")
+    several = len(runs) > 1
+    num_lines = math.ceil((len(labels) + several * len(runs)) / 4)
+    figure = Figure(figsize=(10, 4.2 + 0.2 * num_lines), layout="constrained")
     by_time, by_bytes = figure.subplots(1, 2, sharey=True)
     accuracies = [100 * (row.test_accuracy or 0) for row in rows]
     styles = []
     for row in rows:
         marker = labels.index(row.label)
-        number = runs.index(row.run) if len(runs) > 1 else marker
-        label = row.label if len(runs) == 1 else f"{row.run}: {row.label}"
+        number = runs.index(row.run) if several else marker
         colour, shape = _COLOURS[number % len(_COLOURS)], _MARKERS[marker % len(_MARKERS)]
-        styles.append({"color": colour, "marker": shape, "label": label})
+        styles.append({"color": colour, "marker": shape, "label": row.label})
     times, sizes = [row.latency_ms_batch64 or 0 for row in rows], [(row.file_bytes or 0) / 1e6 for row in rows]
     spreads = [(row.latency_ms_batch64_p05 or 0, row.latency_ms_batch64_p95 or 0) for row in rows]
     _draw_points(by_time, times, accuracies, styles)
@@ -189,7 +191,11 @@ def plot_benchmark(rows: "Sequence[BenchmarkRow]") -> "Figure":
     middle, half = (min(accuracies) + max(accuracies)) / 2, max(0.6, 0.6 * (max(accuracies) - min(accuracies)))
     by_time.set_ylim(middle - half, middle + half)  # at least 1.2 points: noise shall not fill the picture
     handles = [line for line in by_time.lines if line.get_marker() != "None"]
-    figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
+    if several:
+        hollow: dict[str, Any] = {"color": "black", "linestyle": "none", "markerfacecolor": "none"}
+        handles = [Line2D([], [], linewidth=6, color=_COLOURS[i % len(_COLOURS)], label=r) for i, r in enumerate(runs)]
+        handles += [Line2D([], [], marker=_MARKERS[i % len(_MARKERS)], label=x, **hollow) for i, x in enumerate(labels)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 
 

@@ -92,6 +92,10 @@ def test_benchmark_has_a_marker_for_every_engine_and_a_colour_for_every_run():
         assert len({line.get_marker() for line in points}) == len({line.get_color() for line in points}) == 2
         assert axis.get_xscale() == "log"
     (legend,) = by_time.figure.legends
-    names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["a/0: eager", "a/0: bf16", "b/0: eager", "b/0: bf16"]
+    keys = {text.get_text(): line for text, line in zip(legend.get_texts(), legend.get_lines(), strict=True)}
+    assert list(keys) == ["a/0", "b/0", "eager", "bf16"]
+    points = [line for line in by_time.lines if line.get_marker() not in ("None", "|")]
+    named = {(row.run, row.engine): point for row, point in zip(rows, points, strict=True)}
+    for (run, engine), point in named.items():
+        assert keys[run].get_color() == point.get_color() and keys[engine].get_marker() == point.get_marker()
     assert plot_benchmark(rows[:1]).legends[0].get_texts()[0].get_text() == "eager"
