@@ -47,7 +47,7 @@ def main() -> None:
         return 1e3 * (time.perf_counter() - start)
 
     def masked_step() -> float:
-        callback._hold(trainer, model)  # type: ignore[arg-type]
+        callback.hold(trainer, model)  # type: ignore[arg-type]
         milliseconds = step()
         callback._release()
         return milliseconds

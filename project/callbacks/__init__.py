@@ -14,6 +14,7 @@ from project.callbacks.quantization import PostTrainingQuantization, Quantizatio
 from project.callbacks.summary import WriteSummary
 from project.callbacks.test_report import TestReport
 from project.callbacks.weight_histograms import WeightHistograms
+from project.callbacks.weight_sharing import WeightSharing
 
 __all__ = [
     "EMA",
@@ -29,6 +30,7 @@ __all__ = [
     "StopOnNaN",
     "TestReport",
     "WeightHistograms",
+    "WeightSharing",
     "WriteSummary",
     "default_callbacks",
     "default_progress_bar",

@@ -1,5 +1,6 @@
 """Best and last checkpoint, under names that do not change: ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``."""
 
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
+
+from project.paths import Run, write_whole
 
 
 class BestAndLast(ModelCheckpoint):
@@ -62,3 +65,20 @@ class BestAndLast(ModelCheckpoint):
             better = current <= self.best_model_score if self.mode == "min" else current >= self.best_model_score
             return bool(trainer.strategy.reduce_boolean_decision(bool(better)))
         return super().check_monitor_top_k(trainer, current)
+
+
+def forget_best(trainer: pl.Trainer) -> None:
+    """A new level begins: see :meth:`BestAndLast.forget_best`."""
+    for callback in trainer.checkpoint_callbacks:
+        if isinstance(callback, BestAndLast):
+            callback.forget_best()
+
+
+def keep_best_as(run: Run, level: int) -> None:
+    """Copy the best checkpoint, else the last, to a level's name, once: a resumed run may already have begun the next
+    level.
+    """
+    source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
+    kept = run.level_checkpoint(level)
+    if source.is_file() and not kept.is_file():
+        write_whole(kept, lambda part: shutil.copyfile(source, part))

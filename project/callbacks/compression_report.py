@@ -1,7 +1,7 @@
 """The end of a compression run: each level's best net on validation and test images, its size and its speed."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from project.callbacks.places import run_of, tensorboard
 from project.data import ImageDataModule
 from project.data.array_dataset import Batch
-from project.metrics.engines import engines
+from project.metrics.engines import Engine, engines
 from project.metrics.latency import Latency, measure
 from project.metrics.report import ReportRow, describe, read_report, to_markdown, write_report
 from project.model_file import ModelFile
 from project.models.classifier import Classifier, load_net
+from project.paths import Run
 
 log = logging.getLogger(__name__)
 
@@ -86,13 +87,7 @@ def add_file_row(trainer: Trainer, module: Classifier, step: Step, path: Path, *
     run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
     assert run is not None
     logits, net = ModelFile(path).logits, load_net(module, step.checkpoint)
-    dense = run.level_checkpoint(0) if run.level_checkpoint(0).is_file() else step.checkpoint
-    own: dict[tuple[str, int], Latency] = {}
-    reference: dict[tuple[str, int], Latency] = {}
-    if latency:
-        named = {**engines(load_net(module, dense), module.image_shape, _ENGINES), _FILE: logits}
-        for (name, batch), time in measure(named, module.image_shape, rounds=30, budget_s=20).items():
-            (own if name == _FILE else reference)[name, batch] = time
+    own, reference = _beside_dense(run, module, step, {_FILE: logits}) if latency else ({}, {})
     row = describe(
         step.name,
         net,
@@ -105,6 +100,46 @@ def add_file_row(trainer: Trainer, module: Classifier, step: Step, path: Path, *
     )
     older = [row for row in read_report(run.report) if row.file != path.name]
     _publish(trainer, [*older, row], [row])
+
+
+def add_step_row(trainer: Trainer, module: Classifier, step: Step, *, latency: bool) -> None:
+    """Add a step that left a checkpoint to the run's report, in place of an older one of its name.
+
+    Args:
+        trainer, module, latency: as in :func:`add_file_row`.
+        step: its name and its checkpoint.
+    """
+    run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
+    assert run is not None
+    net = load_net(module, step.checkpoint)
+    named = {f"own {name}": function for name, function in engines(net, module.image_shape, _ENGINES).items()}
+    own, reference = _beside_dense(run, module, step, named) if latency else ({}, {})
+    row = describe(
+        step.name,
+        net,
+        module.image_shape,
+        file=step.checkpoint,
+        val_accuracy=_accuracy(net, data, "val"),
+        test_accuracy=_accuracy(net, data, "test"),
+        latencies={(name.removeprefix("own "), batch): time for (name, batch), time in own.items()},
+        reference=reference,
+    )
+    older = [row for row in read_report(run.report) if row.step != step.name]
+    _publish(trainer, [*older, row], [row])
+
+
+_Times = dict[tuple[str, int], Latency]
+
+
+def _beside_dense(run: Run, module: Classifier, step: Step, named: Mapping[str, Engine]) -> tuple[_Times, _Times]:
+    """Times of the named functions, and of the dense fp32 net's engines in the same interleaved run."""
+    dense = run.level_checkpoint(0) if run.level_checkpoint(0).is_file() else step.checkpoint
+    everything = {**engines(load_net(module, dense), module.image_shape, _ENGINES), **named}
+    own: _Times = {}
+    reference: _Times = {}
+    for (name, batch), time in measure(everything, module.image_shape, rounds=30, budget_s=20).items():
+        (own if name in named else reference)[name, batch] = time
+    return own, reference
 
 
 def _publish(trainer: Trainer, rows: list[ReportRow], new: list[ReportRow]) -> None:

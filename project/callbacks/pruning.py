@@ -8,7 +8,6 @@ training.
 
 import logging
 import re
-import shutil
 from typing import Any, Literal
 
 import torch
@@ -16,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from torch import Tensor, nn
 
-from project.callbacks.checkpoint import BestAndLast
+from project.callbacks.checkpoint import BestAndLast, forget_best, keep_best_as
 from project.callbacks.compression_report import Step, report_steps
 from project.callbacks.ema import EMA
 from project.callbacks.places import run_of, show_figure, tensorboard
@@ -28,7 +27,6 @@ from project.data import ImageDataModule
 from project.metrics.complexity import count_macs
 from project.models.classifier import Classifier, Phase
 from project.models.layers import reinit_
-from project.paths import write_whole
 from project.plots import plot_levels
 
 log = logging.getLogger(__name__)
@@ -144,7 +142,7 @@ class IterativeMagnitudePruning(Callback):
                 f"rewind_to is {''.join(map(str, self.rewind_to))}, but the dense training is over after "
                 f"{self._dense_epochs} epochs: rewind to an earlier step."
             )
-        self._hold(trainer, pl_module)
+        self.hold(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -162,7 +160,7 @@ class IterativeMagnitudePruning(Callback):
             target = self.schedule.sparsity_at(step, self._steps_per_epoch(trainer))
             if target is not None:
                 self._prune(trainer, pl_module, share_to_take(self._share_gone(pl_module), target))
-                _forget_best(trainer)
+                forget_best(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -170,7 +168,8 @@ class IterativeMagnitudePruning(Callback):
         if trainer.current_epoch < (trainer.max_epochs or 0):
             self._tell_that_it_stopped(trainer)
             return
-        self._keep_level(trainer, pl_module)
+        if len(self.levels) == self.round:  # else weight sharing has gone on from it, and best.ckpt is of that
+            self.keep_level(trainer, pl_module)
         run = run_of(trainer)
         if run is None or not run.level_checkpoint(self.round).is_file():
             return
@@ -220,7 +219,7 @@ class IterativeMagnitudePruning(Callback):
     # -- a round -------------------------------------------------------------------------------------------------
 
     def _begin_round(self, trainer: Trainer, module: Classifier) -> None:
-        self._keep_level(trainer, module)
+        self.keep_level(trainer, module)
         assert isinstance(self.schedule, Rounds)
         amount = self._amounts[self.round]
         if (self.pruner.structure, self.pruner.scope) == ("units", "global"):  # the round before may have overshot
@@ -239,8 +238,8 @@ class IterativeMagnitudePruning(Callback):
         apply_masks_(module.net, self.masks)
         module.phase = self._phase(trainer)
         trainer.strategy.setup_optimizers(trainer)
-        self._hold(trainer, module)
-        _forget_best(trainer)
+        self.hold(trainer, module)
+        forget_best(trainer)
         share, counted = 100 * self._share_gone(module), self.pruner.counted
         log.info("round %d of %d: %.2f %% of the %s pruned", self.round, len(self._amounts), share, counted)
 
@@ -261,13 +260,13 @@ class IterativeMagnitudePruning(Callback):
             image_shape=module.image_shape,
         )
         self.masks = trainer.strategy.broadcast(masks)
-        self._hold(trainer, module)
+        self.hold(trainer, module)
         apply_masks_(module.net, self.masks)
         for ema in _emas(trainer):
             ema.mask_({f"net.{name}": mask for name, mask in self.masks.items()})
         self._draw_sparsity(trainer, module)
 
-    def _hold(self, trainer: Trainer, module: Classifier) -> None:
+    def hold(self, trainer: Trainer, module: Classifier) -> None:
         """Multiply by the masks after each step of the present optimizer."""
         self._release()
         parameters = {name: module.net.get_parameter(name) for name in self.masks}
@@ -287,7 +286,7 @@ class IterativeMagnitudePruning(Callback):
             self._hook.remove()
             self._hook = None
 
-    def _keep_level(self, trainer: Trainer, module: Classifier) -> None:
+    def keep_level(self, trainer: Trainer, module: Classifier) -> None:
         """The level's best checkpoint under its own name, once: a resumed run may already have begun the next."""
         number = self.round
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
@@ -299,10 +298,7 @@ class IterativeMagnitudePruning(Callback):
         self.levels = [*self.levels[:number], level]
         if (run := run_of(trainer)) is None or best is None:
             return
-        source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
-        kept = run.level_checkpoint(number)
-        if source.is_file() and not kept.is_file():
-            write_whole(kept, lambda part: shutil.copyfile(source, part))
+        keep_best_as(run, number)
         points = [(1 - level["sparsity"], level["score"]) for level in self.levels if level["score"] is not None]
         if len(points) > 1:
             show_figure(trainer, "pruning/score_by_weights_left", plot_levels(points, str(best.monitor)))

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,9 +30,15 @@ def thin_checkpoint(
     small = with_weights(module, checkpoint)
     apply_masks_(small.net, {name: mask.cpu() for name, mask in masks.items()})
     small.operate_(plan_thinning(small.net, removed, small.image_shape))
+    write_whole(target, lambda part: torch.save(fresh_checkpoint(small, checkpoint), part))
+
+
+def fresh_checkpoint(module: Classifier, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's content with this module's weights and a fresh optimizer, at epoch 0, without what belongs to the
+    training that made it.
+    """
     kept = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
-    small.on_save_checkpoint(kept)
-    optimizer = small.make_optimizer(small.parameter_groups())
-    fresh = {"state_dict": small.state_dict(), "epoch": 0, "global_step": 0}
-    fresh |= {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": []}
-    write_whole(target, lambda part: torch.save(kept | fresh, part))
+    module.on_save_checkpoint(kept)
+    optimizer = module.make_optimizer(module.parameter_groups())
+    fresh = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}
+    return kept | fresh | {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": []}

@@ -5,8 +5,10 @@ from project.compression.quantization import QuantizedLayer, Quantizer, quantize
 from project.compression.sparsity_schedules import Gradual, Iterative, OneShot, QualityFactors, Rounds, Sparsities
 from project.compression.surgery import Surgery, from_plain, register_surgery, replay_, to_plain
 from project.compression.thinning import Thin, Units, plan_thinning, units_of, why_not
+from project.compression.weight_sharing import Codebook, Sharer
 
 __all__ = [
+    "Codebook",
     "Gradual",
     "Group",
     "Iterative",
@@ -17,6 +19,7 @@ __all__ = [
     "QuantizedLayer",
     "Quantizer",
     "Rounds",
+    "Sharer",
     "Sparsities",
     "Surgery",
     "Thin",
