@@ -12,6 +12,7 @@ from project.callbacks.progress import ProgressLines, default_progress_bar
 from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.quantization import PostTrainingQuantization, QuantizationAwareTraining
 from project.callbacks.summary import WriteSummary
+from project.callbacks.ternary import TernaryWeights
 from project.callbacks.test_report import TestReport
 from project.callbacks.weight_histograms import WeightHistograms
 from project.callbacks.weight_sharing import WeightSharing
@@ -28,6 +29,7 @@ __all__ = [
     "ProgressLines",
     "QuantizationAwareTraining",
     "StopOnNaN",
+    "TernaryWeights",
     "TestReport",
     "WeightHistograms",
     "WeightSharing",
