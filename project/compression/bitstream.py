@@ -147,21 +147,13 @@ def code_integers(coder: Coder, num: int, integers: Array | None = None) -> Arra
     # Differences modulo 2^64: int64 would not hold them all.
     offset = np.array([start], np.int64).view(np.uint64)
     distances = None if integers is None else integers.astype(np.int64).view(np.uint64) - offset
-    fewest = max(0, (span + 1).bit_length() - MAX_ALPHABET.bit_length() + 1)
-    sample = None if distances is None else distances[:: max(1, num // _SAMPLE)]
-    low_bits = fewest + coder.choose(
-        span.bit_length() - fewest + 1,
-        sample is not None and (lambda trial, option: _code_split(trial, span, fewest + option, len(sample), sample)),
-    )
-    return (_code_split(coder, span, low_bits, num, distances) + offset).view(np.int64)
-
-
-def _code_split(coder: Coder, span: int, low_bits: int, num: int, distances: Array | None) -> Array:
+    low_bits = max(0, span.bit_length() - MAX_ALPHABET.bit_length() + 1)
     shift = np.uint64(low_bits)
     high = None if distances is None else (distances >> shift).astype(np.int64)
     low = None if distances is None else distances & np.uint64((1 << low_bits) - 1)
     high = code_symbols(coder, (span >> low_bits) + 1, num, high)
-    return (high.astype(np.uint64) << shift) + _code_bits(coder, low_bits, num, low)
+    whole = (high.astype(np.uint64) << shift) + _code_bits(coder, low_bits, num, low)
+    return (whole + offset).view(np.int64)
 
 
 def code_symbols(coder: Coder, alphabet: int, num: int, symbols: Array | None = None) -> Array:
@@ -198,8 +190,10 @@ def _spread(counts: Array, reach: int) -> Array:
     """Each count shared among the symbols at most ``reach`` away; sums of integers, exact."""
     if not reach:
         return counts.astype(np.float64)
-    sums = np.concatenate([[0], np.cumsum(np.pad(counts, reach))])
-    return (sums[2 * reach + 1 :] - sums[: -2 * reach - 1]) / (2 * reach + 1)
+    sums = np.concatenate([[0], np.cumsum(counts)])
+    index = np.arange(len(counts))
+    upper, lower = np.minimum(index + reach + 1, len(counts)), np.maximum(index - reach, 0)
+    return (sums[upper] - sums[lower]) / (2 * reach + 1)
 
 
 def code_flags(coder: Coder, shape: tuple[int, int, int], flags: Array | None = None) -> Array:
