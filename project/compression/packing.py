@@ -72,18 +72,22 @@ class PackedTensors:
 
     Args:
         name: of the tensor in the state dict; of vectors, the last part of their names.
+        is_weight: and no vectors.
         tensors: that are coded together.
         num: values.
         num_nonzero: that are not zero.
         num_distinct: distinct values that are not zero.
+        num_indexed: entries of a list of these values, each five bits after the one before, fillers included.
         position_bits, value_bits, codebook_bits: of the file.
     """
 
     name: str
+    is_weight: bool
     tensors: tuple[str, ...]
     num: int
     num_nonzero: int
     num_distinct: int
+    num_indexed: int
     position_bits: float
     value_bits: float
     codebook_bits: float
@@ -383,12 +387,16 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
 def _row(names: Sequence[str], tensors: Mapping[str, Tensor], coder: Encoder) -> PackedTensors:
     values = torch.cat([tensors[name].reshape(-1) for name in names])
     nonzero = values[values != 0]
+    gaps = (values != 0).nonzero().flatten().diff(prepend=torch.tensor([-1]))
+    is_weight = tensors[names[0]].dim() > 1
     return PackedTensors(
-        name=names[0] if tensors[names[0]].dim() > 1 else names[0].rpartition(".")[2],
+        name=names[0] if is_weight else f"*.{names[0].rpartition('.')[2]}",
+        is_weight=is_weight,
         tensors=tuple(names),
         num=values.numel(),
         num_nonzero=nonzero.numel(),
         num_distinct=nonzero.unique().numel(),
+        num_indexed=nonzero.numel() + int(((gaps - 1) // 32).sum()),
         position_bits=coder.bits["positions"],
         value_bits=coder.bits["values"],
         codebook_bits=coder.bits["codebook"],
