@@ -4,6 +4,7 @@ import itertools
 import os
 import sys
 import warnings
+from pathlib import Path
 
 
 def main() -> None:
@@ -13,8 +14,8 @@ def main() -> None:
     setup_logging()
     warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")
     try:
-        if _names_model_file(sys.argv[1:]):
-            _predict_with_model_file(sys.argv[1], sys.argv[2:])
+        if sys.argv[1:2] == ["unpack"] or _names_model_file(sys.argv[1:]):
+            _use_model_file(sys.argv[1], sys.argv[2:])
         else:
             from project.cli import CLI
 
@@ -35,18 +36,47 @@ def _names_model_file(args: list[str]) -> bool:
     return any(not value.endswith((".yaml", ".yml", ".json")) for value in values)
 
 
-def _predict_with_model_file(verb: str, args: list[str]) -> None:
-    if verb != "predict":
-        raise ValueError(
-            f"{verb} does not take a model file: project predict --model FILE does, and project benchmark --run DIR "
-            "measures those in a run's folder."
-        )
+def _use_model_file(verb: str, args: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    from project.model_file import predict
+    from project.model_file import predict, test
+    from project.packed_file import unpack
     from project.parser import Parser
 
-    auto_cli(predict, args=args, parser_class=Parser, as_positional=False)
+    verbs = {"predict": predict, "test": test, "unpack": unpack}
+    if verb not in verbs:
+        raise ValueError(
+            f"{verb} does not take a model file, but {', '.join(verbs)} do: project test --model FILE --config FILE; "
+            "project benchmark --run DIR measures those in a run's folder."
+        )
+    args = _with_data_of_config(args) if verb == "test" else args
+    auto_cli(verbs[verb], args=args, parser_class=Parser, as_positional=False, prog=f"project {verb}")
+
+
+def _with_data_of_config(args: list[str]) -> list[str]:
+    """``--config FILE`` -> ``--data JSON`` of the file's data: the model file takes the place of the rest."""
+    import json
+
+    import yaml
+
+    done: list[str] = []
+    rest = list(args)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        if option not in ("--config", "-c"):
+            done.append(option + equals + value)
+            continue
+        path = Path(value or (rest.pop(0) if rest else ""))
+        if not path.is_file():
+            raise ValueError(f"config is {str(path)!r}, but there is no such file.")
+        data = (yaml.safe_load(path.read_text()) or {}).get("data")
+        done += ["--data", json.dumps(data)] if data else []
+    if not any(option.partition("=")[0] == "--data" for option in done):
+        raise ValueError(
+            "test --model FILE needs images and their labels: add --config FILE (a run's config.yaml, or one of "
+            "configs/) or --data CLASS."
+        )
+    return done
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A net as one file: ONNX (https://onnx.ai) in fp32 or int8, or PyTorch's exported program; checked before it is there.
+"""A net as one file: ONNX (https://onnx.ai) in fp32 or int8, PyTorch's exported program, or packed; checked before it is there.
 
 Input ``images`` ``[batch, C, H, W]`` fp32, normalised as in training; output ``logits`` ``[batch, num_classes]``;
 ``batch`` is dynamic. The ONNX exporter's optimizer folds batch norm into the convolution before it (y = w x + b with
@@ -22,10 +22,14 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
+from project.compression.packing import PackedTensors
 from project.compression.quantization import QuantizedLayer, Quantizer, quantize
 from project.data import ImageDataModule
+from project.metrics.complexity import count_parameters
 from project.model_file import Metadata, ModelFile
 from project.models.classifier import Classifier, load_net
+from project.models.recipe import Recipe
+from project.packed_file import without_minus_zeros_, write_packed, write_table
 from project.paths import write_whole
 
 if TYPE_CHECKING:
@@ -33,8 +37,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-Format = Literal["onnx", "onnx-int8", "pt2"]
-TOLERANCE: dict[Format, float] = {"onnx": 1e-4, "onnx-int8": 0.25, "pt2": 1e-4}
+Format = Literal["onnx", "onnx-int8", "pt2", "packed"]
+TOLERANCE: dict[Format, float] = {"onnx": 1e-4, "onnx-int8": 0.25, "pt2": 1e-4, "packed": 1e-4}
 """Largest difference of a logit that passes as the same net, as a share of the largest logit."""
 
 
@@ -66,6 +70,7 @@ def export(
     calibration: Tensor | None = None,
     quantizer: Quantizer | None = None,
     fp32: Path | None = None,
+    recipe: Recipe | None = None,
 ) -> Exported:
     """Write a model file that its own runtime has read again and that gives the net's logits.
 
@@ -74,11 +79,12 @@ def export(
         path: of the file; at most 2 GB.
         metadata: goes into the file.
         images: ``[N, C, H, W]``, normalised: what file and net are compared on.
-        format: onnx (fp32), onnx-int8 or pt2.
+        format: onnx (fp32), onnx-int8, pt2 or packed.
         tolerance: largest difference of a logit, as a share of the largest; ``None`` is that of :data:`TOLERANCE`.
         calibration: normalised training images, of int8 alone.
         quantizer: likewise.
         fp32: an ONNX file of this net, to quantize; ``None`` makes one.
+        recipe: how the net is built, of packed alone, whose table of layers is written beside it.
 
     Raises:
         ValueError: when the difference is above the tolerance; no file is left then, and an older one stays.
@@ -92,7 +98,13 @@ def export(
     layers: list[QuantizedLayer] = []
     found: list[Exported] = []
     write: Callable[[Path], object] = partial(_write_pt2, net, metadata)
-    if format != "pt2":
+    rows: list[PackedTensors] = []
+    if format == "packed":
+        if recipe is None:
+            raise ValueError("there is no recipe, and a packed file needs one to build its net again: give the class.")
+        without_minus_zeros_(net)
+        write = lambda part: rows.extend(write_packed(net, metadata, recipe, part))
+    elif format != "pt2":
         import onnx
 
         model = _to_onnx(net, metadata.image_shape) if fp32 is None else onnx.load(fp32)
@@ -106,7 +118,8 @@ def export(
 
     def write_and_check(part: Path) -> None:
         write(part)
-        logits = torch.cat([ModelFile(part).logits(batch.contiguous()) for batch in images.split(64)])
+        file = ModelFile(part, () if recipe is None else recipe.modules)
+        logits = torch.cat([file.logits(batch.contiguous()) for batch in images.split(64)])
         difference = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-12))
         agreement = float((logits.argmax(1) == expected.argmax(1)).float().mean())
         if not difference <= limit:
@@ -117,6 +130,8 @@ def export(
         found.append(Exported(Path(path), difference, agreement, tuple(layers)))
 
     write_whole(Path(path), write_and_check)
+    if rows:
+        log.info("%s", write_table(rows, Path(path), count_parameters(net)))
     return found[0]
 
 
@@ -137,6 +152,7 @@ def export_checkpoint(
         raise ValueError(f"num_images is {num_images}, but file and net are compared on them: choose about 256.")
     quantizer = quantizer or Quantizer()
     net = load_net(module, checkpoint)
+    recipe = recipe_of(module, checkpoint) if format == "packed" else None
     data.prepare_data()
     data.setup("test")
     if format == "onnx-int8":
@@ -153,6 +169,7 @@ def export_checkpoint(
         calibration=data.sample(quantizer.num_images)[0] if format == "onnx-int8" else None,
         quantizer=quantizer,
         fp32=fp32,
+        recipe=recipe,
     )
     log.info(
         "%s: %d bytes; on %d test images a logit differs by at most %.2g of the largest, %.1f %% get the same class",
@@ -165,6 +182,21 @@ def export_checkpoint(
     if floats := [layer.name for layer in exported.layers if layer.num_bits == 32]:
         log.info("in fp32 stay %s", ", ".join(floats))
     return exported
+
+
+def recipe_of(module: Classifier, checkpoint: Path) -> Recipe:
+    """How a checkpoint's net is built, from the configuration that the command line built ``module`` with.
+
+    Raises:
+        ValueError: when the net was built in Python, and nothing says how.
+    """
+    net = module.hparams.get("net")
+    if not isinstance(net, Mapping) or "class_path" not in net:
+        raise ValueError(
+            "the classifier's net was built in Python, and a packed file says in words how to build it: train it with "
+            "project fit, or give project.export.export a Recipe."
+        )
+    return Recipe(net, torch.load(checkpoint, map_location="cpu", weights_only=True).get("surgeries", []))
 
 
 def export_onnx(

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-MODEL_FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx", "pt2": "model.pt2"}
+MODEL_FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx", "pt2": "model.pt2", "packed": "model.packed"}
 """Names of the files that ``project export`` writes, by format."""
 
 

@@ -223,7 +223,7 @@ class Trainer(pl.Trainer):
         datamodule: "pl.LightningDataModule",
         run: str | None = None,
         ckpt_path: str | None = None,
-        format: Literal["onnx", "onnx-int8", "pt2"] = "onnx",
+        format: Literal["onnx", "onnx-int8", "pt2", "packed"] = "onnx",
         output: str | None = None,
         tolerance: float | None = None,
         num_images: int = 256,
@@ -236,9 +236,10 @@ class Trainer(pl.Trainer):
             datamodule: the data: test images to compare on, training images to calibrate int8 with.
             run: a run's folder, for its configuration and best checkpoint.
             ckpt_path: checkpoint to export.
-            format: onnx (fp32), onnx-int8 (quantized after training) or pt2 (torch.export).
-            output: the file; null is ``model.onnx``, ``model_int8.onnx`` or ``model.pt2`` in the run's folder, else in
-                the working directory.
+            format: onnx (fp32), onnx-int8 (quantized after training), pt2 (torch.export) or packed (fewest bytes, read
+                by this package).
+            output: the file; null is ``model.onnx``, ``model_int8.onnx``, ``model.pt2`` or ``model.packed`` in the
+                run's folder, else in the working directory.
             tolerance: largest difference of a logit that is accepted, as a share of the largest logit; null is 1e-4,
                 0.25 for int8.
             num_images: test images to compare file and net on.

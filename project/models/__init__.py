@@ -10,7 +10,7 @@ from project.models.inception_v3_blocks import (
     FactorizedInception,
     GridReduction,
 )
-from project.models.layers import BatchNorm, DropPath, GroupNorm, InstanceNorm, LayerNorm, NoNorm, ReLU
+from project.models.layers import BatchNorm, DropPath, GroupNorm, InstanceNorm, LayerNorm, MaxPool, NoNorm, ReLU
 from project.models.lenet import LeNet5, LeNet300100
 from project.models.small_inception import SmallInception
 
