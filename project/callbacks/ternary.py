@@ -33,15 +33,15 @@ class TernaryWeights(Callback):
     """Trains with binary or ternary weights in convolutions and linear layers; stem and head stay float.
 
     The optimizer keeps float weights, and validation measures the rounded ones. At the end ``best.ckpt`` and
-    ``level_1.ckpt`` hold the rounded weights: a plain net, to test, export and pack like any other. With ``begin_epoch``
-    the net is trained in float up to there, and its best epoch stays as ``level_0.ckpt``.
+    ``level_1.ckpt`` hold the rounded weights: a plain net, to test, export and pack like any other. With
+    ``begin_epoch`` the net is trained in float up to there, and its best epoch stays as ``level_0.ckpt``.
 
     Args:
         method: ``bwn`` (binary), ``twn`` (ternary), or ``ttq`` (ternary with two learned values per layer).
         begin_epoch: the first epoch, from 0, with rounded weights.
-        freeze: shares of each layer's weights that are rounded for good, the largest first, evenly over the epochs from
-            ``begin_epoch`` on, such as [0.5, 0.75, 0.875, 1]; the weights left are float until their turn. Null rounds all
-            from the beginning, and none for good.
+        freeze: shares of each layer's weights that are rounded for good, the largest first, evenly over the epochs
+            from ``begin_epoch`` on, such as [0.5, 0.75, 0.875, 1]; the weights left are float until their turn. Null
+            rounds all from the beginning, and none for good.
         include: regular expressions on layer names, searched as in ``re.search``; null is all layers.
         exclude: likewise; null is the stem's first and the last layer.
         lr: of Adam, which trains the values of ``ttq``; it follows the schedule of the run's learning rate.
@@ -89,10 +89,8 @@ class TernaryWeights(Callback):
         epochs = trainer.max_epochs or 0
         parts = len(self.freeze or [])
         if not trainer.fast_dev_run and 0 <= epochs < self.begin_epoch + max(parts, 1):  # type: ignore[attr-defined]
-            raise ValueError(
-                f"begin_epoch is {self.begin_epoch}{f' and freeze has {parts} parts' if parts else ''}, but training ends "
-                f"after {epochs} epochs: begin before, or train longer."
-            )
+            given = f"begin_epoch is {self.begin_epoch}{f' and freeze has {parts} parts' if parts else ''}"
+            raise ValueError(f"{given}, but training ends after {epochs} epochs: begin before, or train longer.")
         _check_company(trainer, self)
         self.low_bit = LowBitWeights(self.method, self._layers(pl_module.net))
         self.freezing = None if self.freeze is None else Freezing(self.low_bit)
