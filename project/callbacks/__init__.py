@@ -8,6 +8,7 @@ from project.callbacks.hparams import HParams
 from project.callbacks.log_graph import LogGraph
 from project.callbacks.look_at_batch import LookAtBatch
 from project.callbacks.nan_guard import StopOnNaN
+from project.callbacks.packing import Packing
 from project.callbacks.progress import ProgressLines, default_progress_bar
 from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.quantization import PostTrainingQuantization, QuantizationAwareTraining
@@ -25,6 +26,7 @@ __all__ = [
     "IterativeMagnitudePruning",
     "LogGraph",
     "LookAtBatch",
+    "Packing",
     "PostTrainingQuantization",
     "ProgressLines",
     "QuantizationAwareTraining",

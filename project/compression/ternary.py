@@ -58,12 +58,12 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _straight_through(weight: Tensor, rounded: Tensor) -> Tensor:
-    result: Tensor = _StraightThrough.apply(weight, rounded)  # type: ignore[no-untyped-call]
+    result: Tensor = _StraightThrough.apply(weight, rounded)
     return result
 
 
 class _TrainedTernary(torch.autograd.Function):
-    """TTQ, eq. 6 to 8: the values learn from the sum of their weights' gradients, a weight from its value's times it."""
+    """TTQ, eq. 6 to 8: a value learns from the sum of its weights' gradients, a weight from its own times its value."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor, values: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ def trained_ternary_weight(weight: Tensor, values: Tensor) -> Tensor:
         weight: float weights of any shape.
         values: ``[2]``, both positive, float32.
     """
-    result: Tensor = _TrainedTernary.apply(weight, values)  # type: ignore[no-untyped-call]
+    result: Tensor = _TrainedTernary.apply(weight, values)
     return result
 
 
@@ -167,7 +167,7 @@ class Freezing:
     def __init__(self, low_bit: LowBitWeights) -> None:
         if low_bit.method == "ttq":
             raise ValueError(
-                "method is ttq, whose values are learned to the end: freeze with twn, or leave freeze out."
+                "method is ttq, whose values are learned to the end: freeze with twn, or not at all."
             )
         self.low_bit = low_bit
         self.frozen: dict[str, Tensor] = {}

@@ -1,4 +1,4 @@
-"""Training through binary and ternary weights: what is validated is what is left, and a resumed run ends in its bits."""
+"""Training through binary and ternary weights: what is validated is what is left; a resumed run ends in its bits."""
 
 from pathlib import Path
 from typing import Any
