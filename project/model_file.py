@@ -111,7 +111,6 @@ class ModelFile:
         mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.metadata.mean, self.metadata.std))
         return self.logits(((pixels.float() / 255 - mean) / std).contiguous()).softmax(1)
 
-
     def _open_packed(self, path: Path) -> "Opened":
         from project.packed_file import open_packed
 

@@ -9,15 +9,16 @@ import onnx
 import pytest
 import torch
 from PIL import Image
-from tests_nets import NETS, images_for, masked_and_thinned
+from tests_nets import NETS, images_for, masked_and_thinned, recipe_of
 
 from project.compression import Quantizer
 from project.export import Format, export, export_onnx
 from project.model_file import Metadata, ModelFile
 from project.models import SmallInception
+from project.models.recipe import Recipe
 from project.paths import MODEL_FILES, Run
 
-FORMATS: tuple[Format, ...] = ("onnx", "onnx-int8", "pt2")
+FORMATS: tuple[Format, ...] = ("onnx", "onnx-int8", "pt2", "packed")
 QUICK = "SmallInception-28"
 
 
@@ -27,20 +28,21 @@ def metadata(shape: tuple[int, int, int]) -> Metadata:
 
 
 @cache
-def pair_of(name: str) -> tuple[torch.nn.Module, torch.nn.Module]:
-    return masked_and_thinned(name, 0.5)[:2]
+def pair_of(name: str) -> tuple[tuple[torch.nn.Module, Recipe], tuple[torch.nn.Module, Recipe]]:
+    net, thinned, plan = masked_and_thinned(name, 0.5)
+    return (net, recipe_of(name)), (thinned, recipe_of(name, (plan,)))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("thinned", [False, True])
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == QUICK else [pytest.mark.slow]) for n in NETS])
 def test_a_file_gives_the_nets_logits_at_every_batch(name: str, thinned: bool, format: Format, tmp_path: Path) -> None:
-    net, shape = pair_of(name)[thinned], NETS[name][1]
+    (net, recipe), shape = pair_of(name)[thinned], NETS[name][1]
     images = images_for(name)
     tolerance = 1.0 if format == "onnx-int8" else None  # of random weights; what int8 loses is measured elsewhere
     done = export(
         net, tmp_path / MODEL_FILES[format], metadata(shape), images, format=format, calibration=images,
-        quantizer=Quantizer(observer="min-max"), tolerance=tolerance,
+        quantizer=Quantizer(observer="min-max"), tolerance=tolerance, recipe=recipe,
     )  # fmt: skip
     file = ModelFile(done.path)
     assert file.metadata == metadata(shape)
@@ -57,17 +59,18 @@ def test_a_file_gives_the_nets_logits_at_every_batch(name: str, thinned: bool, f
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One file of each format."""
     folder = tmp_path_factory.mktemp("files")
-    net, shape = pair_of(QUICK)[1], NETS[QUICK][1]
+    (net, recipe), shape = pair_of(QUICK)[1], NETS[QUICK][1]
     for format in FORMATS:
         images = images_for(QUICK)
         export(
-            net, folder / MODEL_FILES[format], metadata(shape), images, format=format, calibration=images, tolerance=1
-        )
+            net, folder / MODEL_FILES[format], metadata(shape), images, format=format, calibration=images, tolerance=1,
+            recipe=recipe,
+        )  # fmt: skip
     return folder
 
 
 def test_int8_weights_take_a_quarter(folder: Path) -> None:
-    net = pair_of(QUICK)[1]
+    net, _ = pair_of(QUICK)[1]
     parameters = sum(p.numel() for p in net.parameters())
     nodes = len(onnx.load(folder / "model_int8.onnx").graph.node)
     assert (folder / "model_int8.onnx").stat().st_size < parameters + 12 * 600 + 200 * nodes
@@ -84,7 +87,7 @@ def test_images_are_normalised_as_the_file_says(folder: Path, name: str) -> None
 
 
 def test_a_file_that_differs_is_not_kept(tmp_path: Path) -> None:
-    net, images = pair_of(QUICK)[0], images_for(QUICK)
+    (net, _), images = pair_of(QUICK)[0], images_for(QUICK)
     path = tmp_path / "model_int8.onnx"
     path.write_text("old")
     with pytest.raises(ValueError, match=r"more than the tolerance 1e-09"):
@@ -134,13 +137,13 @@ def test_predict_needs_the_file_alone(folder: Path, tmp_path: Path, command, mon
         assert status == 2 and words in err and len(err.strip().splitlines()) == 1, err
 
 
-def test_only_predict_takes_a_model_file(folder: Path, command) -> None:  # type: ignore[no-untyped-def]
-    status, _, err = command("test", "--model", folder / "model.pt2")
-    assert status == 2 and "test does not take a model file" in err and len(err.strip().splitlines()) == 1
+def test_other_verbs_take_no_model_file(folder: Path, command) -> None:  # type: ignore[no-untyped-def]
+    status, _, err = command("validate", "--model", folder / "model.pt2")
+    assert status == 2 and "validate does not take a model file" in err and len(err.strip().splitlines()) == 1
 
 
 def test_a_negative_tolerance_is_refused(tmp_path: Path) -> None:
-    net, images = pair_of(QUICK)[0], images_for(QUICK)
+    (net, _), images = pair_of(QUICK)[0], images_for(QUICK)
     with pytest.raises(ValueError, match="tolerance is -1"):
         export(net, tmp_path / "model.onnx", metadata((1, 28, 28)), images, tolerance=-1)
 

@@ -7,6 +7,7 @@ from functools import cache, partial
 import torch
 from torch import Tensor, nn
 
+from project.compression import to_plain
 from project.compression.thinning import Thin, Units, plan_thinning, units_of
 from project.models import (
     BatchNorm,
@@ -20,6 +21,7 @@ from project.models import (
     NoNorm,
     SmallInception,
 )
+from project.models.recipe import Recipe
 
 Shape = tuple[int, int, int]
 NETS: dict[str, tuple[Callable[..., nn.Module], Shape]] = {
@@ -50,6 +52,19 @@ def build(name: str, seed: int = 0) -> nn.Module:
     net_class, image_shape = {**NETS, **OTHERS}[name]
     torch.manual_seed(seed)
     return net_class(5, image_shape)
+
+
+def recipe_of(name: str, surgeries: tuple[Thin, ...] = ()) -> Recipe:
+    """The plain values of one of these nets, as a configuration would have them."""
+    maker, image_shape = {**NETS, **OTHERS}[name]
+    kind, options = (maker.func, maker.keywords) if isinstance(maker, partial) else (maker, {})
+    plain = {key: {"class_path": _path(value)} if isinstance(value, type) else value for key, value in options.items()}
+    arguments = {"num_classes": 5, "image_shape": image_shape, **plain}
+    return Recipe({"class_path": _path(kind), "init_args": arguments}, [to_plain(each) for each in surgeries])
+
+
+def _path(kind: type) -> str:
+    return f"{'torch.nn' if kind.__module__.startswith('torch') else 'project.models'}.{kind.__name__}"
 
 
 def images_for(name: str) -> Tensor:

@@ -29,7 +29,7 @@ _SMOOTHING = ((0, 0.5), (0, 0.05), (1, 0.05), (3, 0.05), (8, 0.02), (20, 0.02), 
 _STRENGTHS = (0, 16, 64, 256)
 """How many flags of average density each row and column are taken to have had; 0: no rows and columns."""
 _KERNEL_STRENGTH = 64
-_SAMPLE = 1 << 14
+_SAMPLE = 1 << 13
 """Settings are chosen on so many values of a long array."""
 
 
@@ -209,8 +209,8 @@ def code_flags(coder: Coder, shape: tuple[int, int, int], flags: Array | None = 
             raise ValueError("more ones than flags")
         return np.full(shape, int(ones > 0), np.int64)
     part, few = flags, shape
-    if flags is not None and num > 16 * _SAMPLE:
-        part = flags[: max(1, 16 * _SAMPLE // (columns * places))]
+    if flags is not None and num > 32 * _SAMPLE:
+        part = flags[: max(1, 32 * _SAMPLE // (columns * places))]
         few = part.shape
     density = (ones + 0.5) / (num + 1)
     strength = _STRENGTHS[
