@@ -26,7 +26,8 @@ def check_sharing(trainer: Trainer, module: LightningModule, sharing: Callback, 
     """
     if not isinstance(module, Classifier):
         raise ValueError(f"the model is a {type(module).__name__}, but weights are shared in a Classifier's net.")
-    if trainer.max_epochs is None or trainer.max_epochs < 1 or trainer.max_steps > 0:
+    steps = trainer.max_steps > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
+    if trainer.max_epochs is None or trainer.max_epochs < 1 or steps:
         raise ValueError("weight sharing counts in epochs: set trainer.max_epochs, and leave max_steps out.")
     if module.max_norm.conv is not None or module.max_norm.fc is not None:
         raise ValueError("max_norm is set, but it would make shared values of different units different: drop it.")
@@ -38,7 +39,7 @@ def check_sharing(trainer: Trainer, module: LightningModule, sharing: Callback, 
     _check_callbacks(trainer, sharing)
     best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
     every = 1 if best is None else math.lcm(best._every_n_epochs, trainer.check_val_every_n_epoch or 1)
-    if epochs < every:
+    if epochs < every and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ValueError(
             f"checkpoints are written every {every} epochs, but weight sharing trains for {epochs}: write them more "
             "often, or raise its epochs."
