@@ -74,31 +74,31 @@ def report_steps(trainer: Trainer, module: Classifier, steps: list[Step], *, mea
     return rows
 
 
-def add_file_row(trainer: Trainer, module: Classifier, step: Step, path: Path, *, latency: bool) -> None:
+def add_file_row(trainer: Trainer, module: Classifier, step: Step, file: ModelFile, *, latency: bool) -> None:
     """Add the row of a model file to the run's report, in place of an older one of its kind.
 
     Args:
         trainer: with a run's folder that holds a report.
         module: as in :func:`report_steps`.
         step: its name, and the checkpoint that the file was made of.
-        path: of the file; accuracy and speed are ONNX Runtime's on it.
+        file: accuracy and speed are those of the runtime that it has.
         latency: measure the speed, in one interleaved run with the dense fp32 net's engines.
     """
     run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
     assert run is not None
-    logits, net = ModelFile(path).logits, load_net(module, step.checkpoint)
-    own, reference = _beside_dense(run, module, step, {_FILE: logits}) if latency else ({}, {})
+    net, engine = load_net(module, step.checkpoint), _ENGINE_OF[file.path.suffix]
+    own, reference = _beside_dense(run, module, step, {engine: file.logits}) if latency else ({}, {})
     row = describe(
         step.name,
         net,
         module.image_shape,
-        file=path,
-        val_accuracy=accuracy(logits, data, "val"),
-        test_accuracy=accuracy(logits, data, "test"),
+        file=file.path,
+        val_accuracy=accuracy(file.logits, data, "val"),
+        test_accuracy=accuracy(file.logits, data, "test"),
         latencies=own,
         reference=reference,
     )
-    older = [row for row in read_report(run.report) if row.file != path.name]
+    older = [row for row in read_report(run.report) if row.file != file.path.name]
     _publish(trainer, [*older, row], [row])
 
 
@@ -160,7 +160,7 @@ def _publish(trainer: Trainer, rows: list[ReportRow], new: list[ReportRow]) -> N
         )
 
 
-_FILE = "onnxruntime int8"
+_ENGINE_OF = {".onnx": "onnxruntime int8", ".packed": "eager, unpacked"}
 _ENGINES = ["eager", "onnxruntime"]
 
 

@@ -14,7 +14,8 @@ from project.callbacks.quantization import PostTrainingQuantization
 from project.callbacks.ternary import TernaryWeights
 from project.callbacks.weight_sharing import WeightSharing
 from project.data import ImageDataModule
-from project.export import export_checkpoint
+from project.export import export_checkpoint, recipe_of
+from project.model_file import ModelFile
 from project.models.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -70,4 +71,5 @@ class Packing(Callback):
         exported = export_checkpoint(pl_module, data, source, run.model_file("packed"), format="packed")
         if not run.report.is_file():
             report_steps(trainer, pl_module, [Step("dense", source)], measured=[])
-        add_file_row(trainer, pl_module, Step("packed", source), exported.path, latency=self.latency)
+        file = ModelFile(exported.path, recipe_of(pl_module, source).modules)
+        add_file_row(trainer, pl_module, Step("packed", source), file, latency=self.latency)

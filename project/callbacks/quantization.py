@@ -70,7 +70,7 @@ class PostTrainingQuantization(Callback):
             report_steps(trainer, pl_module, [Step("dense", source)], measured=["dense"] if self.latency else [])
         kept = sum(layer.num_bits == 32 for layer in exported.layers)
         name = f"int8, {kept} layers fp32" if kept else "int8"
-        add_file_row(trainer, pl_module, Step(name, source), exported.path, latency=self.latency)
+        add_file_row(trainer, pl_module, Step(name, source), ModelFile(exported.path), latency=self.latency)
 
     def _quantize(self, run: Run, module: Classifier, data: ImageDataModule, source: Path) -> Exported:
         """Export, with more layers in fp32 as long as too much is lost."""
