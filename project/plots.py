@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from project.metrics.benchmark import BenchmarkRow
+    from project.metrics.report import ReportRow
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """x and y of one line."""
@@ -195,6 +196,44 @@ def plot_benchmark(rows: "Sequence[BenchmarkRow]") -> "Figure":
         hollow: dict[str, Any] = {"color": "black", "linestyle": "none", "markerfacecolor": "none"}
         handles = [Line2D([], [], linewidth=6, color=_COLOURS[i % len(_COLOURS)], label=r) for i, r in enumerate(runs)]
         handles += [Line2D([], [], marker=_MARKERS[i % len(_MARKERS)], label=x, **hollow) for i, x in enumerate(labels)]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    return figure
+
+
+def plot_report(rows: "Sequence[ReportRow]") -> "Figure":
+    """Test accuracy of each step of a compression against its bytes and, where it was measured, its latency at batch 64.
+
+    The bytes are a model file's; of a checkpoint, which also holds the optimizer, four for each parameter.
+
+    Args:
+        rows: of a run's report, in its order.
+    """
+    from matplotlib.figure import Figure
+
+    rows = [row for row in rows if row.test_accuracy is not None and row.num_parameters]
+    styles = [
+        {"color": _COLOURS[i % len(_COLOURS)], "marker": _MARKERS[i % len(_MARKERS)], "label": row.step}
+        for i, row in enumerate(rows)
+    ]
+    accuracies = [100 * (row.test_accuracy or 0) for row in rows]
+    sizes = [
+        (4 * (row.num_parameters or 0) if (row.file or "").endswith(".ckpt") else row.file_bytes or 0) / 1e3
+        for row in rows
+    ]
+    timed = [index for index, row in enumerate(rows) if row.latency_ms_batch64]
+    figure = Figure(figsize=(10 if timed else 6, 4.2), layout="constrained")
+    axes = figure.subplots(1, 2 if timed else 1, sharey=True, squeeze=False)[0]
+    _draw_points(axes[0], sizes, accuracies, styles, apart=True)
+    axes[0].set(xlabel="kilobytes of weights or model file", ylabel="test accuracy (%)")
+    axes[0].set_xlim(min(sizes) / 1.5, max(sizes) * 1.5)
+    if timed:
+        times = [rows[index].latency_ms_batch64 or 0 for index in timed]
+        _draw_points(axes[1], times, [accuracies[i] for i in timed], [styles[i] for i in timed], apart=True)
+        axes[1].set(xlabel="milliseconds for a batch of 64")
+        axes[1].set_xlim(min(times) / 1.2, max(times) * 1.2)
+    middle, half = (min(accuracies) + max(accuracies)) / 2, max(0.6, 0.6 * (max(accuracies) - min(accuracies)))
+    axes[0].set_ylim(middle - half, middle + half)  # at least 1.2 points: noise shall not fill the picture
+    handles = [line for line in axes[0].lines if not str(line.get_label()).startswith("_")]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
 

@@ -1,9 +1,11 @@
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from project.metrics.benchmark import BenchmarkRow
+from project.metrics.report import ReportRow
 from project.plots import (
     figure_to_image,
     plot_benchmark,
@@ -11,6 +13,7 @@ from project.plots import (
     plot_curves,
     plot_images,
     plot_levels,
+    plot_report,
     read_curves,
 )
 
@@ -99,3 +102,19 @@ def test_benchmark_has_a_marker_for_every_engine_and_a_colour_for_every_run():
     for (run, engine), point in named.items():
         assert keys[run].get_color() == point.get_color() and keys[engine].get_marker() == point.get_marker()
     assert plot_benchmark(rows[:1]).legends[0].get_texts()[0].get_text() == "eager"
+
+
+def test_a_report_is_drawn_by_the_bytes_that_count() -> None:
+    """Of a checkpoint, which also holds an optimizer, those of its weights; of a model file, the file's."""
+    rows = [
+        ReportRow("dense", test_accuracy=0.9, num_parameters=1000, file="level_0.ckpt", file_bytes=99_999),
+        ReportRow("packed", test_accuracy=0.89, num_parameters=1000, file="model.packed", file_bytes=80),
+        ReportRow("unknown", num_parameters=1000),
+    ]
+    (axes,) = plot_report(rows).axes
+    drawn = {line.get_label(): (*line.get_xdata(), *line.get_ydata()) for line in axes.lines}
+    assert drawn == {"dense": (4.0, 90.0), "packed": (0.08, 89.0)}
+    with_time = replace(rows[1], latency_ms_batch64=3.5)
+    by_bytes, by_time = plot_report([rows[0], with_time]).axes
+    assert [(*line.get_xdata(), *line.get_ydata()) for line in by_time.lines] == [(3.5, 89.0)]
+    assert len(by_bytes.lines) == 2

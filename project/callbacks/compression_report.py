@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
-from project.callbacks.places import run_of, tensorboard
+from project.callbacks.places import run_of, show_figure, tensorboard
 from project.data import ImageDataModule
 from project.data.array_dataset import Batch
 from project.metrics.engines import Engine, engines
@@ -18,6 +18,7 @@ from project.metrics.report import ReportRow, describe, read_report, to_markdown
 from project.model_file import ModelFile
 from project.models.classifier import Classifier, load_net
 from project.paths import Run
+from project.plots import plot_report
 
 log = logging.getLogger(__name__)
 
@@ -147,6 +148,8 @@ def _publish(trainer: Trainer, rows: list[ReportRow], new: list[ReportRow]) -> N
     run = run_of(trainer)
     assert run is not None
     write_report(rows, run.folder)
+    if any(row.test_accuracy is not None for row in rows):
+        show_figure(trainer, "report", plot_report(rows))
     if (writer := tensorboard(trainer)) is not None:
         writer.add_text("report", to_markdown(rows), trainer.global_step)
     for row in new:

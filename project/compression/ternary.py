@@ -166,9 +166,7 @@ class Freezing:
 
     def __init__(self, low_bit: LowBitWeights) -> None:
         if low_bit.method == "ttq":
-            raise ValueError(
-                "method is ttq, whose values are learned to the end: freeze with twn, or not at all."
-            )
+            raise ValueError("method is ttq, whose values are learned to the end: freeze with twn, or not at all.")
         self.low_bit = low_bit
         self.frozen: dict[str, Tensor] = {}
         """Of each layer: which weights are final."""
