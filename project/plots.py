@@ -201,7 +201,7 @@ def plot_benchmark(rows: "Sequence[BenchmarkRow]") -> "Figure":
 
 
 def plot_report(rows: "Sequence[ReportRow]") -> "Figure":
-    """Test accuracy of each step of a compression against its bytes and, where it was measured, its latency at batch 64.
+    """Test accuracy of each step of a compression against its bytes and, where measured, its latency at batch 64.
 
     The bytes are a model file's; of a checkpoint, which also holds the optimizer, four for each parameter.
 
