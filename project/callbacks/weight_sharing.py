@@ -38,6 +38,9 @@ _FINISHED = "weight_sharing"
 class WeightSharing(Callback):
     """Trains ``trainer.max_epochs`` and the rounds of a pruning before it, then shares and trains on for ``epochs``.
 
+    A run that is trained already is shared at once by ``fit --ckpt_path`` with its ``last.ckpt`` and the same
+    ``max_epochs``, a thinned ``best.ckpt``, which is at epoch 0, with ``trainer.max_epochs`` 0.
+
     Sharing begins with the best epoch of what was before, which stays as ``checkpoints/level_<n>.ckpt``. From there on
     Adam trains the shared values by the sums of their weights' gradients, with half a cosine to nothing; norms, biases
     and layers that are not shared go on with the run's optimizer and schedule, begun anew. Zeros stay zeros. At the end
@@ -114,7 +117,7 @@ class WeightSharing(Callback):
             log.info("fast_dev_run trains one batch and shares no weights: the layers were looked up, no more")
             return
         trainer.fit_loop.max_epochs = self._begin + self.epochs
-        pl_module.phase = pl_module.phase or Phase(self._begin)
+        pl_module.phase = pl_module.phase or (Phase(self._begin) if self._begin else self._phase())
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The optimizer that is made next is that of the shared epochs, when the checkpoint is of one of them."""
@@ -126,6 +129,10 @@ class WeightSharing(Callback):
         assert isinstance(pl_module, Classifier)
         if self.codebook is not None:
             self._optimize(self.codebook)
+        elif self._begin == 0 and trainer.ckpt_path is None:
+            raise ValueError(
+                "max_epochs is 0, but weights that were never trained are not worth sharing: give ckpt_path."
+            )
         elif trainer.current_epoch > self._begin and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
                 f"trainer.max_epochs is {self._begin}, but the checkpoint has trained for {trainer.current_epoch} "

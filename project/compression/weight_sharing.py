@@ -112,11 +112,15 @@ class Codebook:
 
     @torch.no_grad()
     def gradients(self, net: nn.Module) -> dict[str, Tensor]:
-        """The sum of the gradients of each center's weights (eq. 3), ``[1 + k]``; that of 0 is 0."""
+        """The sum of the gradients of each center's weights (eq. 3), ``[1 + k]``; 0 is that of 0, and those of a weight
+        without a gradient, which no image has passed.
+        """
         sums = {}
         for name, centers in self.centers.items():
             weight = net.get_parameter(name)
-            assert weight.grad is not None, name
+            if weight.grad is None:
+                sums[name] = torch.zeros_like(centers)
+                continue
             index, grad = self._flat_index(name, weight), _flat(weight.grad, weight).to(centers.dtype)
             sums[name] = torch.bincount(index, grad, minlength=len(centers)).to(centers.dtype)
             sums[name][0] = 0
