@@ -103,6 +103,12 @@ class Codebook:
             centers[name], index[name] = _share(name, net.get_parameter(name).detach(), num_bits, start, seed)
         return cls(centers, index)
 
+    def to_(self, device: torch.device | str) -> "Codebook":
+        """Itself, where the net is; an optimizer of the centers is to be made afterwards."""
+        self.centers = {name: centers.to(device) for name, centers in self.centers.items()}
+        self.index = {name: index.to(device) for name, index in self.index.items()}
+        return self
+
     @torch.no_grad()
     def write_(self, net: nn.Module) -> None:
         """The shared values into the net's weights."""
@@ -149,9 +155,8 @@ class Codebook:
     def _flat_index(self, name: str, weight: Tensor) -> Tensor:
         """In the order in which the weight lies in memory; made once."""
         index = self.index[name]
-        if index.dtype != torch.long or index.device != weight.device or index.stride() != weight.stride():
+        if index.dtype != torch.long or index.stride() != weight.stride():
             index = self.index[name] = torch.empty_like(weight, dtype=torch.long).copy_(index)
-            self.centers[name] = self.centers[name].to(weight.device)
         return _flat(index, weight)
 
 
