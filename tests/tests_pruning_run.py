@@ -195,7 +195,7 @@ def assert_same_runs(resumed: Run, whole: Run) -> None:
         first, second = (torch.load(run.checkpoints / name, weights_only=True) for run in (resumed, whole))
         assert [key for key in COMPARED if not same(first.get(key), second.get(key))] == [], name
         states = [content.get("callbacks", {}) for content in (first, second)]
-        for key in ("IterativeMagnitudePruning", "EMA"):
+        for key in ("IterativeMagnitudePruning", "EMA", "WeightSharing"):
             assert same(*(state.get(key) for state in states)), (name, key)
 
 

@@ -38,12 +38,15 @@ _FINISHED = "weight_sharing"
 class WeightSharing(Callback):
     """Trains ``trainer.max_epochs`` and the rounds of a pruning before it, then shares and trains on for ``epochs``.
 
+    A run that is trained already is shared at once by ``fit --ckpt_path`` with its ``last.ckpt`` and the same
+    ``max_epochs``, a thinned ``best.ckpt``, which is at epoch 0, with ``trainer.max_epochs`` 0.
+
     Sharing begins with the best epoch of what was before, which stays as ``checkpoints/level_<n>.ckpt``. From there on
     Adam trains the shared values by the sums of their weights' gradients, with half a cosine to nothing; norms, biases
-    and layers that are not shared go on with the run's optimizer and schedule, begun anew. Zeros stay zeros. At the end
-    the best of these epochs is finished: ``best.ckpt`` and ``level_<n+1>.ckpt`` hold weights of at most ``2 ** bits``
-    values of float16 and 0, norms that are scale and shift, and both of them and biases of few bits. A finished net is
-    not meant to be trained on: batch norm would take the batches' statistics again.
+    and layers that are not shared go on with the run's optimizer and schedule, begun anew after its warm-up. Zeros stay
+    zeros. At the end the best of these epochs is finished: ``best.ckpt`` and ``level_<n+1>.ckpt`` hold weights of at
+    most ``2 ** bits`` values of float16 and 0, norms that are scale and shift, and both of them and biases of few bits.
+    A finished net is not meant to be trained on: batch norm would take the batches' statistics again.
 
     Codebooks, their optimizer and the assignments lie in the run's checkpoints: ``fit --resume`` goes on bit for bit.
     An :class:`~project.callbacks.EMA` begins anew with sharing and averages the shared values.
@@ -114,18 +117,22 @@ class WeightSharing(Callback):
             log.info("fast_dev_run trains one batch and shares no weights: the layers were looked up, no more")
             return
         trainer.fit_loop.max_epochs = self._begin + self.epochs
-        pl_module.phase = pl_module.phase or Phase(self._begin)
+        pl_module.phase = pl_module.phase or Phase(max(self._begin, 1))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """The optimizer that is made next is that of the shared epochs, when the checkpoint is of one of them."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if trainer.training and state and state["bits"] and isinstance(pl_module, Classifier):
-            pl_module.phase = self._phase()
+            pl_module.phase = self._phase(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         if self.codebook is not None:
-            self._optimize(self.codebook)
+            self._optimize(self.codebook.to_(pl_module.device))
+        elif self._begin == 0 and trainer.ckpt_path is None:
+            raise ValueError(
+                "max_epochs is 0, but weights that were never trained are not worth sharing: give ckpt_path."
+            )
         elif trainer.current_epoch > self._begin and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
                 f"trainer.max_epochs is {self._begin}, but the checkpoint has trained for {trainer.current_epoch} "
@@ -204,7 +211,7 @@ class WeightSharing(Callback):
         self.codebook = Codebook.of(module.net, self.bits, self.sharer.start, _seed(trainer))
         self.codebook.write_(module.net)
         self._optimize(self.codebook)
-        module.phase = self._phase()
+        module.phase = self._phase(trainer, module)
         trainer.strategy.setup_optimizers(trainer)
         if (pruning := self._pruning(trainer)) is not None:
             pruning.hold(trainer, module)
@@ -267,9 +274,9 @@ class WeightSharing(Callback):
         if _FINISHED in checkpoint:
             return
         assert self.codebook is not None
-        small = with_weights(module, checkpoint)
-        self.codebook.gather_(small.net)
-        self.codebook.write_(small.net)
+        small, codebook = with_weights(module, checkpoint), self.codebook.to_("cpu")
+        codebook.gather_(small.net)  # EMA's weights are averages of the codebook over time
+        codebook.write_(small.net)
         if self.num_images:
             reestimate_statistics_(small.net, _images(trainer, self.num_images))
         fold_norms_(small.net)
@@ -277,8 +284,11 @@ class WeightSharing(Callback):
         finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.bits}
         write_whole(run.best_checkpoint, lambda part: torch.save(finished, part))
 
-    def _phase(self) -> Phase:
-        return Phase(self.epochs, lr_factor=self.finetune_lr)
+    def _phase(self, trainer: Trainer, module: Classifier) -> Phase:
+        """The run's schedule over the shared epochs, but for its warm-up, which may be longer than these."""
+        warmup = math.ceil(module.schedule.warmup_epochs)
+        first = round(warmup * trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1))
+        return Phase(warmup + self.epochs, first, self.finetune_lr)
 
     def _level(self, trainer: Trainer) -> int:
         """The number of the level that is shared."""

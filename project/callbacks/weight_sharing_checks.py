@@ -27,7 +27,7 @@ def check_sharing(trainer: Trainer, module: LightningModule, sharing: Callback, 
     if not isinstance(module, Classifier):
         raise ValueError(f"the model is a {type(module).__name__}, but weights are shared in a Classifier's net.")
     steps = trainer.max_steps > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
-    if trainer.max_epochs is None or trainer.max_epochs < 1 or steps:
+    if trainer.max_epochs is None or trainer.max_epochs < 0 or steps:
         raise ValueError("weight sharing counts in epochs: set trainer.max_epochs, and leave max_steps out.")
     if module.max_norm.conv is not None or module.max_norm.fc is not None:
         raise ValueError("max_norm is set, but it would make shared values of different units different: drop it.")
@@ -69,7 +69,7 @@ def _check_callbacks(trainer: Trainer, sharing: Callback) -> None:
             if callback.pruner.structure == "units" and callback.thin:
                 raise ValueError(
                     "pruning removes units at the end of the run, after the weights were shared: set thin: false, or "
-                    "share in a second run, fit --ckpt_path checkpoints/best.ckpt of the first."
+                    "share in a second run: fit --ckpt_path with the first one's best.ckpt and --trainer.max_epochs 0."
                 )
         if isinstance(callback, DistillFrom) and callback.teacher is None and number < place:
             raise ValueError(

@@ -103,6 +103,12 @@ class Codebook:
             centers[name], index[name] = _share(name, net.get_parameter(name).detach(), num_bits, start, seed)
         return cls(centers, index)
 
+    def to_(self, device: torch.device | str) -> "Codebook":
+        """Itself, where the net is; an optimizer of the centers is to be made afterwards."""
+        self.centers = {name: centers.to(device) for name, centers in self.centers.items()}
+        self.index = {name: index.to(device) for name, index in self.index.items()}
+        return self
+
     @torch.no_grad()
     def write_(self, net: nn.Module) -> None:
         """The shared values into the net's weights."""
@@ -112,11 +118,15 @@ class Codebook:
 
     @torch.no_grad()
     def gradients(self, net: nn.Module) -> dict[str, Tensor]:
-        """The sum of the gradients of each center's weights (eq. 3), ``[1 + k]``; that of 0 is 0."""
+        """The sum of the gradients of each center's weights (eq. 3), ``[1 + k]``; 0 is that of 0, and those of a weight
+        without a gradient, which no image has passed.
+        """
         sums = {}
         for name, centers in self.centers.items():
             weight = net.get_parameter(name)
-            assert weight.grad is not None, name
+            if weight.grad is None:
+                sums[name] = torch.zeros_like(centers)
+                continue
             index, grad = self._flat_index(name, weight), _flat(weight.grad, weight).to(centers.dtype)
             sums[name] = torch.bincount(index, grad, minlength=len(centers)).to(centers.dtype)
             sums[name][0] = 0
@@ -145,9 +155,8 @@ class Codebook:
     def _flat_index(self, name: str, weight: Tensor) -> Tensor:
         """In the order in which the weight lies in memory; made once."""
         index = self.index[name]
-        if index.dtype != torch.long or index.device != weight.device or index.stride() != weight.stride():
+        if index.dtype != torch.long or index.stride() != weight.stride():
             index = self.index[name] = torch.empty_like(weight, dtype=torch.long).copy_(index)
-            self.centers[name] = self.centers[name].to(weight.device)
         return _flat(index, weight)
 
 

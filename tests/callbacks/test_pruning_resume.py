@@ -92,6 +92,10 @@ trainer:
         report: false
 """
 EMA_TOO = {"class_path": "project.callbacks.EMA", "init_args": {"decay": 0.9}}
+SHARED_TOO = {
+    "class_path": "project.callbacks.WeightSharing",
+    "init_args": {"epochs": 2, "num_images": 64, "report": False},
+}
 RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "weights, rewind 5it": ({"after": "rewind", "rewind_to": "5it"}, []),
     "units, finetune, EMA": (
@@ -102,6 +106,7 @@ RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"after": "rewind_lr", "pruner.criterion": "obd", "pruner.num_images": 40},
         [EMA_TOO],
     ),
+    "weights, finetune, shared": ({"after": "finetune"}, [SHARED_TOO]),
 }
 LEVELS = 4
 LEVEL_STEPS = 2 * STEPS
@@ -133,7 +138,7 @@ def test_killed_at_any_moment_and_resumed_is_never_killed(name, tmp_path, logs, 
     assert status == 0, errors
 
     chosen = random.Random(name)
-    starts = [LEVEL_STEPS * level for level in range(LEVELS)]
+    starts = [LEVEL_STEPS * level for level in range(LEVELS + (SHARED_TOO in RUNS[name][1]))]
     steps: list[int | None] = [start + chosen.randrange(LEVEL_STEPS - 4) for start in starts]
     steps.insert(chosen.randrange(LEVELS + 1), None)  # while it starts
     num_kills = 0

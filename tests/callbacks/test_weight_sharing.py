@@ -1,6 +1,7 @@
 """Weights are shared once all else is trained, learn as few values, and lie so in the file."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from tests_pruning_run import (
     weights_of,
 )
 from tests_stop_after import StopAfter
+from torch import nn
 
 from project.callbacks import (
     EMA,
@@ -33,7 +35,9 @@ from project.callbacks import (
     WeightSharing,
 )
 from project.callbacks.compression_report import _accuracy
+from project.callbacks.weight_sharing_checks import check_sharing
 from project.compression import Codebook, Gradual, Iterative, Pruner, Sharer
+from project.losses import MaxNorm
 from project.metrics.report import read_report
 from project.models import Classifier
 from project.models.classifier import load_net
@@ -186,7 +190,18 @@ def test_a_trained_run_is_shared_at_once(tmp_path):
         share_from(trained, tmp_path / "refused", epochs=2)
 
 
-def share_from(trained: Outcome, folder: Path, epochs: int) -> Outcome:
+def test_a_thinned_net_is_shared_at_once(tmp_path):
+    units = pruning(schedule=Gradual(0.5, 0.2, 1.0), pruner=Pruner("units", scope="layer"), thin=True)
+    thinned = fit(tmp_path / "thinned", units)
+    outcome = share_from(thinned, tmp_path / "shared", epochs=0, checkpoint=thinned.run.best_checkpoint)
+    assert outcome.trainer.global_step == 2 * STEPS
+    assert weights_of(outcome.run.best_checkpoint)["conv2.conv.weight"].shape == (8, 8, 3, 3)
+    assert_finished(outcome.run.best_checkpoint)
+    with pytest.raises(ValueError, match="max_epochs is 0"):
+        fit(tmp_path / "refused", sharing(), epochs=0)
+
+
+def share_from(trained: Outcome, folder: Path, epochs: int, checkpoint: Path | None = None) -> Outcome:
     from tests_pruning_run import TinyNet, sgd
 
     from project.trainer import Trainer
@@ -204,7 +219,7 @@ def share_from(trained: Outcome, folder: Path, epochs: int) -> Outcome:
         **options,
     )
     data = DigitsOnce(batch_size=64, seed=0)
-    trainer.fit(model, datamodule=data, ckpt_path=str(trained.run.last_checkpoint))
+    trainer.fit(model, datamodule=data, ckpt_path=str(checkpoint or trained.run.last_checkpoint))
     assert trainer.run is not None
     return Outcome(trainer, model, trainer.run)
 
@@ -328,8 +343,22 @@ def test_other_options_of_the_run_are_refused(tmp_path):
         fit(tmp_path, sharing(), check_val_every_n_epoch=3)
 
 
+@pytest.mark.parametrize(
+    ("model", "precision", "message"),
+    [
+        (nn.Linear(2, 2), "32-true", "the model is a Linear"),
+        (Classifier(nn.Linear(2, 2), max_norm=MaxNorm(conv=3.0)), "32-true", "max_norm is set"),
+        (Classifier(nn.Linear(2, 2)), "16-mixed", "choose bf16-mixed"),
+    ],
+)
+def test_other_models_are_refused(model, precision, message):
+    trainer = SimpleNamespace(max_epochs=2, max_steps=-1, fast_dev_run=False, precision=precision)
+    with pytest.raises(ValueError, match=message):
+        check_sharing(trainer, model, sharing(), 2)
+
+
 def test_a_fast_dev_run_shares_nothing(tmp_path):
-    callback = sharing()
+    callback = sharing(epochs=1)
     torch.manual_seed(0)
     from tests_pruning_run import TinyNet
 
