@@ -4,6 +4,7 @@ import itertools
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -43,7 +44,7 @@ def _use_model_file(verb: str, args: list[str]) -> None:
     from project.packed_file import unpack
     from project.parser import Parser
 
-    verbs = {"predict": predict, "test": test, "unpack": unpack}
+    verbs: dict[str, Callable[..., object]] = {"predict": predict, "test": test, "unpack": unpack}
     if verb not in verbs:
         raise ValueError(
             f"{verb} does not take a model file, but {', '.join(verbs)} do: project test --model FILE --config FILE; "

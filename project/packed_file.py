@@ -6,7 +6,6 @@ that builds the net and the file's :class:`~project.model_file.Metadata`. Beside
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -102,22 +101,22 @@ def open_packed(path: Path, trust: Sequence[str] = ()) -> tuple[nn.Module, Metad
     return net, metadata
 
 
-def unpack(model: str, output: str = "net.pt", trust: list[str] | None = None) -> None:
+def unpack(model: str, output: str = "net.pt", trust: str = "") -> None:
     """Write the weights of a packed file as a plain state dict, for ``torch.load(FILE, weights_only=True)``.
 
     Args:
         model: the file, as ``project export --format packed`` wrote it.
         output: the state dict's file.
-        trust: packages of your own whose classes the net is made of.
+        trust: a package of your own whose classes the net is made of; several with commas.
     """
     from project.model_file import ModelFile, log
 
-    file = ModelFile(model, trust or ())
+    file = ModelFile(model, trust.split(","))
     if file.net is None:
         raise ValueError(f"model is {model!r}, but only packed files are unpacked: this one is read by its runtime.")
     state_dict = {name: tensor.contiguous() for name, tensor in file.net.state_dict().items()}
     write_whole(Path(output), lambda part: torch.save(state_dict, part))
-    log.info("%d tensors, %d bytes: %s", len(state_dict), os.stat(output).st_size, output)
+    log.info("%d tensors, %d bytes: %s", len(state_dict), Path(output).stat().st_size, output)
 
 
 def _read(header: dict[str, Any]) -> tuple[Metadata, Recipe]:
@@ -167,7 +166,7 @@ def write_table(tensors: Sequence[PackedTensors], path: Path, num_parameters: in
 
 
 def to_markdown(rows: Sequence[LayerRow], tensors: Sequence[PackedTensors], path: Path, num_parameters: int) -> str:
-    size = os.stat(path).st_size
+    size = path.stat().st_size
     heads = ("layer", "weights", "kept", "bits (P+Q)", "coded", "index, coded", "bytes", "P", "P+Q", "P+Q+coding")
     parts = {
         "positions": sum(t.position_bits for t in tensors) / 8,
@@ -177,10 +176,11 @@ def to_markdown(rows: Sequence[LayerRow], tensors: Sequence[PackedTensors], path
         / 8,
     }
     parts["header and checksums"] = size - sum(parts.values())
+    split = ", ".join(f"{name} {part:,.0f}" for name, part in parts.items())
     return "\n".join(
         [
             f"`{path.name}`: {size:,} bytes, 1/{4 * num_parameters / size:.1f} of four bytes for each of "
-            f"{num_parameters:,} parameters. Bytes: {', '.join(f'{name} {part:,.0f}' for name, part in parts.items())}.",
+            f"{num_parameters:,} parameters. Bytes: {split}.",
             "",
             markdown_line(heads),
             markdown_line(["---", *["---:"] * (len(heads) - 1)]),

@@ -98,7 +98,7 @@ def test_minus_zeros_of_a_mask_are_zeros(tmp_path: Path) -> None:
 
 
 def test_the_table_has_the_papers_arithmetic(tmp_path: Path) -> None:
-    """LeNet-300-100's first layer at 8 % kept and six bits: 5.3x by pruning alone is 32 / (0.08 (32 + 5)), and so on."""
+    """LeNet-300-100's first layer at 8 % kept and six bits: pruning alone is 32 / (0.08 (32 + 5)), and so on."""
     net = LeNet300100(10, (1, 28, 28))
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(1, 65, net.fc1.weight.shape, generator=generator) / 64
@@ -217,8 +217,10 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
     return bytes(changed)
 
 
-NASTY = (0, -1, 1, 3, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), None, True, "", "os.system", [], {}, [[]],
-         "torch.nn.LayerNorm", {"class_path": "os.system", "init_args": {"command": "true"}}, [10**9] * 3, "💥")  # fmt: skip
+NASTY = (
+    *(0, -1, 1, 3, 2**31, 2**63, 10**30, 1e308, float("nan"), float("inf"), None, True, "", [], {}, [[]], [10**9] * 3),
+    *("os.system", "torch.nn.LayerNorm", {"class_path": "os.system", "init_args": {"command": "true"}}, "ü"),
+)
 
 
 def crafted(header: Any, rng: random.Random) -> Any:

@@ -239,7 +239,7 @@ def _code_kind(coder: Coder, dtype: torch.dtype, values: Sequence[Tensor] | None
     """The narrowest exact format; of two of one width the one that spreads the numbers less."""
     kinds = _KINDS[dtype]
     if values is None:
-        return kinds[int(coder.uniform(len(kinds), 1)[0])]
+        return kinds[int(coder.uniform(len(kinds), 1, None)[0])]
     exact = [
         kind for kind in kinds if all(torch.equal(_bits(value.to(kind).to(dtype)), _bits(value)) for value in values)
     ]
