@@ -60,7 +60,7 @@ class Recipe:
         if _size(self.net) > _MAX_ITEMS:
             raise ValueError(f"the description of the net has more than {_MAX_ITEMS} parts")
         with torch.device("meta"):
-            net = _make(self.net, tuple(trust))
+            net = _make(self.net, tuple(filter(None, trust)))
             if not isinstance(net, nn.Module):
                 raise ValueError("what it describes is no net")
             replay_(net, self.surgeries)
