@@ -72,7 +72,7 @@ def _with_data_of_config(args: list[str]) -> list[str]:
             raise ValueError(f"config is {str(path)!r}, but there is no such file.")
         data = (yaml.safe_load(path.read_text()) or {}).get("data")
         done += ["--data", json.dumps(data)] if data else []
-    if not any(option.partition("=")[0] == "--data" for option in done):
+    if not any(option.partition("=")[0] in ("--data", "--help", "-h") for option in done):
         raise ValueError(
             "test --model FILE needs images and their labels: add --config FILE (a run's config.yaml, or one of "
             "configs/) or --data CLASS."

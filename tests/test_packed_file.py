@@ -133,6 +133,12 @@ def test_a_run_is_exported_tested_and_unpacked(command, digits, logs, tmp_path) 
     for options in (["--config", run.config], ["--data", "project.data.Digits", "--data.eval_batch_size=100"]):
         status, out, err = command("test", "--model", run.model_file("packed"), *options)
         assert status == 0 and f"test accuracy  {100 * accuracy:.2f} % of 359 images" in out, err
+    quick = ("--engines", "eager", "--rounds", "1", "--memory", "false", "--num_images", "50")
+    status, _, err = command("benchmark", "--run", run.folder, *quick)
+    assert status == 0, err
+    dense, packed = read_csv(run.benchmark("csv"))
+    assert packed["file"] == "model.packed" and packed["test_accuracy"] == dense["test_accuracy"]
+    assert int(packed["file_bytes"]) == run.model_file("packed").stat().st_size < int(dense["file_bytes"])
     target = tmp_path / "net.pt"
     status, out, err = command("unpack", "--model", run.model_file("packed"), "--output", target)
     assert status == 0 and str(target) in out, err
