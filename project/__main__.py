@@ -4,6 +4,7 @@ import itertools
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 
@@ -43,7 +44,7 @@ def _use_model_file(verb: str, args: list[str]) -> None:
     from project.packed_file import unpack
     from project.parser import Parser
 
-    verbs = {"predict": predict, "test": test, "unpack": unpack}
+    verbs: dict[str, Callable[..., object]] = {"predict": predict, "test": test, "unpack": unpack}
     if verb not in verbs:
         raise ValueError(
             f"{verb} does not take a model file, but {', '.join(verbs)} do: project test --model FILE --config FILE; "
@@ -71,7 +72,7 @@ def _with_data_of_config(args: list[str]) -> list[str]:
             raise ValueError(f"config is {str(path)!r}, but there is no such file.")
         data = (yaml.safe_load(path.read_text()) or {}).get("data")
         done += ["--data", json.dumps(data)] if data else []
-    if not any(option.partition("=")[0] == "--data" for option in done):
+    if not any(option.partition("=")[0] in ("--data", "--help", "-h") for option in done):
         raise ValueError(
             "test --model FILE needs images and their labels: add --config FILE (a run's config.yaml, or one of "
             "configs/) or --data CLASS."

@@ -1,8 +1,8 @@
 """``project benchmark``: accuracy, size, memory and speed of runs on every engine, in one table and one picture.
 
 Each engine is asked for its own answers on the test images, so what rounding or quantization does to accuracy shows.
-All engines of all runs are timed in the same rounds (:func:`project.metrics.latency.measure`). ``*.onnx`` files in a
-run's folder are measured as what was deployed of it.
+All engines of all runs are timed in the same rounds (:func:`project.metrics.latency.measure`). ``*.onnx`` and
+``*.packed`` files in a run's folder are measured as what was deployed of it.
 """
 
 import logging
@@ -23,15 +23,17 @@ from project.metrics.complexity import count_macs, count_nonzero, count_paramete
 from project.metrics.engines import FILE_ENGINES, Engine, available, check_engine, engine
 from project.metrics.latency import Latency, measure
 from project.metrics.memory import peak_memory
+from project.model_file import ModelFile
 from project.models.classifier import Classifier, with_weights
+from project.models.recipe import Recipe
 from project.paths import Run
 
 log = logging.getLogger(__name__)
 
 BATCH = 64
 """Images per batch of the throughput and of the accuracy; a compiled net knows this size and 1."""
-ON_FILES = ("onnxruntime", "openvino")
-"""Engines that run the model files in a run's folder."""
+ON_FILES = {".onnx": ("onnxruntime", "openvino"), ".packed": ("eager",)}
+"""Engines that run the model files in a run's folder, by suffix."""
 
 
 @dataclass(frozen=True)
@@ -214,9 +216,12 @@ def _entries(subjects: Sequence[Subject], names: Sequence[str], folder: Path) ->
         for name in names
         for index, subject in enumerate(subjects)
     ]
-    on_files = [name for name in names if name in ON_FILES]
     deployed = [
-        Entry(subject, name, file, deployed=True) for subject in subjects for file in subject.files for name in on_files
+        Entry(subject, name, file, deployed=True)
+        for subject in subjects
+        for file in subject.files
+        for name in names
+        if name in ON_FILES[file.suffix]
     ]
     return made + deployed
 
@@ -235,7 +240,8 @@ def _start_(entry: Entry) -> None:
         if not entry.file.is_file():
             _write_net(entry.engine, module, entry.file)
         on_file = FILE_ENGINES.get(entry.engine)
-        forward = on_file(entry.file) if on_file else engine(entry.engine, module.net, module.image_shape)
+        net = _unpacked(entry) if entry.file.suffix == ".packed" else module.net
+        forward = on_file(entry.file) if on_file else engine(entry.engine, net, module.image_shape)
         for batch in (1, BATCH):
             shape = tuple(forward(torch.zeros(batch, *module.image_shape)).shape)
             if shape != (batch, module.num_classes):
@@ -247,6 +253,13 @@ def _start_(entry: Entry) -> None:
         log.info("%s: %s", entry.label, entry.remark)
         return
     entry.forward = forward
+
+
+def _unpacked(entry: Entry) -> nn.Module:
+    described = entry.subject.module.hparams.get("net")
+    net = ModelFile(entry.file, Recipe(described).modules if described else ()).net
+    assert net is not None
+    return net
 
 
 def _write_net(name: str, module: Classifier, path: Path) -> None:

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 _FROM_DATA_TO_NET = ("num_classes", "image_shape")
 _FROM_DATA_TO_CLASSIFIER = ("num_classes", "image_shape", "class_names", "mean", "std")
+_ON_FILES = "On a model file alone: project {predict,test,unpack} --model FILE."
 _RUN_OPTIONS = ("--run", "--resume")
 _LIST_OPTIONS = ("--compare", "--engines")
 
@@ -41,7 +42,7 @@ class CLI(LightningCLI):
             subclass_mode_data=True,
             trainer_class=Trainer,
             parser_class=Parser,
-            parser_kwargs={"description": "Train, shrink, measure and deploy image classifiers."},
+            parser_kwargs={"description": "Train, shrink, measure and deploy image classifiers.", "epilog": _ON_FILES},
             seed_everything_default=0,
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},

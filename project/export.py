@@ -1,4 +1,5 @@
-"""A net as one file: ONNX (https://onnx.ai) in fp32 or int8, PyTorch's exported program, or packed; checked before it is there.
+"""A net as one file: ONNX (https://onnx.ai) in fp32 or int8, PyTorch's exported program, or packed; checked before it
+is there.
 
 Input ``images`` ``[batch, C, H, W]`` fp32, normalised as in training; output ``logits`` ``[batch, num_classes]``;
 ``batch`` is dynamic. The ONNX exporter's optimizer folds batch norm into the convolution before it (y = w x + b with
@@ -103,7 +104,10 @@ def export(
         if recipe is None:
             raise ValueError("there is no recipe, and a packed file needs one to build its net again: give the class.")
         without_minus_zeros_(net)
-        write = lambda part: rows.extend(write_packed(net, metadata, recipe, part))
+
+        def write(part: Path) -> None:
+            rows.extend(write_packed(net, metadata, recipe, part))
+
     elif format != "pt2":
         import onnx
 

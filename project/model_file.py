@@ -1,7 +1,8 @@
 """A deployed model: one file that classifies images, with neither the configuration nor the checkpoint that made it.
 
-``.onnx`` runs in ONNX Runtime, ``.pt2`` (torch.export) and ``.packed`` (:mod:`project.packed_file`) in PyTorch. Beside the weights a file holds what is needed to
-use it: names of the classes, shape of the images, and mean and standard deviation of their normalisation.
+``.onnx`` runs in ONNX Runtime, ``.pt2`` (torch.export) and ``.packed`` (:mod:`project.packed_file`) in PyTorch. Beside
+the weights a file holds what is needed to use it: names of the classes, shape of the images, and mean and standard
+deviation of their normalisation.
 """
 
 import json
@@ -124,36 +125,36 @@ class ModelFile:
         return run, metadata.to_strings()
 
 
-def predict(model: str, images: str, output: str = "predictions.csv", trust: list[str] | None = None) -> Tensor:
+def predict(model: str, images: str, output: str = "predictions.csv", trust: str = "") -> Tensor:
     """Classify image files with a model file and write a CSV of class names and probabilities.
 
     Args:
         model: the file, as ``project export`` wrote it.
         images: an image file, or a folder of them (searched through).
         output: the CSV file.
-        trust: of a packed file: packages of your own whose classes its net is made of.
+        trust: of a packed file: a package of your own whose classes its net is made of; several with commas.
     """
     from project.prediction import image_loader, write_predictions
 
-    file = ModelFile(model, trust or ())
+    file = ModelFile(model, trust.split(","))
     loader, names = image_loader(images, file.metadata.image_shape, _BATCH)
     probabilities = torch.cat([file.probabilities(batch[0]) for batch in loader])
     write_predictions(Path(output), names, probabilities, file.metadata.class_names)
     return probabilities
 
 
-def test(model: str, data: ImageDataModule, trust: list[str] | None = None) -> float:
+def test(model: str, data: ImageDataModule, trust: str = "") -> float:
     """Measure a model file's accuracy on the test images.
 
     Args:
         model: the file, as ``project export`` wrote it.
         data: whose test images; ``--config FILE`` takes it from a configuration, such as a run's ``config.yaml``.
-        trust: of a packed file: packages of your own whose classes its net is made of.
+        trust: of a packed file: a package of your own whose classes its net is made of; several with commas.
 
     Raises:
         ValueError: when the data are not of the classes and shape that the file was made for.
     """
-    file = ModelFile(model, trust or ())
+    file = ModelFile(model, trust.split(","))
     wanted, found = (file.metadata.class_names, file.metadata.image_shape), (data.class_names, data.image_shape)
     if wanted != (tuple(found[0]), tuple(found[1])):
         raise ValueError(

@@ -6,8 +6,7 @@ that builds the net and the file's :class:`~project.model_file.Metadata`. Beside
 """
 
 import math
-import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from project.compression import Thin, from_plain, to_plain
 from project.compression.packing import Packed, PackedTensors, pack
 from project.metrics.table import markdown_line, write_csv, write_number
 from project.model_file import Metadata
@@ -41,6 +41,8 @@ class LayerRow:
         rate_pruned: P: 32 bits for each kept weight and 5 for its index, against 32 for each weight.
         rate_shared: P+Q: numbers of a codebook instead, and the codebook.
         rate_coded: what the file has.
+
+    A rate is ``None`` where nothing is left to store.
     """
 
     layer: str
@@ -50,9 +52,9 @@ class LayerRow:
     coded_weight_bits: float | None
     coded_index_bits: float | None
     bytes: int
-    rate_pruned: float
-    rate_shared: float
-    rate_coded: float
+    rate_pruned: float | None
+    rate_shared: float | None
+    rate_coded: float | None
 
 
 def without_minus_zeros_(net: nn.Module) -> None:
@@ -74,7 +76,8 @@ def write_packed(net: nn.Module, metadata: Metadata, recipe: Recipe, path: Path)
     Raises:
         ValueError: when a tensor is of a type that the format has no place for.
     """
-    content, rows = pack(net.state_dict(), {**asdict(metadata), "recipe": asdict(recipe)})
+    surgeries = [_shorter(surgery) for surgery in recipe.surgeries]
+    content, rows = pack(net.state_dict(), {**asdict(metadata), "recipe": {"net": recipe.net, "surgeries": surgeries}})
     path.write_bytes(content)
     return rows
 
@@ -102,22 +105,28 @@ def open_packed(path: Path, trust: Sequence[str] = ()) -> tuple[nn.Module, Metad
     return net, metadata
 
 
-def unpack(model: str, output: str = "net.pt", trust: list[str] | None = None) -> None:
+def unpack(model: str, output: str = "net.pt", trust: str = "") -> None:
     """Write the weights of a packed file as a plain state dict, for ``torch.load(FILE, weights_only=True)``.
 
     Args:
         model: the file, as ``project export --format packed`` wrote it.
         output: the state dict's file.
-        trust: packages of your own whose classes the net is made of.
+        trust: a package of your own whose classes the net is made of; several with commas.
     """
     from project.model_file import ModelFile, log
 
-    file = ModelFile(model, trust or ())
+    file = ModelFile(model, trust.split(","))
     if file.net is None:
         raise ValueError(f"model is {model!r}, but only packed files are unpacked: this one is read by its runtime.")
     state_dict = {name: tensor.contiguous() for name, tensor in file.net.state_dict().items()}
     write_whole(Path(output), lambda part: torch.save(state_dict, part))
-    log.info("%d tensors, %d bytes: %s", len(state_dict), os.stat(output).st_size, output)
+    log.info("%d tensors, %d bytes: %s", len(state_dict), Path(output).stat().st_size, output)
+
+
+def _shorter(plain: Mapping[str, Any]) -> dict[str, Any]:
+    """A surgery of the same shapes in fewer words: which units stayed shows in the weights."""
+    surgery = from_plain(plain)
+    return to_plain(surgery.of_first_units() if isinstance(surgery, Thin) else surgery)
 
 
 def _read(header: dict[str, Any]) -> tuple[Metadata, Recipe]:
@@ -167,7 +176,7 @@ def write_table(tensors: Sequence[PackedTensors], path: Path, num_parameters: in
 
 
 def to_markdown(rows: Sequence[LayerRow], tensors: Sequence[PackedTensors], path: Path, num_parameters: int) -> str:
-    size = os.stat(path).st_size
+    size = path.stat().st_size
     heads = ("layer", "weights", "kept", "bits (P+Q)", "coded", "index, coded", "bytes", "P", "P+Q", "P+Q+coding")
     parts = {
         "positions": sum(t.position_bits for t in tensors) / 8,
@@ -177,10 +186,11 @@ def to_markdown(rows: Sequence[LayerRow], tensors: Sequence[PackedTensors], path
         / 8,
     }
     parts["header and checksums"] = size - sum(parts.values())
+    split = ", ".join(f"{name} {part:,.0f}" for name, part in parts.items())
     return "\n".join(
         [
             f"`{path.name}`: {size:,} bytes, 1/{4 * num_parameters / size:.1f} of four bytes for each of "
-            f"{num_parameters:,} parameters. Bytes: {', '.join(f'{name} {part:,.0f}' for name, part in parts.items())}.",
+            f"{num_parameters:,} parameters. Bytes: {split}.",
             "",
             markdown_line(heads),
             markdown_line(["---", *["---:"] * (len(heads) - 1)]),
@@ -211,7 +221,7 @@ def _width(tensors: PackedTensors) -> int | None:
 def _row(
     layer: str, num: int, kept: int, width: int | None, value_bits: float, position_bits: float, bits: Sequence[float]
 ) -> LayerRow:
-    pruned, shared, coded = (32 * num / max(part, 1) for part in bits)
+    pruned, shared, coded = (32 * num / part if part and kept else None for part in bits)
     return LayerRow(
         layer=layer,
         num_weights=num,
@@ -235,5 +245,5 @@ def _cells(row: LayerRow) -> list[str]:
         write_number(row.coded_weight_bits, ".2f"),
         write_number(row.coded_index_bits, ".2f"),
         f"{row.bytes:,}",
-        *(f"{rate:.1f}x" for rate in (row.rate_pruned, row.rate_shared, row.rate_coded)),
+        *(write_number(rate, ".1f", "x") for rate in (row.rate_pruned, row.rate_shared, row.rate_coded)),
     ]

@@ -115,8 +115,8 @@ class Run:
 
     @property
     def model_files(self) -> list[Path]:
-        """Exported models that runtimes read, by name."""
-        return sorted(self.folder.glob("*.onnx"))
+        """Exported models that a benchmark runs, by name."""
+        return sorted([*self.folder.glob("*.onnx"), *self.folder.glob("*.packed")])
 
     @property
     def checkpoints(self) -> Path:

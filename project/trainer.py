@@ -280,7 +280,8 @@ class Trainer(pl.Trainer):
         Args:
             model: the classifier.
             datamodule: the data, whose test images the accuracy is measured on.
-            run: a run's folder; the results are written to it, and ``*.onnx`` files in it are measured as well.
+            run: a run's folder; the results are written to it, and ``*.onnx`` and ``*.packed`` files in it are
+                measured as well.
             ckpt_path: another checkpoint of this run than its best; without the model files.
             compare: folders of further runs on the same data, to put beside it: ``--compare DIR DIR``.
             engines: of eager, contiguous, bf16, compiled, onnxruntime, openvino, openvino-bf16, cuda, cuda-compiled:

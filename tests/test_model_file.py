@@ -156,6 +156,10 @@ def test_export_of_a_run(command, digits, logs) -> None:  # type: ignore[no-unty
         status, out, err = command("export", "--run", logs / "digits", *options)
         assert status == 0 and f"{run.model_file(format)}: " in out and "get the same class" in out, err
         assert ModelFile(run.model_file(format)).metadata.class_names == tuple("0123456789")
+    status, out, err = command("test", "--model", run.model_file("onnx"), "--config", run.config)
+    assert status == 0 and "% of 359 images" in out, err
+    status, _, err = command("unpack", "--model", run.model_file("onnx"))
+    assert status == 2 and "only packed files" in err, err
     floats = run.model_file("onnx-int8").with_name("mixed.onnx")
     options = ["--format", "onnx-int8", "--quantizer.float_layers", "2", "--output", str(floats)]
     status, out, err = command("export", "--run", logs / "digits", *options)

@@ -8,12 +8,12 @@ spends fractions of a bit, and instead of gaps a flag for each weight. What is l
 - for flags of a matrix the ones so far in the same row, the same column and the same place of the kernel
   (:func:`code_flags`), along diagonals, so that each step tells something about every row and column.
 
-Each function here both writes and reads: with an :class:`Encoder` it is given values, with a :class:`Decoder` it is not,
-and it returns them either way. Probabilities come from sums, products and quotients alone, which are the same to the
-last bit on every machine.
+Each function here both writes and reads: with an :class:`Encoder` it is given values, with a :class:`Decoder` it is
+not, and it returns them either way. Probabilities come from sums, products and quotients alone, which are the same to
+the last bit on every machine.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -41,7 +41,7 @@ class Encoder:
     """
 
     def __init__(self, *, dry: bool = False) -> None:
-        self.bits: Counter[str] = Counter()
+        self.bits: defaultdict[str, float] = defaultdict(float)
         self.part = ""
         self._coder = None if dry else constriction.stream.queue.RangeEncoder()
 
@@ -162,14 +162,13 @@ def code_symbols(coder: Coder, alphabet: int, num: int, symbols: Array | None = 
         raise ValueError(f"an alphabet of {alphabet} symbols")
     if alphabet == 1:
         return np.zeros(num, np.int64)
-    sample = None if symbols is None else symbols[:: max(1, num // _SAMPLE)]
-    smoothing = _SMOOTHING[
-        coder.choose(
-            len(_SMOOTHING),
-            sample is not None
-            and (lambda trial, option: _code_chunks(trial, alphabet, len(sample), sample, *_SMOOTHING[option])),
-        )
-    ]
+
+    def cost(trial: Encoder, option: int) -> None:
+        assert symbols is not None
+        sample = symbols[:: max(1, num // _SAMPLE)]
+        _code_chunks(trial, alphabet, len(sample), sample, *_SMOOTHING[option])
+
+    smoothing = _SMOOTHING[coder.choose(len(_SMOOTHING), cost)]
     return _code_chunks(coder, alphabet, num, symbols, *smoothing)
 
 
@@ -208,17 +207,14 @@ def code_flags(coder: Coder, shape: tuple[int, int, int], flags: Array | None = 
         if ones > num:
             raise ValueError("more ones than flags")
         return np.full(shape, int(ones > 0), np.int64)
-    part, few = flags, shape
-    if flags is not None and num > 32 * _SAMPLE:
-        part = flags[: max(1, 32 * _SAMPLE // (columns * places))]
-        few = part.shape
     density = (ones + 0.5) / (num + 1)
-    strength = _STRENGTHS[
-        coder.choose(
-            len(_STRENGTHS),
-            part is not None and (lambda trial, option: _code_diagonals(trial, few, density, _STRENGTHS[option], part)),
-        )
-    ]
+
+    def cost(trial: Encoder, option: int) -> None:
+        assert flags is not None
+        sample = flags[: max(1, 32 * _SAMPLE // (columns * places))]
+        _code_diagonals(trial, (len(sample), columns, places), density, _STRENGTHS[option], sample)
+
+    strength = _STRENGTHS[coder.choose(len(_STRENGTHS), cost)]
     return _code_diagonals(coder, shape, density, strength, flags)
 
 

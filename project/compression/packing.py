@@ -43,7 +43,8 @@ _FRAME = struct.Struct("<4sBIII")
 _MAGIC, _VERSION = b"\x93NET", 1
 _MAX_HEADER = 1 << 22
 _DICTIONARY = (
-    b'"surgeries":[{"type":"Thin","kept_out":{"kept_in":{"out_channels":{},"instance_norm","factorized":true,'
+    ",".join(map(str, range(4096))).encode()  # indices of channels
+    + b'"surgeries":[{"type":"Thin","kept_out":{"kept_in":{"out_channels":{},"instance_norm","factorized":true,'
     b'"class_path":"project.models.GoogLeNet""class_path":"project.models.LeNet5""class_path":"project.models.'
     b'LeNet300100""project.models.NoNorm""torch.nn.Identity""torch.nn.init.xavier_uniform_""conv_activation":'
     b'"torch.nn.init.xavier_normal_""torch.nn.ReLU"[3,32,32],"mean":[0.5],"std":[0.5],[1,8,8]{"class_names":["0","1",'
@@ -73,7 +74,6 @@ class PackedTensors:
     Args:
         name: of the tensor in the state dict; of vectors, the last part of their names.
         is_weight: and no vectors.
-        tensors: that are coded together.
         num: values.
         num_nonzero: that are not zero.
         num_distinct: distinct values that are not zero.
@@ -83,7 +83,6 @@ class PackedTensors:
 
     name: str
     is_weight: bool
-    tensors: tuple[str, ...]
     num: int
     num_nonzero: int
     num_distinct: int
@@ -239,7 +238,7 @@ def _code_kind(coder: Coder, dtype: torch.dtype, values: Sequence[Tensor] | None
     """The narrowest exact format; of two of one width the one that spreads the numbers less."""
     kinds = _KINDS[dtype]
     if values is None:
-        return kinds[int(coder.uniform(len(kinds), 1)[0])]
+        return kinds[int(coder.uniform(len(kinds), 1, None)[0])]
     exact = [
         kind for kind in kinds if all(torch.equal(_bits(value.to(kind).to(dtype)), _bits(value)) for value in values)
     ]
@@ -392,7 +391,6 @@ def _row(names: Sequence[str], tensors: Mapping[str, Tensor], coder: Encoder) ->
     return PackedTensors(
         name=names[0] if is_weight else f"*.{names[0].rpartition('.')[2]}",
         is_weight=is_weight,
-        tensors=tuple(names),
         num=values.numel(),
         num_nonzero=nonzero.numel(),
         num_distinct=nonzero.unique().numel(),

@@ -76,6 +76,16 @@ class Thin:
         for name, width in self.out_channels.items():
             net.get_submodule(name).out_channels = width  # type: ignore[assignment]
 
+    def of_first_units(self) -> "Thin":
+        """The same shapes, for a net whose weights are loaded afterwards: the first so many units in place of those
+        chosen, which takes fewer words.
+        """
+        kept_out, kept_in = (
+            {name: list(range(len(kept))) for name, kept in by_name.items()}
+            for by_name in (self.kept_out, self.kept_in)
+        )
+        return Thin(kept_out, kept_in, self.out_channels)
+
 
 def look_at_units(net: nn.Module, image_shape: tuple[int, int, int]) -> tuple[dict[str, Units], dict[str, str]]:
     """Units of every convolution and linear layer, by module name, that can be removed exactly; and for each other one

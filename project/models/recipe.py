@@ -45,8 +45,8 @@ class Recipe:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Modules of all classes that it names, for whoever has them at hand already."""
-        return tuple({path.rpartition(".")[0] for path in _paths(self.net)})
+        """Modules of all that it names, for whoever wrote it and trusts them."""
+        return tuple({path.rpartition(".")[0] for path in _texts(self.net) if "." in path})
 
     def build(self, trust: Sequence[str] = ()) -> nn.Module:
         """The net on the meta device, in eval mode: shapes without values.
@@ -60,7 +60,7 @@ class Recipe:
         if _size(self.net) > _MAX_ITEMS:
             raise ValueError(f"the description of the net has more than {_MAX_ITEMS} parts")
         with torch.device("meta"):
-            net = _make(self.net, tuple(trust))
+            net = _make(self.net, tuple(filter(None, trust)))
             if not isinstance(net, nn.Module):
                 raise ValueError("what it describes is no net")
             replay_(net, self.surgeries)
@@ -122,11 +122,11 @@ def _is_callable(hint: Any) -> bool:
     return any(typing.get_origin(option) is Callable for option in options)
 
 
-def _paths(value: Any) -> list[str]:
-    if isinstance(value, Mapping):
-        own_path = [value["class_path"]] if "class_path" in value else []
-        return own_path + [path for item in value.values() for path in _paths(item)]
-    return [path for item in value for path in _paths(item)] if isinstance(value, list | tuple) else []
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, Mapping | list | tuple):
+        items = value.values() if isinstance(value, Mapping) else value
+        return [text for item in items for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
 
 
 def _size(value: Any) -> int:
