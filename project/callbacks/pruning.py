@@ -162,6 +162,17 @@ class IterativeMagnitudePruning(Callback):
                 self._prune(trainer, pl_module, share_to_take(self._share_gone(pl_module), target))
                 forget_best(trainer)
 
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """What is pruned has no gradient. Optimizers that go weight by weight do not care; Muon makes a layer's whole
+        step orthogonal, and without the dead weights' part the others learn better (93.3 against 92.9 %, one seed).
+        """
+        assert isinstance(pl_module, Classifier)
+        for name, mask in self.masks.items():
+            if (gradient := pl_module.net.get_parameter(name).grad) is not None:
+                gradient.mul_(mask)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         self._release()
