@@ -71,7 +71,7 @@ class WeightSharing(Callback):
         sharer: Sharer | None = None,
         epochs: int = 2,
         lr: float = 0.01,
-        finetune_lr: float = 0.1,
+        finetune_lr: float = 1.0,
         vector_bits: int = 8,
         num_images: int = 2048,
         report: bool = True,

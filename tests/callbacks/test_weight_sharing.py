@@ -239,7 +239,9 @@ def assert_same_sharing(resumed: Run, whole: Run) -> None:
     assert state_in(whole.last_checkpoint)["num_steps"] == 3 * STEPS
 
 
-@pytest.mark.parametrize("callbacks", CALLBACKS)
+@pytest.mark.parametrize(
+    "callbacks", [pytest.param(name, marks=[] if "pruned" in name else pytest.mark.slow) for name in CALLBACKS]
+)
 def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks):
     make, epochs = CALLBACKS[callbacks], 2 if "pruned" not in callbacks else 1
     whole = fit(tmp_path / "whole", *make(), epochs=epochs)
@@ -265,7 +267,15 @@ class FailAtStep(Callback):
             raise RuntimeError("no power")
 
 
-@pytest.mark.parametrize("moment", ["first step", "in an epoch", "between checkpoints", "finishing"])
+@pytest.mark.parametrize(
+    "moment",
+    [
+        "in an epoch",
+        "finishing",
+        pytest.param("first step", marks=pytest.mark.slow),
+        pytest.param("between checkpoints", marks=pytest.mark.slow),
+    ],
+)
 def test_killed_and_resumed_is_never_killed(tmp_path, moment, monkeypatch):
     make = CALLBACKS["pruned, EMA"]
     whole = fit(tmp_path / "whole", *make(), epochs=1).run
