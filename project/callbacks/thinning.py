@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -25,10 +26,23 @@ def thin_checkpoint(
         masks: on the net's parameters, by name.
         removed: numbers of the units that go, by layer.
     """
-    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    small = with_weights(module, checkpoint)
+    small, checkpoint = _load(module, source)
     apply_masks_(small.net, {name: mask.cpu() for name, mask in masks.items()})
     small.operate_(plan_thinning(small.net, removed, small.image_shape))
+    _write(small, checkpoint, target)
+
+
+def write_fresh(module: Classifier, source: Path, target: Path) -> None:
+    """Write a checkpoint of the same net without the state of its training; arguments as above."""
+    _write(*_load(module, source), target)
+
+
+def _load(module: Classifier, source: Path) -> tuple[Classifier, dict[str, Any]]:
+    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    return with_weights(module, checkpoint), checkpoint
+
+
+def _write(small: Classifier, checkpoint: dict[str, Any], target: Path) -> None:
     kept = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
     small.on_save_checkpoint(kept)
     optimizer = small.make_optimizer(small.parameter_groups())

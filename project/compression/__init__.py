@@ -1,5 +1,6 @@
 """The mathematics of efficient inference; nothing here knows Lightning."""
 
+from project.compression.low_rank import Factorize, Factorizer
 from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, sparsity
 from project.compression.quantization import QuantizedLayer, Quantizer, quantize
 from project.compression.sparsity_schedules import Gradual, Iterative, OneShot, QualityFactors, Rounds, Sparsities
@@ -7,6 +8,8 @@ from project.compression.surgery import Surgery, from_plain, register_surgery, r
 from project.compression.thinning import Thin, Units, plan_thinning, units_of, why_not
 
 __all__ = [
+    "Factorize",
+    "Factorizer",
     "Gradual",
     "Group",
     "Iterative",
