@@ -1,7 +1,7 @@
 """Low-rank layers in the middle of a training: factorise, then fine-tune what came out.
 
-Denton et al. 2014 (arXiv:1404.0736), Jaderberg et al. 2014 (arXiv:1405.3866), Kim et al. 2016 (arXiv:1511.06530, sec. 3.3:
-fine-tuning); the mathematics is in :mod:`project.compression.low_rank`.
+Denton et al. 2014 (arXiv:1404.0736), Jaderberg et al. 2014 (arXiv:1405.3866), Kim et al. 2016 (arXiv:1511.06530, sec.
+3.3: fine-tuning); the mathematics is in :mod:`project.compression.low_rank`.
 """
 
 import logging

@@ -9,15 +9,16 @@
 
 The first two are one thing: a matrix ``A`` of the weight, whose rows are on the output's side, becomes ``U (U^T A)``
 with an orthonormal ``U`` of ``rank`` columns. The ``U`` that keeps most of ``A`` holds the first eigenvectors of
-``A A^T``. The one that keeps most of what the layer answers (Zhang et al., eq. 4) holds those of ``A C A^T``, with ``C``
-the second moment of the inputs: that is the second moment of ``A``'s own responses, which is measured.
+``A A^T``. The one that keeps most of what the layer answers (Zhang et al., eq. 4) holds those of ``A C A^T``, with
+``C`` the second moment of the inputs: that is the second moment of ``A``'s own responses, which is measured. For
+``spatial`` this counts what the columns of pixels under a kernel answer as if they were not added up.
 """
 
 import math
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 Kind = Literal["svd", "spatial", "tucker"]
 Ranks = tuple[int, ...]

@@ -1,9 +1,9 @@
 """Low-rank layers: thin ones in the place of a thick one, with the ranks that keep most of it.
 
 The factors and their papers are in :mod:`project.compression.factors`. Ranks: by energy (Denton et al. 2014,
-arXiv:1404.0736); by variational Bayes (Kim et al. 2016, arXiv:1511.06530, sec. 3.2; :mod:`project.compression.vbmf`); or
-for all layers at once by a budget of multiply-accumulates (:mod:`project.compression.rank_budget`). In the net a layer
-``name`` becomes an ``nn.Sequential`` of plain layers ``name.0``, ``name.1``, without a norm or activation between.
+arXiv:1404.0736); by variational Bayes (Kim et al. 2016, arXiv:1511.06530, sec. 3.2; :mod:`project.compression.vbmf`);
+or for all layers at once by a budget of multiply-accumulates (:mod:`project.compression.rank_budget`). In the net a
+layer ``name`` becomes an ``nn.Sequential`` of plain layers ``name.0``, ``name.1`` without norm or activation between.
 """
 
 import math
@@ -150,7 +150,7 @@ class Factorizer:
         thin = {name: option for name, option in chosen.items() if option.kind != "dense"}
         if not thin:
             raise ValueError(
-                "no layer multiplies less with the ranks it would get: lower energy or round_to, or include more layers."
+                "no layer multiplies less with the ranks it would get: lower energy or round_to, or include more."
             )
         return _surgery(net, image_shape, thin, moments)
 
@@ -240,9 +240,7 @@ def _run(net: nn.Module, images: Tensor) -> Tensor:
     return torch.cat([net(chunk) for chunk in images.split(64)])
 
 
-def _factors(
-    net: nn.Module, chosen: Mapping[str, Option], moments: Moments
-) -> tuple[Factorize, dict[str, Tensor]]:
+def _factors(net: nn.Module, chosen: Mapping[str, Option], moments: Moments) -> tuple[Factorize, dict[str, Tensor]]:
     kinds: dict[str, Kind] = {name: option.kind for name, option in chosen.items() if option.kind != "dense"}
     weights = {
         f"{name}.{number}.weight": factor

@@ -1,8 +1,8 @@
 """Ranks of all layers at once: the least loss that a number of multiply-accumulates (MACs) pays for.
 
-One option of each layer, with the costs added up and the losses added up: a multiple-choice knapsack (Kellerer, Pferschy
-& Pisinger 2004, ch. 11), solved by dynamic programming over the cost. Zhang et al. 2015 (arXiv:1505.06798, sec. 2.4)
-go down greedily, with the product of what the layers keep for the aim, which is the sum of small losses.
+One option of each layer, costs and errors added up: a multiple-choice knapsack (Kellerer, Pferschy & Pisinger 2004, ch.
+11), solved by dynamic programming over the cost. Zhang et al. 2015 (arXiv:1505.06798, sec. 2.4) go down greedily, and
+aim at the product of what the layers keep, which is the sum where little is lost.
 """
 
 import math
@@ -38,9 +38,9 @@ class Option:
 def choose_within(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Option]:
     """One option of each layer, with the least sum of errors at no more than ``budget`` in all.
 
-    Exact where all costs are multiples of ``budget / GRID``. Otherwise costs count as the next multiple, which wastes at
-    most one step for each layer; what it leaves goes to the layers that gain most by it, so that in the end no single
-    layer can have a better option that still fits.
+    Exact where the costs are multiples of some number, and the budget not more than ``GRID`` times that. Otherwise they
+    count as the next multiple of ``budget / GRID``; what that leaves goes to the layers that gain most by it, so that
+    in the end no single layer can have a better option that still fits.
 
     Raises:
         ValueError: when not even the cheapest options fit.
@@ -52,8 +52,8 @@ def choose_within(options: Mapping[str, Sequence[Option]], budget: float) -> dic
             "raise macs_left, lower round_to, or include more layers."
         )
     options = {name: _worthwhile(choices) for name, choices in options.items()}
-    unit = math.gcd(*(option.macs for choices in options.values() for option in choices)) or 1
-    unit = unit if budget / unit <= GRID else budget / GRID
+    divisor = math.gcd(*(option.macs for choices in options.values() for option in choices))
+    unit = max(divisor, budget / GRID)
     size = math.floor(budget / unit + 1e-9)
     best = np.zeros(size + 1)  # least loss by cost
     picks = []
@@ -86,9 +86,7 @@ def _worthwhile(choices: Sequence[Option]) -> list[Option]:
     return kept
 
 
-def _fill(
-    options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], budget: float
-) -> dict[str, Option]:
+def _fill(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], budget: float) -> dict[str, Option]:
     """Spend what is left on the best single change, again and again."""
     while True:
         left = budget - sum(option.macs for option in chosen.values())

@@ -13,28 +13,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
-from tests_pruning_run import STEPS, differences, fit, pruning, state_of
+from tests_pruning_run import STEPS, FailBetween, differences, fit, pruning, same, state_of
 from tests_stop_after import StopAfter
-from torch import Tensor
 
-from project.callbacks import EMA, BestAndLast
+from project.callbacks import EMA
 from project.compression import Gradual, Iterative, Pruner
 from project.paths import Run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 COMPARED = ("state_dict", "ema_raw_weights", "optimizer_states", "lr_schedulers", "epoch", "global_step")
-
-
-def same(first: Any, second: Any) -> bool:
-    """Equal to the last bit, through dictionaries and lists."""
-    if isinstance(first, Tensor):
-        return isinstance(second, Tensor) and torch.equal(first, second)
-    if isinstance(first, dict):
-        return first.keys() == second.keys() and all(same(first[key], second[key]) for key in first)
-    if isinstance(first, list | tuple):
-        return len(first) == len(second) and all(map(same, first, second))
-    return bool(first == second)
 
 
 def assert_same_runs(resumed: Run, whole: Run) -> None:
@@ -82,19 +69,6 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks, stops):
     assert_same_runs(run, whole.run)
     assert not differences(state_of(outcome.model.net), state_of(whole.model.net))
     assert run.metrics.read_text() == whole.run.metrics.read_text()
-
-
-class FailBetween(BestAndLast):
-    """Ends the process after ``best.ckpt`` of an epoch is written and before ``last.ckpt`` is."""
-
-    def __init__(self, epoch: int) -> None:
-        super().__init__()
-        self.epoch = epoch
-
-    def _save_last_checkpoint(self, trainer: Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        if trainer.current_epoch == self.epoch:
-            raise RuntimeError("no power")
-        super()._save_last_checkpoint(trainer, monitor_candidates)
 
 
 @pytest.mark.parametrize("epoch", [2, 4])

@@ -1,5 +1,6 @@
-"""Factors do what the papers promise: the whole weight at full rank, the discarded squares at less, never more error at a
-higher rank."""
+"""Factors do what the papers promise: the whole weight at full rank, what is discarded lost at less, never more at a
+higher rank.
+"""
 
 import pytest
 import torch

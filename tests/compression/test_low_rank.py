@@ -1,4 +1,4 @@
-"""Nets with thin layers: what is chosen, what they compute, that they come back from plain values, and what is refused."""
+"""Nets with thin layers: what is chosen, what it computes, that plain values rebuild it, and what is refused."""
 
 from copy import deepcopy
 
@@ -8,9 +8,9 @@ from tests_nets import NETS, build, enliven_, images_for
 from torch import Tensor, nn
 
 from project.compression import Factorize, Factorizer, from_plain, plan_thinning, replay_, to_plain, units_of
+from project.compression.factors import largest_ranks, matrix_of
 from project.compression.layer_responses import positions_of, second_moments
 from project.compression.low_rank import load_
-from project.compression.factors import largest_ranks, matrix_of
 from project.metrics.complexity import complexity_by_layer, count_macs
 
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("GoogLeNet-32", "InceptionV3-75")]
@@ -43,7 +43,7 @@ def test_what_is_counted_is_what_runs_and_full_rank_is_the_layer(name):
             continue
         ranks = {key: list(largest_ranks(layers[key].weight, kind)) for key in names}
         whole = deepcopy(net)
-        Factorize({key: kind for key in names}, ranks).apply_(whole)
+        Factorize(dict.fromkeys(names, kind), ranks).apply_(whole)
         with torch.no_grad():
             assert torch.allclose(whole(images), net(images), atol=1e-3 * float(net(images).abs().max()))
         counted = sum(positions[key].macs(layers[key].weight, kind, tuple(ranks[key])) for key in names)
@@ -102,7 +102,7 @@ def test_moments_are_those_of_the_layers_own_responses():
 @pytest.mark.parametrize("ranks", ["energy", "vbmf"])
 @pytest.mark.parametrize("kinds", [["svd"], ["tucker", "svd"], ["spatial", "svd"]], ids="+".join)
 def test_each_layer_on_its_own(ranks, kinds):
-    net, image_shape, images = lively("SmallInception-8")
+    net, image_shape, _ = lively("SmallInception-8")
     name = "blocks.1.branches.conv3x3.1.conv"
     layer = net.get_submodule(name)
     with torch.no_grad():  # of low rank, so that VBMF has something to find
@@ -147,7 +147,7 @@ def test_a_net_that_reads_its_weights_is_refused_with_the_layer():
             return super().forward(images) * self[1].weight.mean()
 
     net = Net(nn.Conv2d(1, 16, 3), nn.Conv2d(16, 16, 3), nn.Flatten(), nn.Linear(16 * 16, 2))
-    with pytest.raises(ValueError, match="thin layers for 1 Net no longer runs.*exclude"):
+    with pytest.raises(ValueError, match=r"thin layers for 1 Net no longer runs.*exclude"):
         Factorizer(macs_left=0.6, round_to=1, num_images=0).plan(net, (1, 8, 8))
 
 
