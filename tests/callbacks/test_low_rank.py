@@ -1,7 +1,13 @@
 """Factorised in the middle of a fit: structure, weights, optimizer, checkpoints, report; stopped and resumed."""
 
 import csv
+import os
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,14 +30,16 @@ from tests_pruning_run import (
 from tests_stop_after import StopAfter
 from torch import nn
 
-from project.callbacks import EMA, DistillFrom, LowRank
-from project.compression import Factorizer, Pruner, Sparsities
+from project.callbacks import EMA, DistillFrom, LowRank, PostTrainingQuantization
+from project.compression import Factorizer, Pruner, Quantizer, Sparsities
 from project.metrics.complexity import count_macs
 from project.models import Classifier
 from project.models.classifier import load_net
 from project.paths import Run
 from project.schedules import Linear
 from project.trainer import Trainer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def low_rank(begin_epoch: int = 2, finetune_lr: float = 0.5, report: bool = False, **options: Any) -> LowRank:
@@ -196,3 +204,75 @@ def test_a_fast_dev_run_changes_no_structure(tmp_path):
         model, datamodule=DigitsOnce(batch_size=64, seed=0)
     )
     assert isinstance(model.net.conv2.conv, nn.Conv2d)
+
+
+@pytest.mark.slow
+def test_quantized_after_it_in_one_run(tmp_path):
+    quantization = PostTrainingQuantization(Quantizer(num_images=64), max_drop=1.0, latency=False)
+    run = fit(tmp_path, low_rank(1, report=True), quantization, epochs=2).run
+    with run.report.open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["dense", "low_rank", "int8"]
+    assert rows[2]["macs"] == rows[1]["macs"] and rows[2]["file"] == "model_int8.onnx"
+
+
+CONFIG = """
+data:
+  class_path: project.data.Digits
+  init_args: {batch_size: 64}
+model:
+  net: tests_pruning_run.TinyNet
+  schedule: {class_path: project.schedules.Linear}
+trainer:
+  max_epochs: 4
+  limit_train_batches: 6
+  accelerator: cpu
+  observe: false
+  test_after_fit: false
+  callbacks:
+    - class_path: tests_pruning_run.Brake
+    - class_path: project.callbacks.LowRank
+      init_args:
+        begin_epoch: 2
+        report: false
+        factorizer:
+          class_path: project.compression.Factorizer
+          init_args: {macs_left: 0.6, round_to: 2, num_images: 64}
+    - class_path: project.callbacks.EMA
+      init_args: {decay: 0.9}
+"""
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_is_never_killed(tmp_path):
+    """SIGKILL in the dense training, within an epoch's length after the factorisation has begun, and later."""
+    config, errors = tmp_path / "low_rank.yaml", tmp_path / "errors.txt"
+    config.write_text(CONFIG)
+
+    def start(experiment: str, *, resume: bool = False) -> subprocess.Popen[bytes]:
+        folder = tmp_path / experiment
+        which = ["--resume", str(folder)] if resume else ["--config", str(config), "--trainer.experiment", experiment]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT / 'tests'}:{ROOT}"}
+        with errors.open("a") as stderr:
+            return subprocess.Popen(
+                [sys.executable, "-m", "project", "fit", *which, "--trainer.logs_dir", str(tmp_path)],
+                cwd=ROOT,
+                env=environment,
+                stdout=subprocess.DEVNULL,
+                stderr=stderr,
+            )
+
+    whole = start("whole")
+    assert whole.wait(timeout=300) == 0, errors.read_text()
+    steps = tmp_path / "killed/version_0/steps.txt"
+    for number, step in enumerate((STEPS + 2, 2 * STEPS, 3 * STEPS + 1)):
+        process, deadline = start("killed", resume=number > 0), time.monotonic() + 300
+        while not steps.is_file() or int((steps.read_text().split() or [-1])[-1]) < step:
+            assert process.poll() is None and time.monotonic() < deadline, errors.read_text()
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait(timeout=60) == -signal.SIGKILL
+        steps.unlink()
+    last = start("killed", resume=True)
+    assert last.wait(timeout=300) == 0, errors.read_text()
+    assert_same_runs(Run.find(tmp_path / "killed"), Run.find(tmp_path / "whole"))
