@@ -2,15 +2,14 @@
 
 The factors and their papers are in :mod:`project.compression.factors`. Ranks: by energy (Denton et al. 2014,
 arXiv:1404.0736); by variational Bayes (Kim et al. 2016, arXiv:1511.06530, sec. 3.2; :mod:`project.compression.vbmf`);
-or for all layers at once by a budget of multiply-accumulates (:mod:`project.compression.rank_budget`). In the net a
-layer ``name`` becomes an ``nn.Sequential`` of plain layers ``name.0``, ``name.1`` without norm or activation between.
+or for all layers at once by a budget of multiply-accumulates (:mod:`project.compression.rank_budget`). The
+surgery is :class:`project.compression.thin_layers.Factorize`.
 """
 
 import math
 import re
 from collections.abc import Mapping
 from copy import deepcopy
-from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
@@ -20,52 +19,11 @@ from torch import Tensor, nn
 from project.compression.factors import Kind, Ranks, errors_of, factors_of, kinds_of, largest_ranks, matrix_of
 from project.compression.layer_responses import Positions, positions_of, second_moments
 from project.compression.rank_budget import Option, choose_within
-from project.compression.surgery import register_surgery
-from project.compression.thin_layers import thin_layers
+from project.compression.thin_layers import Factorize
 from project.compression.vbmf import vbmf_rank
 from project.metrics.complexity import count_macs
 
 Moments = Mapping[tuple[str, Kind], Tensor]
-
-
-@register_surgery
-@dataclass(frozen=True)
-class Factorize:
-    """Put thin layers in the place of some layers; their weights are the factors of the weight that is there.
-
-    Args:
-        kinds: of each layer, as in :mod:`project.compression.factors`.
-        ranks: of each layer: one number, of ``tucker`` two (in, out).
-    """
-
-    kinds: dict[str, Kind]
-    ranks: dict[str, list[int]]
-
-    def apply_(self, net: nn.Module) -> None:
-        """Replace the layers of ``net`` in place.
-
-        Raises:
-            ValueError: when ``net`` lacks a layer or one is too small; ``net`` is then as it was.
-        """
-        thin = {name: self._thin(net, name) for name in self.kinds}
-        for name, layers in thin.items():
-            net.set_submodule(name, layers)
-
-    def _thin(self, net: nn.Module, name: str) -> nn.Sequential:
-        kind, ranks = self.kinds[name], tuple(self.ranks[name])
-        layer = dict(net.named_modules()).get(name)
-        if not isinstance(layer, nn.Conv2d | nn.Linear):
-            raise ValueError(
-                f"{type(net).__name__} has no convolution or linear layer {name}: factorize the net that the plan was "
-                "made for, and once."
-            )
-        largest = largest_ranks(layer.weight, kind)
-        if any(rank > most for rank, most in zip(ranks, largest, strict=True)):
-            raise ValueError(
-                f"{name} is to get the ranks {list(ranks)}, but has {list(largest)} at most: factorize a net with the "
-                "arguments of the one that the plan was made for."
-            )
-        return thin_layers(layer, kind, ranks)
 
 
 class Factorizer:

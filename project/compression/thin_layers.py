@@ -1,15 +1,61 @@
-"""The plain layers that stand for one: the factors of its weight, with its stride, padding and dilation divided up."""
+"""The plain layers that stand for one: the factors of its weight, with its stride, padding and dilation divided up.
+
+In the net a layer ``name`` becomes an ``nn.Sequential`` of ``name.0``, ``name.1`` without norm or activation between.
+"""
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from project.compression.factors import Kind, Ranks, factors_of
+from project.compression.factors import Kind, Ranks, factors_of, largest_ranks
+from project.compression.surgery import register_surgery
 
 Layer = nn.Conv2d | nn.Linear
 Axes = tuple[int, ...]
 
 _AXES: dict[Kind, tuple[Axes, ...]] = {"svd": ((0, 1), ()), "spatial": ((0,), (1,)), "tucker": ((), (0, 1), ())}
 """Along which of height and width each factor acts."""
+
+
+@register_surgery
+@dataclass(frozen=True)
+class Factorize:
+    """Put thin layers in the place of some layers; their weights are the factors of the weight that is there.
+
+    Args:
+        kinds: of each layer, as in :mod:`project.compression.factors`.
+        ranks: of each layer: one number, of ``tucker`` two (in, out).
+    """
+
+    kinds: dict[str, Kind]
+    ranks: dict[str, list[int]]
+
+    def apply_(self, net: nn.Module) -> None:
+        """Replace the layers of ``net`` in place.
+
+        Raises:
+            ValueError: when ``net`` lacks a layer or one is too small; ``net`` is then as it was.
+        """
+        thin = {name: self._thin(net, name) for name in self.kinds}
+        for name, layers in thin.items():
+            net.set_submodule(name, layers)
+
+    def _thin(self, net: nn.Module, name: str) -> nn.Sequential:
+        kind, ranks = self.kinds[name], tuple(self.ranks[name])
+        layer = dict(net.named_modules()).get(name)
+        if not isinstance(layer, nn.Conv2d | nn.Linear):
+            raise ValueError(
+                f"{type(net).__name__} has no convolution or linear layer {name}: factorize the net that the plan was "
+                "made for, and once."
+            )
+        largest = largest_ranks(layer.weight, kind)
+        if any(rank > most for rank, most in zip(ranks, largest, strict=True)):
+            raise ValueError(
+                f"{name} is to get the ranks {list(ranks)}, but has {list(largest)} at most: factorize a net with the "
+                "arguments of the one that the plan was made for."
+            )
+        return thin_layers(layer, kind, ranks)
 
 
 @torch.no_grad()
