@@ -7,6 +7,7 @@ from project.callbacks.ema import EMA
 from project.callbacks.hparams import HParams
 from project.callbacks.log_graph import LogGraph
 from project.callbacks.look_at_batch import LookAtBatch
+from project.callbacks.low_rank import LowRank
 from project.callbacks.nan_guard import StopOnNaN
 from project.callbacks.packing import Packing
 from project.callbacks.progress import ProgressLines, default_progress_bar
@@ -26,6 +27,7 @@ __all__ = [
     "IterativeMagnitudePruning",
     "LogGraph",
     "LookAtBatch",
+    "LowRank",
     "Packing",
     "PostTrainingQuantization",
     "ProgressLines",

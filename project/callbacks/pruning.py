@@ -133,6 +133,8 @@ class IterativeMagnitudePruning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
+        if pl_module.surgeries:  # those of the checkpoint, which setup could not know: other widths, thin layers
+            self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
         if (
             self._amounts
             and self.after == "rewind"

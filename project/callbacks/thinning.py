@@ -26,11 +26,21 @@ def thin_checkpoint(
         masks: on the net's parameters, by name.
         removed: numbers of the units that go, by layer.
     """
-    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
-    small = with_weights(module, checkpoint)
+    small, checkpoint = _load(module, source)
     apply_masks_(small.net, {name: mask.cpu() for name, mask in masks.items()})
     small.operate_(plan_thinning(small.net, removed, small.image_shape))
     write_whole(target, lambda part: torch.save(fresh_checkpoint(small, checkpoint), part))
+
+
+def write_fresh(module: Classifier, source: Path, target: Path) -> None:
+    """Write a checkpoint of the same net without the state of its training; arguments as above."""
+    same, checkpoint = _load(module, source)
+    write_whole(target, lambda part: torch.save(fresh_checkpoint(same, checkpoint), part))
+
+
+def _load(module: Classifier, source: Path) -> tuple[Classifier, dict[str, Any]]:
+    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    return with_weights(module, checkpoint), checkpoint
 
 
 def fresh_checkpoint(module: Classifier, checkpoint: Mapping[str, Any]) -> dict[str, Any]:

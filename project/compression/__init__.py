@@ -1,14 +1,18 @@
 """The mathematics of efficient inference; nothing here knows Lightning."""
 
+from project.compression.low_rank import Factorizer
 from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, sparsity
 from project.compression.quantization import QuantizedLayer, Quantizer, quantize
 from project.compression.sparsity_schedules import Gradual, Iterative, OneShot, QualityFactors, Rounds, Sparsities
 from project.compression.surgery import Surgery, from_plain, register_surgery, replay_, to_plain
+from project.compression.thin_layers import Factorize
 from project.compression.thinning import Thin, Units, plan_thinning, units_of, why_not
 from project.compression.weight_sharing import Codebook, Sharer
 
 __all__ = [
     "Codebook",
+    "Factorize",
+    "Factorizer",
     "Gradual",
     "Group",
     "Iterative",
