@@ -8,6 +8,7 @@ import logging
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from project.callbacks.compression_report import Step, add_file_row, report_steps
+from project.callbacks.low_rank import LowRank
 from project.callbacks.places import run_of
 from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.quantization import PostTrainingQuantization
@@ -20,7 +21,7 @@ from project.models.classifier import Classifier
 
 log = logging.getLogger(__name__)
 
-_SMALLER = (IterativeMagnitudePruning, WeightSharing, TernaryWeights)
+_SMALLER = (IterativeMagnitudePruning, LowRank, WeightSharing, TernaryWeights)
 
 
 class Packing(Callback):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from project.callbacks.checkpoint import forget_best, keep_best_as
 from project.callbacks.compression_report import Step, add_step_row, report_steps
+from project.callbacks.low_rank import LowRank
 from project.callbacks.places import run_of
 from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.quantization import PostTrainingQuantization, QuantizationAwareTraining
@@ -247,6 +248,7 @@ def _check_company(trainer: Trainer, own: TernaryWeights) -> None:
         IterativeMagnitudePruning: "ternary weights have zeros of their own, and binary ones cannot have any",
         QuantizationAwareTraining: "both round the weights, and eight bits hold two or three values anyway",
         WeightSharing: "a layer's two or three values are shared already",
+        LowRank: "thin layers would take the place of rounded ones",
     }
     for callback in callbacks:
         for kind, reason in reasons.items():

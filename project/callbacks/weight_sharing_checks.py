@@ -7,6 +7,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.distillation import DistillFrom
+from project.callbacks.low_rank import LowRank
 from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.quantization import PostTrainingQuantization, QuantizationAwareTraining
 from project.models.classifier import Classifier
@@ -54,6 +55,11 @@ def _check_callbacks(trainer: Trainer, sharing: Callback) -> None:
             raise ValueError(
                 "callbacks hold EarlyStopping, which would end the run before or amid weight sharing: leave it out and "
                 "choose a smaller max_epochs."
+            )
+        if isinstance(callback, LowRank):
+            raise ValueError(
+                "callbacks hold LowRank and WeightSharing, but both end a run with their best net: share in a second "
+                "run, fit --ckpt_path checkpoints/best.ckpt of the first with trainer.max_epochs 0."
             )
         if isinstance(callback, QuantizationAwareTraining | PostTrainingQuantization):
             raise ValueError(

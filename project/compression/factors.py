@@ -24,7 +24,7 @@ Kind = Literal["svd", "spatial", "tucker"]
 Ranks = tuple[int, ...]
 
 _SWEEPS = 3
-"""Of HOOI: the error changes in the third digit after the first."""
+"""Of HOOI, which improves one factor after the other."""
 
 
 def kernel_of(weight: Tensor) -> tuple[int, int]:

@@ -8,7 +8,14 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from tests_pruning_run import DigitsOnce, differences, fit, pruning, state_of, weights_of
 
-from project.callbacks import BestAndLast, PostTrainingQuantization, QuantizationAwareTraining, TernaryWeights
+from project.callbacks import (
+    BestAndLast,
+    LowRank,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    TernaryWeights,
+    WeightSharing,
+)
 from project.callbacks.compression_report import accuracy
 from project.metrics.report import read_report
 from project.models.classifier import load_net
@@ -91,6 +98,8 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, options: dict[str, 
     [
         ([pruning()], "zeros of their own"),
         ([QuantizationAwareTraining(0)], "both round"),
+        ([LowRank(1)], "thin layers"),
+        ([WeightSharing()], "shared already"),
         ([PostTrainingQuantization()], "stands before TernaryWeights"),
     ],
 )

@@ -30,6 +30,7 @@ from torch import nn
 from project.callbacks import (
     EMA,
     DistillFrom,
+    LowRank,
     PostTrainingQuantization,
     QuantizationAwareTraining,
     WeightSharing,
@@ -316,6 +317,7 @@ REFUSED: dict[str, tuple[list[Callback], str]] = {
         "set thin: false, or share in a second",
     ),
     "aware": ([QuantizationAwareTraining(0), sharing()], "WeightSharing and QuantizationAwareTraining"),
+    "thin layers": ([LowRank(1), sharing()], "both end a run"),
     "int8": ([sharing(), PostTrainingQuantization()], "WeightSharing and PostTrainingQuantization"),
     "early": ([EarlyStopping("val/loss"), sharing()], "EarlyStopping"),
     "teacher": ([DistillFrom(), sharing()], "put DistillFrom after it"),
