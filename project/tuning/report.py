@@ -1,0 +1,111 @@
+"""What a study leaves in its folder: best.yaml, trials.csv and pictures."""
+
+import logging
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import optuna
+import yaml
+from optuna.trial import FrozenTrial, TrialState
+
+from project.paths import write_whole
+from project.tuning.plan import Plan
+from project.tuning.progress import best_trials, describe, number, result, short_names, show_table, write_table
+from project.tuning.trial import trial_config
+
+log = logging.getLogger(__name__)
+
+
+def publish(study: optuna.Study, plan: Plan, folder: Path) -> None:
+    """Write all of it, and show the table."""
+    write_table(study, plan, folder / "trials.csv")
+    best = best_trials(study)
+    if not best:
+        return
+    for trial in best if len(plan.objectives) > 1 else []:
+        write_best(trial, plan, folder / f"front_{trial.number}.yaml")
+    write_best(best[0], plan, folder / "best.yaml")
+    draw(study, plan, folder)
+    log.info("")
+    show_table(study, plan)
+
+
+def write_best(trial: FrozenTrial, plan: Plan, path: Path) -> None:
+    """The configuration of a trial's first run, whole: ``project fit`` repeats it."""
+    config = plan.space.apply(plan.base, trial.params)
+    seed = int(config["seed_everything"] or 0)
+    config = trial_config(config, plan, seed)
+    own = {name: plan.base["trainer"][name] for name in ("test_after_fit", "enable_progress_bar")}
+    config["trainer"] = {**config["trainer"], **own, "experiment": None}
+    threads = trial.user_attrs.get("threads", 1)
+    lines = [
+        f"OMP_NUM_THREADS={threads} project fit --config {path}",
+        "",
+        f"Trial {trial.number} of study {plan.study}: {result(trial, plan)}; {describe(trial)}.",
+    ]
+    if plan.seeds > 1:
+        figures = "; ".join(", ".join(map(number, values)) for values in trial.user_attrs["by_seed"])
+        lines.append(f"The mean of seeds {seed} to {seed + plan.seeds - 1}: {figures}.")
+    head = "".join(f"# {line}".rstrip() + "\n" for line in lines)
+    text = head + yaml.safe_dump(config, sort_keys=False)
+    write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+
+def draw(study: optuna.Study, plan: Plan, folder: Path) -> None:
+    """The pictures that there is something to see in, by Optuna, with short names."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    from optuna.visualization import matplotlib as pictures
+
+    short = with_short_names(study, plan)
+    complete = [trial for trial in short.trials if trial.state == TrialState.COMPLETE]
+    varied = {name for trial in complete for name in trial.params} if len(complete) > 1 else set()
+    for index, name in enumerate(plan.objectives):
+        several = len(plan.objectives) > 1
+        suffix = f"_{name.replace('/', '_')}" if several else ""
+        options: dict[str, Any] = {"target_name": name}
+        if several:
+            options["target"] = lambda trial, index=index: trial.values[index]
+        _draw(folder / f"history{suffix}.png", lambda o=options: pictures.plot_optimization_history(short, **o))
+        if varied:
+            _draw(folder / f"slices{suffix}.png", lambda o=options: pictures.plot_slice(short, **o))
+            _draw(folder / f"parallel{suffix}.png", lambda o=options: pictures.plot_parallel_coordinate(short, **o))
+        if len(varied) > 1:
+            _draw(folder / f"importance{suffix}.png", lambda o=options: pictures.plot_param_importances(short, **o))
+    if 1 < len(plan.objectives) < 4:
+        names = list(plan.objectives)
+        _draw(folder / "front.png", lambda: pictures.plot_pareto_front(short, target_names=names))
+    plt.close("all")
+
+
+def with_short_names(study: optuna.Study, plan: Plan) -> optuna.Study:
+    """A copy in memory whose keys are short enough to stand at an axis."""
+    names = short_names([dimension.key for dimension in plan.space.dimensions])
+    copy = optuna.create_study(directions=plan.directions, study_name=study.study_name)
+    for trial in study.get_trials():
+        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+            continue
+        trial.params = {names[key]: value for key, value in trial.params.items()}
+        trial.distributions = {names[key]: value for key, value in trial.distributions.items()}
+        copy.add_trial(trial)
+    return copy
+
+
+def _draw(path: Path, plot: Callable[[], Any]) -> None:
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    with warnings.catch_warnings(), plt.rc_context({"figure.dpi": 110}):
+        warnings.simplefilter("ignore")
+        try:
+            axes = plot()
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:  # too few trials that differ
+            log.debug("%s is not drawn: %s", path.name, error)
+            return
+        figure = np.ravel(axes)[0].figure
+        write_whole(path, lambda part: figure.savefig(part, bbox_inches="tight"))
+        plt.close(figure)
