@@ -20,10 +20,11 @@ FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def say_trial(study: optuna.Study, trial: FrozenTrial, plan: Plan) -> None:
-    """``trial 12/40: val/accuracy 0.9861, lr 0.032 (21 s); best 0.9903 of trial 7; 4 min left``."""
+    """``12/40 trial 14: val/accuracy 0.9861, lr 0.032 (21 s); best 0.9903 of trial 7; 4 min left``."""
     trials = study.get_trials(deepcopy=False)
     done = [one for one in trials if one.state in FINISHED]
-    text = f"trial {len(done)}/{len(plan.points)}: {result(trial, plan)}, {describe(trial)} ({seconds(trial):.0f} s)"
+    text = f"{len(done)}/{len(plan.points)} trial {trial.number}: {result(trial, plan)}, {describe(trial)}"
+    text += f" ({seconds(trial):.0f} s)"
     if (best := best_trials(study)) and len(plan.objectives) == 1:
         text += f"; best {best[0].values[0]:.4f} of trial {best[0].number}"
     if len(done) < len(plan.points):

@@ -73,7 +73,7 @@ def draw(study: optuna.Study, plan: Plan, folder: Path) -> None:
         _draw(folder / f"history{suffix}.png", lambda o=options: pictures.plot_optimization_history(short, **o))
         if varied:
             _draw(folder / f"slices{suffix}.png", lambda o=options: pictures.plot_slice(short, **o))
-            _draw(folder / f"parallel{suffix}.png", lambda o=options: pictures.plot_parallel_coordinate(short, **o))
+            _draw(folder / f"parallel{suffix}.png", lambda o=options: _tidy(pictures.plot_parallel_coordinate(short, **o)))
         if len(varied) > 1:
             _draw(folder / f"importance{suffix}.png", lambda o=options: pictures.plot_param_importances(short, **o))
     if 1 < len(plan.objectives) < 4:
@@ -93,6 +93,21 @@ def with_short_names(study: optuna.Study, plan: Plan) -> optuna.Study:
         trial.distributions = {names[key]: value for key, value in trial.distributions.items()}
         copy.add_trial(trial)
     return copy
+
+
+def _tidy(axis: Any) -> Any:
+    """Room for each key's axis, fewer numbers on logarithmic ones, and the colour bar beyond the last of them."""
+    from matplotlib.ticker import NullFormatter
+
+    figure = axis.figure
+    figure.set_figwidth(2 + 1.8 * (len(figure.axes) - 1))
+    for other in figure.axes:
+        other.yaxis.set_minor_formatter(NullFormatter())
+        if other.get_label() == "<colorbar>":
+            place = other.get_position()
+            left = axis.get_position().x1 + 0.9 / figure.get_figwidth()
+            other.set_position((left, place.y0, place.width, place.height))
+    return axis
 
 
 def _draw(path: Path, plot: Callable[[], Any]) -> None:

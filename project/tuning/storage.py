@@ -12,11 +12,13 @@ from pathlib import Path
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat
-from optuna.storages.journal import JournalFileBackend
+from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 DEAD_AFTER = 4
 """Heartbeats that a process may miss before it counts as dead."""
+_LOCK_S = 10
+"""Seconds after which a lock counts as left by a dead process: it is held for milliseconds."""
 
 
 class HeartbeatJournal(JournalStorage, BaseHeartbeat):
@@ -31,7 +33,7 @@ class HeartbeatJournal(JournalStorage, BaseHeartbeat):
 
     def __init__(self, path: Path, heartbeat_s: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        super().__init__(JournalFileBackend(str(path)))
+        super().__init__(JournalFileBackend(str(path), JournalFileSymlinkLock(str(path), _LOCK_S)))
         self._folder = path.with_name(f"{path.name}.alive")
         self._folder.mkdir(exist_ok=True)
         self._heartbeat_s = heartbeat_s

@@ -9,6 +9,7 @@ import logging
 import multiprocessing
 import os
 import time
+import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -198,6 +199,7 @@ def _worker(plan: Plan) -> None:
     from project.logger import setup_logging
 
     setup_logging()
+    warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trial is given back
     try:
         work(plan)
