@@ -1,4 +1,4 @@
-"""The command line: ``project {fit,validate,test,predict,export,benchmark,tune} --config …``, on LightningCLI.
+"""The command line: ``project {fit,validate,test,predict,export,benchmark,tune,…} --config …``, on LightningCLI.
 
 A further verb is a method of :class:`project.trainer.Trainer` and a line in :meth:`CLI.subcommands`.
 """
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _FROM_DATA_TO_NET = ("num_classes", "image_shape")
 _FROM_DATA_TO_CLASSIFIER = ("num_classes", "image_shape", "class_names", "mean", "std")
-_WITHOUT_WEIGHTS = ("fit", "tune")
+_WITHOUT_WEIGHTS = ("fit", "tune", "find_lr", "find_batch_size")
 _RUN_OPTIONS = ("--run", "--resume")
 _LIST_OPTIONS = ("--compare", "--engines")
 
@@ -56,7 +56,8 @@ class CLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Verbs, and which of their arguments the command line itself provides."""
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "export": own, "benchmark": own, "tune": own}
+        verbs = ("export", "benchmark", *_WITHOUT_WEIGHTS[1:])
+        return {**LightningCLI.subcommands(), **dict.fromkeys(verbs, own)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key in _FROM_DATA_TO_NET:

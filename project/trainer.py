@@ -372,6 +372,49 @@ class Trainer(pl.Trainer):
             heartbeat_s=heartbeat_s,
         )
 
+    def find_lr(
+        self,
+        model: "pl.LightningModule",
+        datamodule: "pl.LightningDataModule",
+        min_lr: float = 1e-5,
+        max_lr: float = 10.0,
+        num_steps: int = 100,
+    ) -> float:
+        """Propose a learning rate from one short run in which it rises; the picture lands in the experiment's folder.
+
+        Args:
+            model: the classifier.
+            datamodule: the data.
+            min_lr: the first rate.
+            max_lr: the last; the run ends earlier when the loss has grown fourfold.
+            num_steps: steps from the first to the last.
+        """
+        from project.tuning.finders import find_lr
+
+        folder = Paths(logs=self.logs_dir).logs / (self.experiment or "default")
+        return find_lr(self, model, datamodule, folder, min_lr=min_lr, max_lr=max_lr, num_steps=num_steps)
+
+    def find_batch_size(
+        self,
+        model: "pl.LightningModule",
+        datamodule: "pl.LightningDataModule",
+        mode: Literal["power", "binsearch"] = "power",
+        first: int = 16,
+        largest: int | None = None,
+    ) -> int:
+        """Find the largest batch that fits into memory, by a few steps with ever larger ones.
+
+        Args:
+            model: the classifier.
+            datamodule: the data.
+            mode: power doubles; binsearch then goes on between what fitted and what did not.
+            first: where to begin.
+            largest: where to end; null is the training set.
+        """
+        from project.tuning.finders import find_batch_size
+
+        return find_batch_size(self, model, datamodule, mode=mode, first=first, largest=largest)
+
     # -- the run's folder ----------------------------------------------------------------------------------------
 
     def _new_run(self) -> Run:
