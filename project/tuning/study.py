@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from project.parser import Parser, one_sentence
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 _OF_THE_MACHINE = ("logs_dir", "data_dir", "root", "num_workers", "accelerator", "devices", "default_root_dir")
 """Keys that may differ between machines that work on one study."""
+
+_GONE = "the study's storage does not answer any more: when it does, the same command goes on with the study."
 
 
 def tune(
@@ -79,6 +82,8 @@ def tune(
             (_in_processes if workers > 1 else _in_this_process)(plan, workers)
     except KeyboardInterrupt:
         log.info("stopped: the same command goes on with the study")
+    except StorageInternalError:
+        raise ValueError(_GONE) from None
     publish(joined, plan, folder)
     _say_end(joined, plan, folder)
     return joined
@@ -205,6 +210,9 @@ def _worker(plan: Plan) -> None:
         work(plan)
     except (ValueError, OSError) as error:
         log.error("error: %s", one_sentence(str(error)))
+        sys.exit(2)
+    except StorageInternalError:
+        log.error("error: %s", _GONE)
         sys.exit(2)
 
 

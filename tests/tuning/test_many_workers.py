@@ -61,7 +61,7 @@ def workers(process: subprocess.Popen) -> list[int]:
 
 def wait_for_runs(logs: Path, count: int) -> None:
     """Until this many trials have begun."""
-    limit = time.time() + 150
+    limit = time.time() + 500
     while len(list((logs / "s").glob("version_*"))) < count:
         assert time.time() < limit, "the trials do not begin"
         time.sleep(0.05)
@@ -91,7 +91,7 @@ def test_four_workers_and_two_kills(place, tune, logs):
         assert len(victims) == 4
         for victim in victims[:2]:
             os.kill(victim, signal.SIGKILL)
-        assert process.wait(timeout=400) == 0
+        assert process.wait(timeout=900) == 0
         rows = check_all_once(logs, num_lost=2)
         assert len({row["model.optimizer.init_args.lr"] for row in rows}) == NUM_TRIALS, "no point is drawn twice"
 
@@ -103,7 +103,7 @@ def test_a_grid_has_each_point_once_though_all_processes_are_killed(tune, logs):
     os.killpg(first.pid, signal.SIGKILL)
     first.wait()
     second, third = tune(GRID, *options), tune(GRID, "--sampler", "grid")  # two commands at once go on with it
-    assert second.wait(timeout=400) == 0 and third.wait(timeout=100) == 0
+    assert second.wait(timeout=900) == 0 and third.wait(timeout=300) == 0
     rows = check_all_once(logs, num_lost=3)
     points = {(row["model.optimizer.init_args.lr"], row["seed_everything"]) for row in rows}
     assert len(points) == NUM_TRIALS
