@@ -9,8 +9,9 @@ if TYPE_CHECKING:
 
 
 class ReportTrial(Callback):
-    """Keeps the best value of each validation metric, reports the monitored one, and ends a hopeless run like a finished one:
-    with its checkpoints and summary.
+    """Keeps the best value of each validation metric, reports the monitored one, and ends a hopeless run.
+
+    That run ends like a finished one, with its checkpoints and summary.
 
     Args:
         trial: of a study; ``None`` keeps the best values alone.

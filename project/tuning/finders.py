@@ -1,10 +1,11 @@
 """Two quick looks before a search: at which rates the loss falls, and how large a batch the memory takes. Both are
 Lightning's tuners.
 
-Rates: Smith 2017, Cyclical learning rates for training neural networks (arXiv:1506.01186, sec. 3.3): the rate rises step by step
-in one short run; proposed is the one at which the loss falls most steeply. All parameters get this one rate. Lightning 2.6
-smooths over 50 of 100 steps, halves the first losses (its correction counts a step too many) and takes the slope over rates
-instead of their logarithms, which proposes rates far too low: the losses are taken back from it and looked at here.
+Rates: Smith 2017, Cyclical learning rates for training neural networks (arXiv:1506.01186, sec. 3.3): the rate rises
+step by step in one short run; proposed is the one at which the loss falls most steeply. All parameters get this one
+rate. Lightning 2.6 smooths over 50 of 100 steps, halves the first losses (its correction counts a step too many) and
+takes the slope over rates instead of their logarithms, so that on digits it proposed 0.00126 where 0.0912 is the
+steepest (`project find_lr --config configs/digits.yaml`): the losses are taken back from it and looked at here.
 """
 
 import itertools
@@ -83,12 +84,20 @@ def steepest(rates: list[float], losses: list[float], skip: int = 10) -> float:
     x, y = torch.tensor(pairs, dtype=torch.float64).T
     slopes = torch.gradient(y, spacing=(x,))[0]
     if slopes.min() >= 0:
-        raise ValueError(f"the loss falls nowhere from {rates[0]:.3g} to {rates[-1]:.3g}: lower min_lr, or take more steps.")
+        raise ValueError(
+            f"the loss falls nowhere from {rates[0]:.3g} to {rates[-1]:.3g}: lower min_lr, or take more steps."
+        )
     return math.exp(float(x[slopes.argmin()]))
 
 
 def find_batch_size(
-    trainer: pl.Trainer, model: Any, datamodule: Any, *, mode: Literal["power", "binsearch"], first: int, largest: int | None
+    trainer: pl.Trainer,
+    model: Any,
+    datamodule: Any,
+    *,
+    mode: Literal["power", "binsearch"],
+    first: int,
+    largest: int | None,
 ) -> int:
     """The largest batch that fits into memory, at most the training set; a processor's memory is seldom the limit.
 

@@ -1,20 +1,21 @@
 """What a study is: the base configuration, the space, the objectives, sampler, pruner, how many trials and seeds.
 
-Samplers and pruners are Optuna's: random (Bergstra & Bengio 2012), TPE (Bergstra et al. 2011), CMA-ES (Hansen & Ostermeier
-2001), the median rule (Golovin et al. 2017, sec. 3.2), Hyperband (Li et al. 2018, arXiv:1603.06560) in its asynchronous form
-(ASHA, Li et al. 2020, arXiv:1810.05934).
+Samplers and pruners are Optuna's: random (Bergstra & Bengio 2012), TPE (Bergstra et al. 2011), CMA-ES (Hansen &
+Ostermeier 2001), the median rule (Golovin et al. 2017, sec. 3.2), Hyperband (Li et al. 2018, arXiv:1603.06560) with
+asynchronous halving (ASHA, Li et al. 2020, arXiv:1810.05934).
 """
 
 import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from optuna.pruners import BasePruner, HyperbandPruner, MedianPruner, NopPruner
 from optuna.samplers import BaseSampler, CmaEsSampler, RandomSampler, TPESampler
 
-from project.tuning.space import Params, Space
+from project.tuning.dimension import Params
+from project.tuning.space import Space
 
 if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
@@ -69,8 +70,8 @@ class Plan:
             raise ValueError("objective is of the test images: choose by val/…, and look at the test once at the end.")
         if len(self.objectives) > 1 and (self.pruner != "none" or self.sampler == "cma-es"):
             raise ValueError(
-                f"{len(self.objectives)} objectives go with pruner none and sampler grid, random or tpe, not with pruner "
-                f"{self.pruner} and sampler {self.sampler}: name one objective or choose those."
+                f"{len(self.objectives)} objectives go with pruner none and sampler grid, random or tpe, not with "
+                f"pruner {self.pruner} and sampler {self.sampler}: name one objective or choose those."
             )
         if self.pruner != "none" and not self.objectives[0].startswith("val/"):
             raise ValueError(f"pruner {self.pruner} needs an objective of each epoch, val/…, not {self.objectives[0]}.")
@@ -87,7 +88,7 @@ class Plan:
         return [{}] * (self.trials or DEFAULT_TRIALS)
 
     @property
-    def directions(self) -> list[str]:
+    def directions(self) -> list[Literal["minimize", "maximize"]]:
         return ["minimize" if falls(name) else "maximize" for name in self.objectives]
 
     def make_sampler(self) -> BaseSampler:

@@ -33,7 +33,7 @@ def say_trial(study: optuna.Study, trial: FrozenTrial, plan: Plan) -> None:
 
 
 def best_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The best completed trial, of equal ones the first; with several objectives, the Pareto front by the first of them."""
+    """The best completed trial, of equal ones the first; of several objectives the Pareto front, by the first."""
     if all(trial.state != TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)):
         return []
     if len(study.directions) == 1:

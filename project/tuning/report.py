@@ -3,6 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +65,18 @@ def draw(study: optuna.Study, plan: Plan, folder: Path) -> None:
     short = with_short_names(study, plan)
     complete = [trial for trial in short.trials if trial.state == TrialState.COMPLETE]
     varied = {name for trial in complete for name in trial.params} if len(complete) > 1 else set()
+    several = len(plan.objectives) > 1
     for index, name in enumerate(plan.objectives):
-        several = len(plan.objectives) > 1
-        suffix = f"_{name.replace('/', '_')}" if several else ""
-        options: dict[str, Any] = {"target_name": name}
-        if several:
-            options["target"] = lambda trial, index=index: trial.values[index]
-        _draw(folder / f"history{suffix}.png", lambda o=options: pictures.plot_optimization_history(short, **o))
+        suffix = f"_{name.replace('/', '_')}.png" if several else ".png"
+        options: dict[str, Any] = {"target_name": name, "target": partial(_value, index=index) if several else None}
+        _draw(folder / f"history{suffix}", pictures.plot_optimization_history, short, **options)
         if varied:
-            _draw(folder / f"slices{suffix}.png", lambda o=options: pictures.plot_slice(short, **o))
-            _draw(folder / f"parallel{suffix}.png", lambda o=options: _tidy(pictures.plot_parallel_coordinate(short, **o)))
+            _draw(folder / f"slices{suffix}", pictures.plot_slice, short, **options)
+            _draw(folder / f"parallel{suffix}", pictures.plot_parallel_coordinate, short, **options)
         if len(varied) > 1:
-            _draw(folder / f"importance{suffix}.png", lambda o=options: pictures.plot_param_importances(short, **o))
+            _draw(folder / f"importance{suffix}", pictures.plot_param_importances, short, **options)
     if 1 < len(plan.objectives) < 4:
-        names = list(plan.objectives)
-        _draw(folder / "front.png", lambda: pictures.plot_pareto_front(short, target_names=names))
+        _draw(folder / "front.png", pictures.plot_pareto_front, short, target_names=list(plan.objectives))
     plt.close("all")
 
 
@@ -95,7 +93,28 @@ def with_short_names(study: optuna.Study, plan: Plan) -> optuna.Study:
     return copy
 
 
-def _tidy(axis: Any) -> Any:
+def _value(trial: FrozenTrial, index: int) -> float:
+    return trial.values[index]
+
+
+def _draw(path: Path, plot: Callable[..., Any], *args: Any, **options: Any) -> None:
+    import numpy as np
+    from matplotlib import pyplot as plt
+
+    with warnings.catch_warnings(), plt.rc_context({"figure.dpi": 110}):
+        warnings.simplefilter("ignore")
+        try:
+            axis = np.ravel(plot(*args, **options))[0]
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:  # too few trials that differ
+            log.debug("%s is not drawn: %s", path.name, error)
+            return
+        if path.name.startswith("parallel"):
+            _tidy(axis)
+        write_whole(path, lambda part: axis.figure.savefig(part, bbox_inches="tight"))
+        plt.close(axis.figure)
+
+
+def _tidy(axis: Any) -> None:
     """Room for each key's axis, fewer numbers on logarithmic ones, and the colour bar beyond the last of them."""
     from matplotlib.ticker import NullFormatter
 
@@ -107,20 +126,3 @@ def _tidy(axis: Any) -> Any:
             place = other.get_position()
             left = axis.get_position().x1 + 0.9 / figure.get_figwidth()
             other.set_position((left, place.y0, place.width, place.height))
-    return axis
-
-
-def _draw(path: Path, plot: Callable[[], Any]) -> None:
-    import numpy as np
-    from matplotlib import pyplot as plt
-
-    with warnings.catch_warnings(), plt.rc_context({"figure.dpi": 110}):
-        warnings.simplefilter("ignore")
-        try:
-            axes = plot()
-        except (ValueError, RuntimeError, ZeroDivisionError) as error:  # too few trials that differ
-            log.debug("%s is not drawn: %s", path.name, error)
-            return
-        figure = np.ravel(axes)[0].figure
-        write_whole(path, lambda part: figure.savefig(part, bbox_inches="tight"))
-        plt.close(figure)

@@ -82,8 +82,8 @@ def open_storage(url: str, heartbeat_s: int) -> BaseStorage:
                         raise
     except ImportError:
         raise ValueError(
-            f"storage is {shown!r}, but no driver for it is installed: pip install -e '.[postgres]', or the driver that "
-            "the URL names, such as mysql+pymysql://."
+            f"storage is {shown!r}, but no driver for it is installed: pip install -e '.[postgres]', or the driver "
+            "that the URL names, such as mysql+pymysql://."
         ) from None
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]

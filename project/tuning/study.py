@@ -1,15 +1,12 @@
 """``project tune``: check what is wanted, join the study, let workers train, and report.
 
-Hyperparameter search with Optuna (Akiba et al. 2019, arXiv:1907.10902). The same command begins a study, goes on with it
-and, with a storage that others see, joins it from another machine.
+Hyperparameter search with Optuna (Akiba et al. 2019, arXiv:1907.10902). The same command begins a study, goes on with
+it and, with a storage that others see, joins it from another machine.
 """
 
 import json
 import logging
-import multiprocessing
-import os
 import time
-import warnings
 from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -26,13 +23,12 @@ from project.tuning.progress import FINISHED, best_trials, duration
 from project.tuning.report import publish
 from project.tuning.trial import build, quiet
 from project.tuning.work import fill, open_study, work
+from project.tuning.workers import GONE, work_in_processes
 
 log = logging.getLogger(__name__)
 
 _OF_THE_MACHINE = ("logs_dir", "data_dir", "root", "num_workers", "accelerator", "devices", "default_root_dir")
 """Keys that may differ between machines that work on one study."""
-
-_GONE = "the study's storage does not answer any more: when it does, the same command goes on with the study."
 
 
 def tune(
@@ -79,11 +75,14 @@ def tune(
     begin(joined, plan)
     try:
         if _is_unfinished(joined, plan):
-            (_in_processes if workers > 1 else _in_this_process)(plan, workers)
+            if workers == 1:
+                work(plan)
+            else:
+                work_in_processes(plan, workers)
     except KeyboardInterrupt:
         log.info("stopped: the same command goes on with the study")
     except StorageInternalError:
-        raise ValueError(_GONE) from None
+        raise ValueError(GONE) from None
     publish(joined, plan, folder)
     _say_end(joined, plan, folder)
     return joined
@@ -140,9 +139,9 @@ def begin(study: optuna.Study, plan: Plan) -> None:
 def logged_metrics(plan: Plan) -> list[str]:
     """What a run logs, found out by one batch of the first point."""
     config = plan.space.apply(plan.base, plan.space.probes()[0])
-    trainer = {**config["trainer"], "fast_dev_run": True, "enable_progress_bar": False, "logger": False, "observe": False}
+    silent = {"enable_progress_bar": False, "logger": False, "observe": False}
     with quiet():
-        cli = build({**config, "trainer": trainer})
+        cli = build({**config, "trainer": {**config["trainer"], **silent, "fast_dev_run": True}})
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     return list(cli.trainer.callback_metrics)
 
@@ -155,65 +154,6 @@ def _one_device(base: dict[str, Any]) -> dict[str, Any]:
             "--workers to the number of devices."
         )
     return {**base, "trainer": {**trainer, "devices": 1}}
-
-
-def _in_this_process(plan: Plan, workers: int) -> None:
-    work(plan)
-
-
-def _in_processes(plan: Plan, workers: int) -> None:
-    """Start workers, and another for each that dies while trials are left."""
-    context = multiprocessing.get_context("spawn")
-    before = dict(os.environ)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))  # threads that wait cost tenfold
-    processes = [_start(context, plan, number) for number in range(workers)]
-    try:
-        while processes:
-            multiprocessing.connection.wait([process.sentinel for process in processes])
-            for index, process in [(i, p) for i, p in enumerate(processes) if not p.is_alive()]:
-                process.join()
-                killed = process.exitcode is not None and process.exitcode < 0
-                if killed:
-                    log.warning("a worker was killed by signal %d: its trial is tried again", -(process.exitcode or 0))
-                    processes[index] = _start(context, plan, index)
-            processes = [process for process in processes if process.is_alive()]
-    finally:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join()
-        os.environ.clear()
-        os.environ.update(before)
-
-
-def _start(context: Any, plan: Plan, number: int) -> Any:
-    import torch
-
-    if (num_gpus := torch.cuda.device_count()) > 1:
-        os.environ["CUDA_VISIBLE_DEVICES"] = str(number % num_gpus)
-    process = context.Process(target=_worker, args=(plan,), name=f"worker_{number}")
-    process.start()
-    return process
-
-
-def _worker(plan: Plan) -> None:
-    import signal
-    import sys
-
-    from project.logger import setup_logging
-
-    setup_logging()
-    warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trial is given back
-    try:
-        work(plan)
-    except (ValueError, OSError) as error:
-        log.error("error: %s", one_sentence(str(error)))
-        sys.exit(2)
-    except StorageInternalError:
-        log.error("error: %s", _GONE)
-        sys.exit(2)
 
 
 def _is_unfinished(study: optuna.Study, plan: Plan) -> bool:

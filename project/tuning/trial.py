@@ -1,4 +1,4 @@
-"""One trial: an ordinary run of the configuration with the trial's values, in this process, as ``project fit`` does it."""
+"""One trial: an ordinary run of the configuration with the trial's values, in this process, as ``project fit`` does."""
 
 import gc
 import logging
@@ -46,9 +46,7 @@ def run_trial(trial: optuna.Trial, plan: Plan) -> list[float]:
 
 
 def trial_config(config: Mapping[str, Any], plan: Plan, seed: int) -> dict[str, Any]:
-    """The configuration of one run of a trial; nothing in it that the training depends on is another than in the study's
-    best.yaml.
-    """
+    """The configuration of one run of a trial; it trains as that in the study's best.yaml does."""
     own = {"experiment": plan.study, "test_after_fit": False, "enable_progress_bar": False}
     return {**config, "seed_everything": seed, "trainer": {**config["trainer"], **own}}
 

@@ -1,10 +1,10 @@
-"""The work on a study: every trial exactly once, however many processes and machines take part and whichever of them die.
+"""The work on a study: every trial exactly once, however many processes and machines take part and whichever die.
 
-A study is a queue of tickets. Whoever opens it puts in the tickets that are not there yet; a worker takes one, which the
-storage gives to one process alone, and trains it. A ticket whose process has died (its heartbeat stops) goes back with the
-same values. So a grid's points are the tickets' values, and for the other samplers tickets are blank. Optuna's own
-loop (``Study.optimize``) counts trials in each process for itself: several workers end with too many, a grid has points
-twice, and a trial lost to a kill is retried in databases alone.
+A study is a queue of tickets. Whoever opens it puts in the tickets that are not there yet; a worker takes one, which
+the storage gives to one process alone, and trains it. A ticket whose process has died (its heartbeat stops) goes back
+with the same values. A grid's points are the tickets' values; for the other samplers tickets are blank. Optuna's own
+loop (``Study.optimize``) counts trials in each process for itself: several workers end with too many, a grid has
+points twice, and a trial lost to a kill is retried in databases alone.
 """
 
 import logging
@@ -20,7 +20,7 @@ from optuna.storages._heartbeat import BaseHeartbeat, get_heartbeat_thread
 from optuna.trial import FrozenTrial, TrialState
 
 from project.tuning.plan import Plan
-from project.tuning.progress import say_trial
+from project.tuning.progress import FINISHED, say_trial
 from project.tuning.storage import open_storage
 from project.tuning.trial import run_trial, sentence
 
@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 MAX_LOSSES = 4
 """Times that a ticket may kill its process before it is given up."""
-FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 def open_study(plan: Plan) -> optuna.Study:
@@ -45,8 +44,9 @@ def open_study(plan: Plan) -> optuna.Study:
 
 
 def fill(study: optuna.Study, plan: Plan) -> int:
-    """Put each ticket in that has no trial yet, or only lost ones; how many. Two processes that do so at the same moment
-    make doubles, which :func:`take` drops.
+    """Put each ticket in that has no trial yet, or only lost ones; how many.
+
+    Two processes that do so at the same moment make doubles, which :func:`take` drops.
     """
     tries: dict[int, list[FrozenTrial]] = defaultdict(list)
     for trial in study.get_trials(deepcopy=False):
@@ -80,7 +80,7 @@ def take(study: optuna.Study) -> optuna.Trial | None:
 
 
 def work(plan: Plan) -> None:
-    """Train trials until none is left anywhere, or the time is up. A process that is told to stop gives its trial back."""
+    """Train trials until none is left anywhere, or the time is up; one that is interrupted is given back."""
     warnings.simplefilter("ignore", ExperimentalWarning)
     study = open_study(plan)
     parent = multiprocessing.parent_process()
@@ -96,8 +96,10 @@ def work(plan: Plan) -> None:
 
 
 def attempt(study: optuna.Study, trial: optuna.Trial, plan: Plan) -> None:
-    """Train one trial and tell the study. A point that cannot be trained (its loss is no number, a batch larger than the
-    data, no memory) counts as the worst: samplers learn to avoid it.
+    """Train one trial and tell the study.
+
+    A point that cannot be trained (its loss is no number, a batch larger than the data, no memory) counts as the worst:
+    samplers learn to avoid it.
     """
     values, state = None, TrialState.FAIL
     try:

@@ -18,12 +18,16 @@ def test_it_can_be_searched_by_the_command_in_its_first_line(path, monkeypatch, 
     first = (ROOT / path).read_text().splitlines()[0]
     assert first.startswith("# project tune --config configs/") and str(path) in first
     seen: dict[str, Any] = {}
-    monkeypatch.setattr("project.tuning.study.tune", lambda base, space, **options: seen.update(base=base, spec=space, **options))
+    monkeypatch.setattr(
+        "project.tuning.study.tune", lambda base, space, **options: seen.update(base=base, spec=space, **options)
+    )
     monkeypatch.chdir(ROOT)
     CLI(first.removeprefix("# project ").split())
     names = Plan.__dataclass_fields__.keys() & seen.keys()
     objective = seen["objective"] if isinstance(seen["objective"], list) else [seen["objective"]]
-    plan = Plan(**{name: seen[name] for name in names} | {"objectives": tuple(objective), "storage": "", "deadline": None})
+    plan = Plan(
+        **{name: seen[name] for name in names} | {"objectives": tuple(objective), "storage": "", "deadline": None}
+    )
     check_space(plan)
     assert 1 < len(plan.points) <= 40
     assert not logs.exists(), "nothing is trained"

@@ -1,5 +1,6 @@
 """The search space: what a fragment may say, what it comes to, and what is refused."""
 
+import itertools
 import math
 
 import pytest
@@ -9,7 +10,10 @@ from project.tuning.space import Space
 BASE = {
     "model": {
         "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}},
-        "net": {"class_path": "project.models.LeNet5", "init_args": {"fc_dropout": 0.0, "norm": "project.models.NoNorm"}},
+        "net": {
+            "class_path": "project.models.LeNet5",
+            "init_args": {"fc_dropout": 0.0, "norm": "project.models.NoNorm"},
+        },
         "penalties": None,
     },
     "data": {"init_args": {"augment": [{"init_args": {"degrees": 10.0, "translate": 0.1}}, {"init_args": {}}]}},
@@ -23,7 +27,7 @@ def test_a_grid_is_every_combination_once_and_ends_are_exact():
     assert len(points) == 4 * 2 * 3 == len({tuple(point.items()) for point in points})
     rates = sorted({point["a"] for point in points})
     assert rates[0] == 1e-3 and rates[-1] == 1
-    ratios = [b / a for a, b in zip(rates, rates[1:], strict=False)]
+    ratios = [b / a for a, b in itertools.pairwise(rates)]
     assert all(math.isclose(ratio, 10) for ratio in ratios)
     assert {point["c"] for point in points} == {2, 4, 6}
     assert Space({"a": {"uniform": [0, 1], "step": 0.1}}).grid()[-1]["a"] == pytest.approx(1.0)

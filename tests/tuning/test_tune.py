@@ -34,7 +34,9 @@ def fragment(tmp_path, logs):
 
 def metrics(run: Path) -> list[dict[str, str]]:
     with (run / "metrics.csv").open(newline="") as file:
-        rows = [{key: value for key, value in row.items() if not key.startswith("test/")} for row in csv.DictReader(file)]
+        rows = [
+            {key: value for key, value in row.items() if not key.startswith("test/")} for row in csv.DictReader(file)
+        ]
     return [row for row in rows if row.get("val/loss") or row.get("train/loss")]
 
 
@@ -89,7 +91,7 @@ def test_two_objectives_and_two_seeds_make_a_front(command, fragment, logs):
         "seeds": 2,
         "trainer": {**TINY["trainer"], "max_epochs": 1},
     }
-    status, out, err = command("tune", *fragment(search))
+    status, _, err = command("tune", *fragment(search))
     assert status == 0, err
     assert len(list((logs / "s").glob("version_*"))) == 4
     with (logs / "s" / "trials.csv").open(newline="") as file:
@@ -106,7 +108,7 @@ def test_two_objectives_and_two_seeds_make_a_front(command, fragment, logs):
 def test_the_pruner_ends_a_hopeless_run_like_a_finished_one(command, fragment, logs):
     search = {"space": {LR: [0.2] * 6 + [1.0e-7] * 2}, "sampler": "grid", "pruner": "median"}
     search["trainer"] = {**TINY["trainer"], "max_epochs": 4, "limit_train_batches": 3}
-    status, out, err = command("tune", *fragment(search))
+    status, _, err = command("tune", *fragment(search))
     assert status == 0, err
     with (logs / "s" / "trials.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -139,7 +141,7 @@ MISTAKES = {
     "value of a wrong type": ({"space": {"data.init_args.batch_size": ["many"]}}, [], "batch_size"),
     "log range through 0": ({"space": {LR: {"log_uniform": [0, 1]}}}, [], "no logarithm"),
     "empty range": ({"space": {LR: {"uniform": [1, 0]}}}, [], "empty range"),
-    "metric that no run logs": ({"space": {LR: [0.1]}}, ["--objective", "val/acuracy"], "val/accuracy"),
+    "metric that no run logs": ({"space": {LR: [0.1]}}, ["--objective", "val/acurracy"], "val/accuracy"),
     "the test as objective": ({"space": {LR: [0.1]}}, ["--objective", "test/accuracy"], "val/"),
     "pruner of two objectives": (
         {"space": {LR: [0.1]}, "objective": ["val/accuracy", "macs"]},
@@ -177,4 +179,7 @@ def test_a_trial_whose_process_has_died_is_given_on_with_its_values(command, fra
     status, out, err = command("tune", *options, "--trials", "2")
     assert status == 0, err
     assert "1 of 2 trials done, 1 running" in out and "2 of 2 trials done" in out
-    assert [(trial.state.name, trial.params.get(LR)) for trial in study.trials[1:]] == [("FAIL", 0.123), ("COMPLETE", 0.123)]
+    assert [(trial.state.name, trial.params.get(LR)) for trial in study.trials[1:]] == [
+        ("FAIL", 0.123),
+        ("COMPLETE", 0.123),
+    ]
