@@ -79,8 +79,8 @@ def tune(
                 work(plan)
             else:
                 work_in_processes(plan, workers)
-    except KeyboardInterrupt:
-        log.info("stopped: the same command goes on with the study")
+    except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of it
+        log.info("stopped: the same command goes on with study %s", study)
     except StorageInternalError:
         raise ValueError(GONE) from None
     publish(joined, plan, folder)
@@ -182,8 +182,10 @@ def _say_end(study: optuna.Study, plan: Plan, folder: Path) -> None:
     num_done = sum(trial.state in FINISHED for trial in trials)
     errors = [trial.user_attrs["error"] for trial in trials if "error" in trial.user_attrs]
     if not best_trials(study):
+        if num_done < len(plan.points):
+            return
         reason = f" The first said: {errors[0]}" if errors else ""
-        raise ValueError(f"study {plan.study!r} has no finished trial to choose from.{reason}")
+        raise ValueError(f"study {plan.study!r} has no trial that was trained to its end.{reason}")
     spent = sum((trial.duration.total_seconds() for trial in trials if trial.duration), 0.0)
     log.info("")
     log.info("%d of %d trials done, %s of training", num_done, len(plan.points), duration(spent))
