@@ -13,7 +13,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 FRAGMENTS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs/tune").glob("*.yaml"))
 
 
-@pytest.mark.parametrize("path", FRAGMENTS, ids=lambda path: path.stem)
+_QUICK = ("dropout_conv_fc",)
+_SLOW = [pytest.param(path, marks=[pytest.mark.slow] * (path.stem not in _QUICK)) for path in FRAGMENTS]
+
+
+@pytest.mark.parametrize("path", _SLOW, ids=[path.stem for path in FRAGMENTS])
 def test_it_can_be_searched_by_the_command_in_its_first_line(path, monkeypatch, logs):
     first = (ROOT / path).read_text().splitlines()[0]
     assert first.startswith("# project tune --config configs/") and str(path) in first
