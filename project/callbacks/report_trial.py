@@ -34,5 +34,6 @@ class ReportTrial(Callback):
         if self.trial is None or not self.prune or self.monitor not in trainer.callback_metrics:
             return
         self.trial.report(trainer.callback_metrics[self.monitor].item(), step=trainer.current_epoch + 1)
-        if self.trial.should_prune():
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs  # then there is nothing to save
+        if not is_last and self.trial.should_prune():
             self.pruned = trainer.should_stop = True

@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import re
 import statistics
 import sys
 from collections.abc import Sequence
@@ -72,7 +73,13 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 def number(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 and value == int(value) else f"{value:.4g}"
-    return str(value)
+    return str(short_choice(value))
+
+
+def short_choice(value: Any) -> Any:
+    """``torch.optim.Adam`` -> ``Adam``; all else stays."""
+    is_path = isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)+", value) is not None
+    return value.rpartition(".")[2] if is_path else value
 
 
 def seconds(trial: FrozenTrial) -> float:

@@ -2,18 +2,28 @@
 
 import logging
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import optuna
 import yaml
+from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from project.paths import write_whole
 from project.tuning.plan import Plan
-from project.tuning.progress import best_trials, describe, number, result, short_names, show_table, write_table
+from project.tuning.progress import (
+    FINISHED,
+    best_trials,
+    describe,
+    number,
+    result,
+    short_choice,
+    short_names,
+    show_table,
+    write_table,
+)
 from project.tuning.trial import trial_config
 
 log = logging.getLogger(__name__)
@@ -62,39 +72,50 @@ def draw(study: optuna.Study, plan: Plan, folder: Path) -> None:
     from matplotlib import pyplot as plt
     from optuna.visualization import matplotlib as pictures
 
-    short = with_short_names(study, plan)
-    complete = [trial for trial in short.trials if trial.state == TrialState.COMPLETE]
-    varied = {name for trial in complete for name in trial.params} if len(complete) > 1 else set()
-    several = len(plan.objectives) > 1
     for index, name in enumerate(plan.objectives):
-        suffix = f"_{name.replace('/', '_')}.png" if several else ".png"
-        options: dict[str, Any] = {"target_name": name, "target": partial(_value, index=index) if several else None}
-        _draw(folder / f"history{suffix}", pictures.plot_optimization_history, short, **options)
+        suffix = f"_{name.replace('/', '_')}.png" if len(plan.objectives) > 1 else ".png"
+        short = for_pictures(study, plan, [index])
+        complete = [trial for trial in short.trials if trial.state == TrialState.COMPLETE]
+        varied = {key for trial in complete for key in trial.params} if len(complete) > 1 else set()
+        always = sorted(key for key in varied if all(key in trial.params for trial in complete))
+        _draw(folder / f"history{suffix}", pictures.plot_optimization_history, short, target_name=name)
         if varied:
-            _draw(folder / f"slices{suffix}", pictures.plot_slice, short, **options)
-            _draw(folder / f"parallel{suffix}", pictures.plot_parallel_coordinate, short, **options)
-        if len(varied) > 1:
-            _draw(folder / f"importance{suffix}", pictures.plot_param_importances, short, **options)
+            _draw(folder / f"slices{suffix}", pictures.plot_slice, short, target_name=name)
+            _draw(folder / f"parallel{suffix}", pictures.plot_parallel_coordinate, short, target_name=name)
+        if len(always) > 1:  # of others only some trials would count
+            importance = pictures.plot_param_importances
+            _draw(folder / f"importance{suffix}", importance, short, params=always, target_name=name)
     if 1 < len(plan.objectives) < 4:
-        _draw(folder / "front.png", pictures.plot_pareto_front, short, target_names=list(plan.objectives))
+        both = for_pictures(study, plan, range(len(plan.objectives)))
+        _draw(folder / "front.png", pictures.plot_pareto_front, both, target_names=list(plan.objectives))
     plt.close("all")
 
 
-def with_short_names(study: optuna.Study, plan: Plan) -> optuna.Study:
-    """A copy in memory whose keys are short enough to stand at an axis."""
+def for_pictures(study: optuna.Study, plan: Plan, objectives: Iterable[int]) -> optuna.Study:
+    """A copy in memory of some objectives, whose keys and choices are short enough to stand at an axis."""
+    objectives = list(objectives)
     names = short_names([dimension.key for dimension in plan.space.dimensions])
-    copy = optuna.create_study(directions=plan.directions, study_name=study.study_name)
+    copy = optuna.create_study(directions=[plan.directions[index] for index in objectives])
     for trial in study.get_trials():
-        if trial.state not in (TrialState.COMPLETE, TrialState.PRUNED):
+        if trial.state not in FINISHED:
             continue
-        trial.params = {names[key]: value for key, value in trial.params.items()}
-        trial.distributions = {names[key]: value for key, value in trial.distributions.items()}
-        copy.add_trial(trial)
+        values = trial.values and [trial.values[index] for index in objectives]
+        copy.add_trial(
+            optuna.trial.create_trial(
+                state=trial.state,
+                values=values,
+                params={names[key]: short_choice(value) for key, value in trial.params.items()},
+                distributions={names[key]: _short(kind) for key, kind in trial.distributions.items()},
+                intermediate_values=trial.intermediate_values,
+            )
+        )
     return copy
 
 
-def _value(trial: FrozenTrial, index: int) -> float:
-    return trial.values[index]
+def _short(distribution: BaseDistribution) -> BaseDistribution:
+    if isinstance(distribution, CategoricalDistribution):
+        return CategoricalDistribution(list(dict.fromkeys(map(short_choice, distribution.choices))))
+    return distribution
 
 
 def _draw(path: Path, plot: Callable[..., Any], *args: Any, **options: Any) -> None:
@@ -110,6 +131,9 @@ def _draw(path: Path, plot: Callable[..., Any], *args: Any, **options: Any) -> N
             return
         if path.name.startswith("parallel"):
             _tidy(axis)
+        if path.name.startswith("slices"):
+            for other in axis.figure.axes:
+                plt.setp(other.get_xticklabels(), rotation=30, ha="right")
         write_whole(path, lambda part: axis.figure.savefig(part, bbox_inches="tight"))
         plt.close(axis.figure)
 

@@ -137,11 +137,10 @@ def begin(study: optuna.Study, plan: Plan) -> None:
 
 
 def logged_metrics(plan: Plan) -> list[str]:
-    """What a run logs, found out by one batch of the first point."""
-    config = plan.space.apply(plan.base, plan.space.probes()[0])
+    """What a run logs, found out by one batch of the configuration as it is."""
     silent = {"enable_progress_bar": False, "logger": False, "observe": False}
     with quiet():
-        cli = build({**config, "trainer": {**config["trainer"], **silent, "fast_dev_run": True}})
+        cli = build({**plan.base, "trainer": {**plan.base["trainer"], **silent, "fast_dev_run": True}})
         cli.trainer.fit(cli.model, datamodule=cli.datamodule)
     return list(cli.trainer.callback_metrics)
 
