@@ -1,4 +1,4 @@
-"""The command line: ``project {fit,validate,test,predict,export,benchmark} --config …``, on LightningCLI.
+"""The command line: ``project {fit,validate,test,predict,export,benchmark,tune,…} --config …``, on LightningCLI.
 
 A further verb is a method of :class:`project.trainer.Trainer` and a line in :meth:`CLI.subcommands`.
 """
@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+import yaml
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 
 from project.data import ImageDataModule
 from project.models import Classifier
@@ -22,6 +23,7 @@ log = logging.getLogger(__name__)
 _FROM_DATA_TO_NET = ("num_classes", "image_shape")
 _FROM_DATA_TO_CLASSIFIER = ("num_classes", "image_shape", "class_names", "mean", "std")
 _ON_FILES = "On a model file alone: project {predict,test,unpack} --model FILE."
+_WITHOUT_WEIGHTS = ("fit", "tune", "find_lr", "find_batch_size")
 _RUN_OPTIONS = ("--run", "--resume")
 _LIST_OPTIONS = ("--compare", "--engines")
 
@@ -55,7 +57,8 @@ class CLI(LightningCLI):
     def subcommands() -> dict[str, set[str]]:
         """Verbs, and which of their arguments the command line itself provides."""
         own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), "export": own, "benchmark": own}
+        verbs = ("export", "benchmark", *_WITHOUT_WEIGHTS[1:])
+        return {**LightningCLI.subcommands(), **dict.fromkeys(verbs, own)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         for key in _FROM_DATA_TO_NET:
@@ -77,7 +80,7 @@ class CLI(LightningCLI):
         config = self.config[self.config.subcommand]
         check_checkpoint(config.get("ckpt_path"))
         weights = config.get("ckpt_path") or config.get("run")
-        if self.config.subcommand != "fit" and not weights:
+        if self.config.subcommand not in _WITHOUT_WEIGHTS and not weights:
             raise ValueError(
                 f"{self.config.subcommand} needs trained weights: give --run DIR (a run's folder below logs/) "
                 "or --ckpt_path FILE."
@@ -86,7 +89,8 @@ class CLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand] if self.subcommand else self.config
         if config.trainer.experiment is None and config.get("config"):
-            config.trainer.experiment = Path(str(config.config[0])).stem
+            files = config.config if self.subcommand == "tune" else config.config[:1]
+            config.trainer.experiment = "_".join(Path(str(file)).stem for file in files)
 
     def instantiate_classes(self) -> None:
         """Predicting on image files needs the checkpoint alone: the data set need not be there."""
@@ -100,6 +104,10 @@ class CLI(LightningCLI):
         self.datamodule = None
         self.model = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
         self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False)
+
+    def before_tune(self) -> None:
+        assert isinstance(self.trainer, Trainer)
+        self.trainer.configuration = yaml.safe_load(whole_config(self._parser("tune"), self.config["tune"]))
 
     def after_fit(self) -> None:
         """Say what came out, where it is, and what to type next."""
@@ -126,12 +134,16 @@ class SaveConfig(SaveConfigCallback):
         run = getattr(trainer, "run", None)
         if stage != "fit" or run is None:
             return
-        keep = ("seed_everything", "trainer", "model", "data")
-        config = self.config.clone()
-        for key in [key for key in config.__dict__ if key not in keep]:
-            del config[key]
-        text = self.parser.dump(config, skip_none=False, skip_validation=True)
+        text = whole_config(self.parser, self.config)
         write_whole(run.config, lambda part: part.write_text(text))
+
+
+def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:
+    """A run's configuration as YAML, defaults included, without the verb's own arguments."""
+    config = config.clone()
+    for key in [key for key in config.__dict__ if key not in ("seed_everything", "trainer", "model", "data")]:
+        del config[key]
+    return parser.dump(config, skip_none=False, skip_validation=True)
 
 
 def _with_config_of_run(args: list[str]) -> list[str]:

@@ -8,7 +8,7 @@ import torch
 from project.cli import CLI
 
 ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs").rglob("*.yaml"))
+CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "tune")
 WHOLE = [path for path in CONFIGS if path.parts[1] not in ("debug", "callbacks", "compression")]
 
 

@@ -73,6 +73,7 @@ def hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, Plai
     values["max_epochs"] = trainer.max_epochs
     values["precision"] = str(trainer.precision)
     values["seed"] = int(os.environ.get("PL_GLOBAL_SEED", 0))
+    values |= getattr(trainer, "searched", {})
     return {name: value for name, value in values.items() if value is not None}
 
 

@@ -1,0 +1,1 @@
+"""Hyperparameter search: the space, the storage, the trials, the report. The searching is Optuna's."""

@@ -1,0 +1,158 @@
+"""Two quick looks before a search: at which rates the loss falls, and how large a batch the memory takes. Both are
+Lightning's tuners.
+
+Rates: Smith 2017, Cyclical learning rates for training neural networks (arXiv:1506.01186, sec. 3.3): the rate rises
+step by step in one short run; proposed is the one at which the loss falls most steeply. All parameters get this one
+rate. Lightning 2.6 smooths over 50 of 100 steps, halves the first losses (its correction counts a step too many) and
+takes the slope over rates instead of their logarithms, so that on digits it proposed 0.00126 where 0.0912 is the
+steepest (`project find_lr --config configs/digits.yaml`): the losses are taken back from it and looked at here.
+"""
+
+import itertools
+import logging
+import math
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.tuner import Tuner
+
+from project.paths import write_whole
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+
+def find_lr(
+    trainer: pl.Trainer, model: Any, datamodule: Any, folder: Path, *, min_lr: float, max_lr: float, num_steps: int
+) -> float:
+    """The proposed value of the optimizer's ``lr``, and a picture of the loss over the rates in ``folder``.
+
+    Raises:
+        ValueError: for a range that is none, or when the loss falls nowhere in it.
+    """
+    if not 0 < min_lr < max_lr:
+        raise ValueError(f"min_lr is {min_lr} and max_lr {max_lr}: give 0 < min_lr < max_lr.")
+    if num_steps < 20:
+        raise ValueError(f"num_steps is {num_steps}, but the loss of a few steps is noise: give 20 or more.")
+    with tempfile.TemporaryDirectory() as scratch:
+        tuner = Tuner(_plain(trainer, scratch))
+        options: dict[str, Any] = {"min_lr": min_lr, "max_lr": max_lr, "num_training": num_steps}
+        finder = tuner.lr_find(model, datamodule=datamodule, update_attr=False, **options)
+        scale = model._lr_scale() if model.base_batch_size else 1.0
+    assert finder is not None
+    rates, losses = finder.results["lr"], smooth(unsmoothed(finder.results["loss"]))
+    rate = steepest(rates, losses)
+    path = folder / "learning_rate.png"
+    figure = plot_rates(rates, losses, rate)
+    write_whole(path, lambda part: figure.savefig(part, dpi=110))
+    log.info("picture        %s", path)
+    log.info("learning rate  %.3g, where the loss falls most steeply", rate)
+    log.info("take it        --model.optimizer.init_args.lr %.3g", rate / scale)
+    return rate / scale
+
+
+def unsmoothed(losses: list[float], beta: float = 0.98) -> list[float]:
+    """The losses before Lightning's moving average."""
+    sums = [0.0, *(loss * (1 - beta ** (step + 2)) for step, loss in enumerate(losses))]
+    return [(new - beta * old) / (1 - beta) for old, new in itertools.pairwise(sums)]
+
+
+def smooth(losses: list[float], beta: float = 0.9) -> list[float]:
+    """The moving average over about ``1 / (1 - beta)`` steps, corrected for its beginning at 0."""
+    average, smoothed = 0.0, []
+    for step, loss in enumerate(losses, 1):
+        average = beta * average + (1 - beta) * loss
+        smoothed.append(average / (1 - beta**step))
+    return smoothed
+
+
+def steepest(rates: list[float], losses: list[float], skip: int = 10) -> float:
+    """The rate at which the loss falls most over the logarithm of the rate, after the first noisy steps.
+
+    Raises:
+        ValueError: when there are too few steps, or it falls nowhere.
+    """
+    pairs = [(math.log(rate), loss) for rate, loss in zip(rates, losses, strict=False) if math.isfinite(loss)][skip:]
+    if len(pairs) < 3:
+        raise ValueError(f"the loss grows within {len(losses)} steps: lower min_lr.")
+    x, y = torch.tensor(pairs, dtype=torch.float64).T
+    slopes = torch.gradient(y, spacing=(x,))[0]
+    if slopes.min() >= 0:
+        raise ValueError(
+            f"the loss falls nowhere from {rates[0]:.3g} to {rates[-1]:.3g}: lower min_lr, or take more steps."
+        )
+    return math.exp(float(x[slopes.argmin()]))
+
+
+def find_batch_size(
+    trainer: pl.Trainer,
+    model: Any,
+    datamodule: Any,
+    *,
+    mode: Literal["power", "binsearch"],
+    first: int,
+    largest: int | None,
+) -> int:
+    """The largest batch that fits into memory, at most the training set; a processor's memory is seldom the limit.
+
+    Raises:
+        ValueError: for a first size beyond the largest.
+    """
+    datamodule.setup("fit")
+    most = len(datamodule.train_data)
+    largest = most if largest is None else min(largest, most)
+    if not 0 < first <= largest:
+        raise ValueError(f"first is {first}: give a batch size from 1 to {largest}.")
+    with tempfile.TemporaryDirectory() as scratch:
+        tuner = Tuner(_plain(trainer, scratch))
+        options: dict[str, Any] = {"mode": mode, "init_val": first, "max_val": largest}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")  # the step too far
+            size = tuner.scale_batch_size(model, datamodule=datamodule, **options)
+    assert size is not None
+    size = min(size, largest)  # Lightning 2.6 goes one step too far
+    log.info("batch size     %d of at most %d", size, largest)
+    log.info("take it        --data.init_args.batch_size %d", size)
+    return size
+
+
+def plot_rates(rates: list[float], losses: list[float], proposed: float) -> "Figure":
+    """The loss over the rates, up to where it has doubled from its lowest."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.6), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(rates, losses, linewidth=1.5)
+    axes.axvline(proposed, color="#D55E00", linewidth=1.2, label=f"steepest: {proposed:.3g}")
+    axes.set_xscale("log")
+    low = min(losses)
+    axes.set_ylim(low - 0.1 * abs(low), max(2 * low, losses[0] * 1.2))
+    axes.set(xlabel="learning rate", ylabel="training loss, smoothed")
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    return figure
+
+
+def _plain(trainer: pl.Trainer, scratch: str) -> pl.Trainer:
+    """A trainer on the same device in the same precision that keeps nothing."""
+    return pl.Trainer(
+        accelerator=trainer.accelerator,
+        devices=1,
+        precision=trainer.precision,
+        max_epochs=trainer.max_epochs,
+        accumulate_grad_batches=trainer.accumulate_grad_batches,
+        gradient_clip_val=trainer.gradient_clip_val,
+        gradient_clip_algorithm=trainer.gradient_clip_algorithm,
+        num_sanity_val_steps=0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=scratch,
+    )

@@ -1,0 +1,109 @@
+"""One trial: an ordinary run of the configuration with the trial's values, in this process, as ``project fit`` does."""
+
+import gc
+import logging
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import deepcopy
+from typing import Any
+
+import optuna
+import torch
+
+from project.callbacks.report_trial import ReportTrial
+from project.callbacks.summary import read_summary
+from project.cli import CLI
+from project.metrics import count_macs, count_parameters, parameter_bytes
+from project.metrics.report import read_report
+from project.parser import one_sentence
+from project.paths import Run
+from project.tuning.plan import Plan
+
+
+def run_trial(trial: optuna.Trial, plan: Plan) -> list[float]:
+    """Train the trial's point with each seed; the objectives, as means over the seeds.
+
+    Raises:
+        optuna.TrialPruned: when the pruner stops it.
+        ValueError: when the point cannot be trained.
+    """
+    params = plan.space.suggest(trial)
+    config = plan.space.apply(plan.base, params)
+    results, runs = [], []
+    for number in range(plan.seeds):
+        seed = int(config["seed_everything"] or 0) + number
+        reporter = ReportTrial(trial if number == 0 else None, plan.objectives[0], plan.pruner != "none")
+        run, result = train(trial_config(config, plan, seed), reporter, plan, params)
+        results.append(result)
+        runs.append(str(run.folder))
+        trial.set_user_attr("runs", runs)
+        if reporter.pruned:
+            raise optuna.TrialPruned
+    trial.set_user_attr("by_seed", results)
+    trial.set_user_attr("threads", torch.get_num_threads())
+    return [statistics.fmean(values) for values in zip(*results, strict=True)]
+
+
+def trial_config(config: Mapping[str, Any], plan: Plan, seed: int) -> dict[str, Any]:
+    """The configuration of one run of a trial; it trains as that in the study's best.yaml does."""
+    own = {"experiment": plan.study, "test_after_fit": False, "enable_progress_bar": False}
+    return {**config, "seed_everything": seed, "trainer": {**config["trainer"], **own}}
+
+
+def train(config: dict[str, Any], reporter: ReportTrial, plan: Plan, params: dict[str, Any]) -> tuple[Run, list[float]]:
+    """One run, and what the objectives came to."""
+    with quiet():
+        cli = build(config)
+        trainer, model = cli.trainer, cli.model
+        trainer.searched = {key: str(value) if value is None else value for key, value in params.items()}  # type: ignore[attr-defined]
+        trainer.callbacks.append(reporter)  # type: ignore[attr-defined]
+        try:
+            trainer.fit(model, datamodule=cli.datamodule)
+            run: Run = trainer.run  # type: ignore[attr-defined]
+            known = {**{name: value.item() for name, value in trainer.callback_metrics.items()}, **reporter.best}
+            known |= {name: value for name, value in read_summary(run.summary).items() if name.endswith("_seconds")}
+            known |= _costs(model, run, plan)
+            return run, [float(known[name]) for name in plan.objectives]
+        finally:
+            del cli, trainer, model  # before the next trial's net is made
+            gc.collect()
+
+
+def build(config: dict[str, Any]) -> CLI:
+    """Classifier, data module and trainer of a configuration.
+
+    Raises:
+        ValueError: when the parser refuses it.
+    """
+    try:
+        return CLI(deepcopy(config), run=False)  # the parser writes into what it gets
+    except SystemExit:
+        raise ValueError("the configuration of this trial is refused: see the line above.") from None
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the log lines of a single run: a study has its own."""
+    logger = logging.getLogger("project")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def sentence(error: BaseException) -> str:
+    """An exception in one line."""
+    return one_sentence(str(error)) or type(error).__name__
+
+
+def _costs(model: Any, run: Run, plan: Plan) -> dict[str, float]:
+    costs: dict[str, float] = {"num_parameters": count_parameters(model.net), "bytes": parameter_bytes(model.net)}
+    if run.report.is_file():  # after a compression: of the file that it wrote
+        rows = [row for row in read_report(run.report) if row.file_bytes]
+        costs |= {"bytes": rows[-1].file_bytes or 0} if rows else {}
+    if "macs" in plan.objectives:
+        costs["macs"] = count_macs(model.net, model.image_shape)
+    return costs

@@ -1,0 +1,127 @@
+"""The work on a study: every trial exactly once, however many processes and machines take part and whichever die.
+
+A study is a queue of tickets. Whoever opens it puts in the tickets that are not there yet; a worker takes one, which
+the storage gives to one process alone, and trains it. A ticket whose process has died (its heartbeat stops) goes back
+with the same values. A grid's points are the tickets' values; for the other samplers tickets are blank. Optuna's own
+loop (``Study.optimize``) counts trials in each process for itself: several workers end with too many, a grid has
+points twice, and a trial lost to a kill is retried in databases alone.
+"""
+
+import logging
+import multiprocessing
+import time
+import warnings
+from collections import defaultdict
+
+import optuna
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages import fail_stale_trials
+from optuna.storages._heartbeat import BaseHeartbeat, get_heartbeat_thread
+from optuna.trial import FrozenTrial, TrialState
+
+from project.tuning.plan import Plan
+from project.tuning.progress import FINISHED, say_trial
+from project.tuning.storage import open_storage
+from project.tuning.trial import run_trial, sentence
+
+log = logging.getLogger(__name__)
+
+MAX_LOSSES = 4
+"""Times that a ticket may kill its process before it is given up."""
+
+
+def open_study(plan: Plan) -> optuna.Study:
+    """The study, made if it is not there."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    return optuna.create_study(
+        storage=open_storage(plan.storage, plan.heartbeat_s),
+        study_name=plan.study,
+        directions=plan.directions,
+        sampler=plan.make_sampler(),
+        pruner=plan.make_pruner(),
+        load_if_exists=True,
+    )
+
+
+def fill(study: optuna.Study, plan: Plan) -> int:
+    """Put each ticket in that has no trial yet, or only lost ones; how many.
+
+    Two processes that do so at the same moment make doubles, which :func:`take` drops.
+    """
+    tries: dict[int, list[FrozenTrial]] = defaultdict(list)
+    for trial in study.get_trials(deepcopy=False):
+        tries[trial.user_attrs.get("ticket", -1)].append(trial)
+    num_filled = 0
+    for ticket, params in enumerate(plan.points):
+        lost = [trial for trial in tries[ticket] if "double" not in trial.user_attrs]
+        if any(trial.state != TrialState.FAIL for trial in lost) or len(lost) >= MAX_LOSSES:
+            continue
+        study.enqueue_trial(lost[-1].params if lost else params, user_attrs={"ticket": ticket})
+        num_filled += 1
+    return num_filled
+
+
+def take(study: optuna.Study) -> optuna.Trial | None:
+    """A waiting trial that now is this process's, with its first heartbeat; ``None`` when none waits."""
+    storage = study._storage
+    assert isinstance(storage, BaseHeartbeat)
+    for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
+        storage.record_heartbeat(waiting._trial_id)  # before it runs: without one, it could never be missed
+        try:
+            if not storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
+                continue
+        except UpdateFinishedTrialError:
+            continue
+        if not _is_double(study, waiting):
+            return optuna.Trial(study, waiting._trial_id)
+        storage.set_trial_user_attr(waiting._trial_id, "double", True)
+        storage.set_trial_state_values(waiting._trial_id, state=TrialState.FAIL)
+    return None
+
+
+def work(plan: Plan) -> None:
+    """Train trials until none is left anywhere, or the time is up; one that is interrupted is given back."""
+    warnings.simplefilter("ignore", ExperimentalWarning)
+    study = open_study(plan)
+    parent = multiprocessing.parent_process()
+    while (plan.deadline is None or time.time() < plan.deadline) and (parent is None or parent.is_alive()):
+        fail_stale_trials(study)
+        trial = take(study)
+        if trial is not None:
+            attempt(study, trial, plan)
+        elif not fill(study, plan):
+            if not study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+                return
+            time.sleep(1)  # another process may yet die and leave its trial
+
+
+def attempt(study: optuna.Study, trial: optuna.Trial, plan: Plan) -> None:
+    """Train one trial and tell the study.
+
+    A point that cannot be trained (its loss is no number, a batch larger than the data, no memory) counts as the worst:
+    samplers learn to avoid it.
+    """
+    values, state = None, TrialState.FAIL
+    try:
+        with get_heartbeat_thread(trial._trial_id, study._storage):
+            values, state = run_trial(trial, plan), TrialState.COMPLETE
+    except optuna.TrialPruned:
+        state = TrialState.PRUNED
+    except UpdateFinishedTrialError:
+        log.warning("trial %d is dropped: this process stood still and another has taken it over", trial.number)
+    except (ValueError, RuntimeError) as error:
+        trial.set_user_attr("error", sentence(error))
+        state = TrialState.PRUNED
+    finally:
+        told = study.tell(trial, values, state, skip_if_finished=True)
+    if state in FINISHED and told.state == state:
+        say_trial(study, told, plan)
+
+
+def _is_double(study: optuna.Study, trial: FrozenTrial) -> bool:
+    """Whether an earlier trial has the ticket already."""
+    ticket = trial.user_attrs.get("ticket")
+    return any(
+        other.number < trial.number and other.user_attrs.get("ticket") == ticket and other.state != TrialState.FAIL
+        for other in study.get_trials(deepcopy=False)
+    )

@@ -1,0 +1,68 @@
+"""The queue of a study: a ticket goes to one worker, doubles are dropped, lost ones come back a few times."""
+
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+from optuna.exceptions import ExperimentalWarning
+from optuna.storages import fail_stale_trials
+from optuna.trial import TrialState
+
+from project.tuning.plan import Plan
+from project.tuning.work import MAX_LOSSES, fill, open_study, take
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan(
+        base={},
+        spec={"a": [1, 2, 3]},
+        objectives=("val/accuracy",),
+        sampler="grid",
+        pruner="none",
+        trials=None,
+        seeds=1,
+        study="s",
+        storage=str(tmp_path / "study.journal"),
+        search_seed=0,
+        heartbeat_s=1,
+        deadline=None,
+    )
+
+
+def test_two_workers_share_the_tickets(plan):
+    one, other = open_study(plan), open_study(plan)
+    assert fill(one, plan) == 3 and fill(other, plan) == 0
+    taken = [take(study) for study in (one, other, one, other)]
+    points = [plan.space.suggest(trial)["a"] for trial in taken if trial is not None]
+    assert sorted(points) == [1, 2, 3] and taken[3] is None
+
+
+def test_a_ticket_that_two_commands_put_in_at_once_is_run_once(plan):
+    study = open_study(plan)
+    for ticket in (0, 0, 1):
+        study.enqueue_trial({"a": ticket + 1}, user_attrs={"ticket": ticket})
+    taken = [take(study), take(study), take(study)]
+    assert [trial.number for trial in taken if trial is not None] == [0, 2]
+    assert [trial.user_attrs.get("double") for trial in study.trials] == [None, True, None]
+    assert fill(study, plan) == 1, "a double is no loss, and the third ticket was not there"
+
+
+def test_a_silent_trial_is_lost_and_comes_back_until_it_has_killed_too_often(plan):
+    study = open_study(plan)
+    alive = Path(f"{plan.storage}.alive")
+    fill(study, plan)
+    for attempt in range(1, MAX_LOSSES + 1):
+        trial = next(one for one in iter(lambda: take(study), None) if one.user_attrs["ticket"] == 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            fail_stale_trials(study)
+            assert study.trials[trial.number].state == TrialState.RUNNING, "it has just been heard of"
+            beat = (alive / str(trial._trial_id)).stat().st_mtime
+            os.utime(alive / str(trial._trial_id), (beat - 5, beat - 5))
+            fail_stale_trials(study)
+        assert study.trials[trial.number].state == TrialState.FAIL
+        study.tell(trial, 0.5, state=TrialState.COMPLETE, skip_if_finished=True)  # it was alive after all
+        assert study.trials[trial.number].state == TrialState.FAIL, "its result is dropped"
+        assert fill(study, plan) == (attempt < MAX_LOSSES)
