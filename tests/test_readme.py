@@ -24,6 +24,7 @@ def test_the_readme_shows_the_main_job():
     assert len(COMMANDS) >= 8
 
 
+@pytest.mark.slow
 def test_every_command_runs(command, logs, tmp_path, monkeypatch):
     """In the README's order, so that ``--run logs/digits`` finds what ``fit`` has left."""
     from PIL import Image
@@ -35,7 +36,9 @@ def test_every_command_runs(command, logs, tmp_path, monkeypatch):
         args = shlex.split(line)[1:]
         small = SMALL if args[0] == "fit" and "--help" not in args else []
         small = SMALL_BENCHMARK if args[0] == "benchmark" else small
-        if "int8.yaml" in line:
+        small = [*SMALL, "--trials=1"] if args[0] == "tune" else small
+        small = ["--num_steps=20"] if args[0] == "find_lr" else small
+        if "int8.yaml" in line or "weight_sharing" in line:
             small = [*small, "--trainer.callbacks.latency=false"]
         if "pruning" in line:
             schedule = "--trainer.callbacks.schedule.init_args"
