@@ -16,8 +16,11 @@ from torch import Tensor
 from project.metrics.engines import Engine
 
 PAUSE_S = 0.02
-"""Rest before each timed call when there are several threads: those of the engine before spin for a while (OpenMP's
+"""Rest before an engine's turn when there are several threads: those of the engine before spin for a while (OpenMP's
 for milliseconds), and would take the cores from the next one."""
+SETTLE_S = 0.04
+"""Then untimed calls for so long: threads that wake up on one core are moved apart only after milliseconds. With two
+threads, ONNX Runtime's int8 took 3.8 or 11 ms for a batch after the rest and a single call, and 3.7 ms when settled."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,8 @@ def measure(
 ) -> dict[tuple[str, int], Latency]:
     """Time every engine at every batch size, in interleaved rounds.
 
-    Each timed call follows an untimed one of the same engine and batch size, since another has used the caches last.
+    Each timed call follows an untimed one of the same engine and batch size, since another has used the caches last;
+    with several threads it follows untimed ones for :data:`SETTLE_S`.
 
     Args:
         engines: by name, of one net or of several to compare.
@@ -107,6 +111,9 @@ def best(latencies: Mapping[tuple[str, int], Latency]) -> dict[int, str]:
 def _time_ms(engine: Engine, images: Tensor) -> float:
     if torch.get_num_threads() > 1:
         time.sleep(PAUSE_S)
+        settled = time.perf_counter() + SETTLE_S
+        while time.perf_counter() < settled:
+            engine(images)
     engine(images)
     start = time.perf_counter()
     engine(images)
