@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import torch
 import yaml
+from scipy.stats import binomtest
 from torch import Tensor
 
 from project.cli import CLI
@@ -83,11 +84,24 @@ def quantize_nncf(source: Path, target: Path, calibration: np.ndarray) -> None:
     onnx.save(nncf.quantize(onnx.load(source), data, subset_size=len(calibration)), target)
 
 
-def accuracy(engine: Engine, images: Tensor, labels: Tensor) -> float:
-    right = sum(
-        int((engine(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True)
-    )
-    return 100 * right / len(labels)
+def right_answers(engine: Engine, images: Tensor, labels: Tensor) -> Tensor:
+    """Of each image ``[N]``: whether its class is found."""
+    return torch.cat([engine(x).argmax(1) for x in images.split(500)]) == labels
+
+
+def compare_pairs(right: dict[str, list[Tensor]]) -> None:
+    """Of every maker against NNCF in the same engine: McNemar's exact test on the images that only one gets right."""
+    print("| file | engine | right where NNCF is wrong | wrong where NNCF is right | p |")  # noqa: T201
+    print("| --- | --- | ---: | ---: | ---: |")  # noqa: T201
+    for name, answers in right.items():
+        maker, _, engine = name.partition(" | ")
+        other = right.get(f"NNCF | {engine}")
+        if other is None or maker == "NNCF":
+            continue
+        ours, theirs = torch.cat(answers), torch.cat(other)
+        better, worse = int((ours & ~theirs).sum()), int((theirs & ~ours).sum())
+        p = binomtest(better, better + worse).pvalue if better + worse else 1.0
+        print(f"| {maker} | {engine} | {better} | {worse} | {p:.2f} |")  # noqa: T201
 
 
 def load(run: Run) -> tuple[torch.nn.Module, ImageDataModule]:
@@ -107,7 +121,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
-    found: dict[str, list[float]] = {}
+    right: dict[str, list[Tensor]] = {}
     times: dict[tuple[str, int], list[float]] = {}
     sizes: dict[str, int] = {}
     for folder in args.runs:
@@ -124,18 +138,20 @@ def main() -> None:
                 engines |= {f"{name} | OpenVINO": openvino_engine(path) for name, path in files.items()}
             sizes |= {name: path.stat().st_size for name, path in files.items()}
             for name, engine in engines.items():
-                found.setdefault(name, []).append(accuracy(engine, images, labels))
+                right.setdefault(name, []).append(right_answers(engine, images, labels))
             for slot, latency in measure(engines, data.image_shape, rounds=args.rounds).items():
                 times.setdefault(slot, []).append(latency.median_ms)
     print(f"{len(args.runs)} runs, {args.images} calibration images, {torch.get_num_threads()} threads")  # noqa: T201
     print("| file | engine | test accuracy, % | each | bytes | ms, batch 1 | ms, batch 64 |")  # noqa: T201
     print("| --- | --- | ---: | --- | ---: | ---: | ---: |")  # noqa: T201
-    for name, values in found.items():
+    for name, answers in right.items():
+        values = [100 * float(each.double().mean()) for each in answers]
         each = " ".join(f"{value:.2f}" for value in values)
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
         one, many = (statistics.median(times[name, batch]) for batch in (1, 64))
         size = sizes[name.partition(" | ")[0]]
         print(f"| {name} | {statistics.mean(values):.3f}{spread} | {each} | {size:,} | {one:.3f} | {many:.2f} |")  # noqa: T201
+    compare_pairs(right)
 
 
 if __name__ == "__main__":
