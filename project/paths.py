@@ -126,6 +126,11 @@ class Run:
     def best_checkpoint(self) -> Path:
         return self.checkpoints / "best.ckpt"
 
+    @property
+    def best_or_last(self) -> Path:
+        """The best checkpoint where there is one, else the last, which may be missing too."""
+        return self.best_checkpoint if self.best_checkpoint.is_file() else self.last_checkpoint
+
     def weights(self, argument: str = "run") -> Path:
         """The best checkpoint, else the last.
 
@@ -135,8 +140,8 @@ class Run:
         Raises:
             ValueError: when there is neither.
         """
-        path = next((path for path in (self.best_checkpoint, self.last_checkpoint) if path.is_file()), None)
-        if path is None:
+        path = self.best_or_last
+        if not path.is_file():
             raise ValueError(
                 f"{argument} is {str(self.folder)!r}, but that run has no checkpoint: train it with `project fit`, or "
                 "name another run."

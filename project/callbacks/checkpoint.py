@@ -78,7 +78,7 @@ def keep_best_as(run: Run, level: int) -> None:
     """Copy the best checkpoint, else the last, to a level's name, once: a resumed run may already have begun the next
     level.
     """
-    source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
+    source = run.best_or_last
     kept = run.level_checkpoint(level)
     if source.is_file() and not kept.is_file():
         write_whole(kept, lambda part: shutil.copyfile(source, part))

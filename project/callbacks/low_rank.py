@@ -99,7 +99,7 @@ class LowRank(Callback):
         if run is None or not self.begun or trainer.current_epoch < (trainer.max_epochs or 0):
             return
         dense, kept = run.level_checkpoint(0), run.level_checkpoint(1)
-        source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
+        source = run.best_or_last
         if not source.is_file():
             return
         write_whole(kept, lambda part: shutil.copyfile(source, part))
@@ -138,7 +138,7 @@ def _keep_dense(trainer: Trainer) -> None:
     run = run_of(trainer)
     if run is None or run.level_checkpoint(0).is_file() or not trainer.checkpoint_callbacks:
         return
-    source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
+    source = run.best_or_last
     if source.is_file():
         write_whole(run.level_checkpoint(0), lambda part: shutil.copyfile(source, part))
     else:

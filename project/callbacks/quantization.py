@@ -60,7 +60,7 @@ class PostTrainingQuantization(Callback):
         run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
         if run is None or trainer.current_epoch < (trainer.max_epochs or 0):
             return  # fast_dev_run, or a run that is to be resumed
-        source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
+        source = run.best_or_last
         if not source.is_file():
             log.warning("there is no checkpoint to quantize: switch trainer.enable_checkpointing on")
             return

@@ -220,7 +220,7 @@ class TernaryWeights(Callback):
 
     def _finish(self, module: Classifier, run: Run) -> None:
         """The best checkpoint with rounded weights, by the values that were learned with them; once."""
-        source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
+        source = run.best_or_last
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
         if _FINISHED in checkpoint:
             return

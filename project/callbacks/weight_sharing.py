@@ -269,7 +269,7 @@ class WeightSharing(Callback):
 
     def _finish(self, trainer: Trainer, module: Classifier, run: Run) -> None:
         """The best checkpoint as a file of shared values alone; once, since folded statistics are gone."""
-        source = run.best_checkpoint if run.best_checkpoint.is_file() else run.last_checkpoint
+        source = run.best_or_last
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
         if _FINISHED in checkpoint:
             return
