@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from project.callbacks.compression_report import Step, add_file_row, report_steps
 from project.callbacks.low_rank import LowRank
-from project.callbacks.places import run_of
+from project.callbacks.places import is_complete, run_of
 from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.quantization import PostTrainingQuantization
 from project.callbacks.ternary import TernaryWeights
@@ -63,7 +63,7 @@ class Packing(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
-        if run is None or trainer.current_epoch < (trainer.max_epochs or 0):
+        if run is None or not is_complete(trainer):
             return  # fast_dev_run, or a run that is to be resumed
         source = run.best_or_last
         if not source.is_file():

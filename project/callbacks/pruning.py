@@ -386,12 +386,6 @@ def _emas(trainer: Trainer) -> list[EMA]:
     return [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
 
 
-def _forget_best(trainer: Trainer) -> None:
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, BestAndLast):
-            callback.forget_best()
-
-
 def _seed(trainer: Trainer) -> int:
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data.run_seed if isinstance(data, ImageDataModule) else 0

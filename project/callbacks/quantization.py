@@ -11,8 +11,9 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from project.callbacks.checkpoint import forget_best
 from project.callbacks.compression_report import Step, accuracy, add_file_row, report_steps
-from project.callbacks.places import run_of
+from project.callbacks.places import is_complete, run_of
 from project.compression.fake_quantization import FakeQuantization
 from project.compression.quantization import Quantizer
 from project.data import ImageDataModule
@@ -58,7 +59,7 @@ class PostTrainingQuantization(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
-        if run is None or trainer.current_epoch < (trainer.max_epochs or 0):
+        if run is None or not is_complete(trainer):
             return  # fast_dev_run, or a run that is to be resumed
         source = run.best_or_last
         if not source.is_file():
@@ -87,10 +88,11 @@ class PostTrainingQuantization(Callback):
             points = 100 * (wanted - reached)
             if more >= len(exported.layers) // 2:
                 log.warning(
-                    "int8 loses %.2f points on the validation images, more than max_drop %g: fine-tune with "
-                    "project.callbacks.QuantizationAwareTraining before it",
+                    "int8 loses %.2f points on the validation images, more than max_drop %g: fine-tune it with "
+                    "project.callbacks.QuantizationAwareTraining, as in configs/compression/qat.yaml, --ckpt_path %s",
                     points,
                     self.max_drop,
+                    source,
                 )
                 return exported
             log.info("int8 loses %.2f points on the validation images: %d layers stay fp32", points, more)
@@ -98,46 +100,58 @@ class PostTrainingQuantization(Callback):
 
 
 class QuantizationAwareTraining(Callback):
-    """Trains the last epochs with weights and activations rounded to eight bits, so that the net gets used to it.
+    """Trains the last epochs with weights and activations rounded to few bits, so that the net gets used to it.
 
-    Structure, checkpoints and keys stay those of the plain net: the rounding is in the forward pass of training alone,
-    and validation measures the net without it. :class:`PostTrainingQuantization` after it writes the file.
+    Structure, checkpoints and keys stay those of the plain net: the rounding is in the forward pass alone, of training
+    and, once ranges are known, of validation, so that ``best.ckpt`` is the best net of these epochs as it will be
+    rounded. :class:`PostTrainingQuantization` after it writes the file, with a quantizer of as many bits. A fit that
+    begins with a trained net (``--ckpt_path`` its ``best.ckpt``) and a larger ``trainer.max_epochs`` goes on in the
+    schedule.
 
     Args:
-        begin_epoch: the first epoch, from 0, that rounds; fine-tuning begins well after half of the training.
-        weight_bits: 8 or fewer.
-        activations: round the layers' inputs too.
+        begin_epoch: the first epoch, from 0, that rounds, well after half of the training; null rounds from the fit's
+            first one on, for a trained net.
+        weight_bits: 2 to 8.
+        activations: round the layers' inputs too, to eight bits.
+
+    Raises:
+        ValueError: for numbers out of their range.
     """
 
-    def __init__(self, begin_epoch: int, weight_bits: int = 8, activations: bool = True) -> None:
-        if begin_epoch < 0:
-            raise ValueError(f"begin_epoch is {begin_epoch}: choose 0 or more.")
+    def __init__(self, begin_epoch: int | None = None, weight_bits: int = 8, activations: bool = True) -> None:
+        if begin_epoch is not None and begin_epoch < 0:
+            raise ValueError(f"begin_epoch is {begin_epoch}: choose 0 or more, or null.")
         self.begin_epoch = begin_epoch
         self.fake = FakeQuantization(num_bits=weight_bits, activations=activations)
+        self.begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.max_epochs is not None and 0 < trainer.max_epochs <= self.begin_epoch:
+        if stage != "fit":
+            return
+        self.begun = False
+        if trainer.max_epochs is not None and 0 < trainer.max_epochs <= (self.begin_epoch or 0):
             raise ValueError(
                 f"begin_epoch is {self.begin_epoch}, but training ends after {trainer.max_epochs} epochs: begin before."
             )
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Before each batch, since a validation amid an epoch takes the rounding out."""
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        if trainer.current_epoch >= self.begin_epoch:
-            self.fake.attach_(pl_module.net)
+        if trainer.current_epoch < (self.begin_epoch or 0):
+            return
+        self.fake.attach_(pl_module.net)
+        if not self.begun:  # else it is a run resumed within its rounded epochs
+            self.begun = True
+            forget_best(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.fake.detach_()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fake.detach_()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.fake.detach_()
 
     def state_dict(self) -> dict[str, object]:
-        return {"ranges": {name: tuple(span) for name, span in self.fake.ranges.items()}}
+        return {"ranges": self.fake.ranges, "begun": self.begun}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        self.fake.ranges = {name: tuple(span) for name, span in state_dict["ranges"].items()}  # type: ignore[attr-defined]
+        self.fake.ranges = dict(state_dict["ranges"])  # type: ignore[call-overload]
+        self.begun = bool(state_dict["begun"])
