@@ -13,7 +13,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from project.callbacks.checkpoint import forget_best
 from project.callbacks.compression_report import Step, accuracy, add_file_row, report_steps
-from project.callbacks.places import is_complete, run_of
+from project.callbacks.deployed_file import DeployedFile
 from project.compression.fake_quantization import FakeQuantization
 from project.compression.quantization import Quantizer
 from project.data import ImageDataModule
@@ -25,7 +25,7 @@ from project.paths import Run
 log = logging.getLogger(__name__)
 
 
-class PostTrainingQuantization(Callback):
+class PostTrainingQuantization(DeployedFile):
     """At the end of a fit writes ``model.onnx`` and ``model_int8.onnx`` of the best checkpoint into the run's folder.
 
     The int8 file's accuracy on validation and test images and its speed, both in ONNX Runtime, are a row of the run's
@@ -48,30 +48,15 @@ class PostTrainingQuantization(Callback):
         self.max_drop = max_drop
         self.latency = latency
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        if not isinstance(pl_module, Classifier):
-            raise ValueError(f"the model is a {type(pl_module).__name__}, but what is quantized is a Classifier's net.")
-        if not isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
-            raise ValueError("quantization calibrates on training images: fit with an ImageDataModule.")
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
-        run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
-        if run is None or not is_complete(trainer):
-            return  # fast_dev_run, or a run that is to be resumed
-        source = run.best_or_last
-        if not source.is_file():
-            log.warning("there is no checkpoint to quantize: switch trainer.enable_checkpointing on")
-            return
-        export_checkpoint(pl_module, data, source, run.model_file("onnx"))
-        exported = self._quantize(run, pl_module, data, source)
+    def write(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        export_checkpoint(module, data, source, run.model_file("onnx"))
+        exported = self._quantize(run, module, data, source)
         if not run.report.is_file():
-            report_steps(trainer, pl_module, [Step("dense", source)], measured=["dense"] if self.latency else [])
+            report_steps(trainer, module, [Step("dense", source)], measured=["dense"] if self.latency else [])
         kept = sum(layer.num_bits == 32 for layer in exported.layers)
         name = f"int8, {kept} layers fp32" if kept else "int8"
-        add_file_row(trainer, pl_module, Step(name, source), ModelFile(exported.path), latency=self.latency)
+        add_file_row(trainer, module, Step(name, source), ModelFile(exported.path), latency=self.latency)
 
     def _quantize(self, run: Run, module: Classifier, data: ImageDataModule, source: Path) -> Exported:
         """Export, with more layers in fp32 as long as too much is lost."""
