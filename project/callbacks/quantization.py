@@ -55,7 +55,8 @@ class PostTrainingQuantization(DeployedFile):
         if not run.report.is_file():
             report_steps(trainer, module, [Step("dense", source)], measured=["dense"] if self.latency else [])
         kept = sum(layer.num_bits == 32 for layer in exported.layers)
-        name = f"int8, {kept} layers fp32" if kept else "int8"
+        name = "int8" if self.quantizer.activations else f"{self.quantizer.weight_bits}-bit weights"
+        name = f"{name}, {kept} layers fp32" if kept else name
         add_file_row(trainer, module, Step(name, source), ModelFile(exported.path), latency=self.latency)
 
     def _quantize(self, run: Run, module: Classifier, data: ImageDataModule, source: Path) -> Exported:

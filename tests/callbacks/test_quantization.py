@@ -92,6 +92,11 @@ def test_a_fit_that_stops_early_is_over_and_one_that_runs_out_of_time_is_not(tmp
     assert out.run.model_file("onnx-int8").is_file() == (ends == "early")
 
 
+def test_weights_alone_are_called_so(tmp_path: Path) -> None:
+    run = fit(tmp_path, int8(quantizer=Quantizer(weight_bits=4, activations=False)), epochs=1).run
+    assert read_report(run.report)[-1].step == "4-bit weights"
+
+
 def test_without_a_checkpoint_nothing_is_written(tmp_path: Path) -> None:
     run = fit(tmp_path, int8(), enable_checkpointing=False).run
     assert not list(run.folder.glob("*.onnx")) and not run.report.exists()
