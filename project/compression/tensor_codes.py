@@ -185,7 +185,7 @@ def _has_pairs(shape: tuple[int, int, int], values: Array, num_distinct: int) ->
 
 
 def _code_pairs(coder: Coder, shape: tuple[int, int, int], values: Array | None) -> Array:
-    """Each row's greater value, its sum with the lesser one (of a binary filter always the same), and which is where."""
+    """Each row's greater value, its sum with the lesser one (the same for all binary filters), and which is where."""
     high = sums = flags = None
     if values is not None:
         rows = values.reshape(shape[0], -1)

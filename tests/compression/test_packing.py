@@ -67,10 +67,10 @@ def test_weights_cost_their_entropy(num_bits: int, sparsity: float) -> None:
 
 
 def low_bit(method: Method) -> tuple[State, list[str]]:
-    """The shipped net with rounded weights, and the names of those."""
+    """The shipped net with rounded weights in every third layer, and the names of those."""
     torch.manual_seed(0)
     net = SmallInception(10, (1, 28, 28))
-    layers = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)][1:-1]
+    layers = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)][1:-1:3]
     rounding = LowBitWeights(method, layers)
     rounding.attach_(net)
     rounding.detach_()
@@ -83,7 +83,7 @@ def low_bit(method: Method) -> tuple[State, list[str]]:
     ("method", "most"), [("bwn", 1.0), ("twn", 1.585), pytest.param("ttq", 1.585, marks=pytest.mark.slow)]
 )
 def test_binary_and_ternary_weights_cost_a_bit_and_a_trit(method: Method, most: float) -> None:
-    """Of a whole net's rounded layers, on average; the scales come on top, one of 24 bits a filter or a layer."""
+    """On average over a net's layers; the scales come on top, one of 24 bits a filter or a layer."""
     state, names = low_bit(method)
     _, chosen = pack({name: state[name] for name in names}, {})
     num = sum(row.num for row in chosen)
