@@ -26,6 +26,7 @@ class XNORNet(TernaryWeights):
     Args:
         begin_epoch: the first epoch, from 0, with signs; at 0 what is made binary is what the fit begins with: random
             weights, or those of ``--ckpt_path``.
+        input_scale: multiply each layer's output by ``K``, the mean size of its inputs in each window (eq. 11).
         include: regular expressions on layer names, searched as in ``re.search``; null is all layers.
         exclude: likewise; null is the stem's first and the last layer.
         report: add a row to ``report.csv`` and ``report.md``.
@@ -37,12 +38,14 @@ class XNORNet(TernaryWeights):
     def __init__(
         self,
         begin_epoch: int = 0,
+        input_scale: bool = False,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         report: bool = True,
     ) -> None:
         super().__init__("bwn", begin_epoch, include=include, exclude=exclude, report=report)
         self.step = "xnor"
+        self.input_scale = input_scale
         self.begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -70,7 +73,7 @@ class XNORNet(TernaryWeights):
         assert isinstance(pl_module, Classifier) and self.low_bit is not None
         inside = {f"{name}.layer" for name, module in pl_module.net.named_modules() if isinstance(module, BinaryInput)}
         if floats := [name for name in self.low_bit.layers if name not in inside]:
-            pl_module.operate_(BinarizeInputs(floats))
+            pl_module.operate_(BinarizeInputs(floats, self.input_scale))
             self.low_bit.layers = [name if name in inside else f"{name}.layer" for name in self.low_bit.layers]
         self.begun = True
         pl_module.phase = self._phase(trainer)

@@ -5,17 +5,21 @@ Rastegari et al. 2016 (arXiv:1603.05279). Section 3.2: a convolution of inputs `
     I * W  ~  (sign(I) (*) sign(W)) . K a,      a = mean |W| of the filter,      K = mean_c |I_c| * k      (eq. 11),
 
 with ``k`` a box filter of the kernel's size, so that ``K`` is the mean of ``|I|`` over each window, all channels. The
-gradient of the sign goes straight through where ``|I| <= 1`` (sec. 3.1, Courbariaux et al. 2016, arXiv:1602.02830);
-that of ``K`` is its own. Section 3.3: norm, sign, convolution, in this order. Here the norm is needed all the more, as
-inputs come out of a ReLU and would all have the sign +: each layer gets a batch norm of its own in front of the sign.
-What stood behind it, a norm and a ReLU, stays. Weights: :func:`project.compression.ternary.binary_weight`.
+gradient of the sign goes straight through where ``|I| <= 1`` (sec. 3.1, Courbariaux et al. 2016, arXiv:1602.02830).
+Section 3.3: norm, sign, convolution, in this order. Here the norm is needed all the more, as inputs come out of a ReLU
+and would all have the sign +: each layer gets a batch norm of its own in front of the sign. What stood behind it, a
+norm and a ReLU, stays. Weights: :func:`project.compression.ternary.binary_weight`.
 
-Deviations: the sign of 0 is +, zero padding stays zero, and the branches of an Inception block, which read one map,
-each have their own norm.
+Without ``input_scale`` there is no ``K``. It matters little, says the paper itself; Bulat & Tzimiropoulos 2019
+(arXiv:1909.13863, XNOR-Net++) do better with learned scales, which the norm behind a layer has for each channel; and on
+the digits it does harm (``configs/compression/xnor.yaml``).
+
+Deviations: the sign of 0 is +, zero padding stays zero, the branches of an Inception block, which read one map, each
+have their own norm, and ``K`` counts as a constant in the gradient, as ``a`` does.
 
 What this saves is the file: a bit a weight. It is not faster: no engine here has a kernel that counts bits (XNOR and
-popcount, 58 times faster on a CPU in the paper's estimate, sec. 4.1), so signs are multiplied as floats, and norm,
-sign and ``K`` come on top. :func:`count_sign_macs` says what such a kernel would take over.
+popcount; the paper expects 58 times on a CPU, sec. 4.1), so signs are multiplied as floats, and norm and sign come on
+top. :func:`count_sign_macs` says what such a kernel would take over.
 """
 
 from dataclasses import dataclass
@@ -46,39 +50,40 @@ def binary_sign(x: Tensor) -> Tensor:
 
 
 class BinaryInput(nn.Module):
-    """A layer that sees the signs of its normed inputs: ``layer(sign(z)) K + bias`` with ``z = norm(x)``.
+    """A layer that sees the signs of its normed inputs: ``layer(sign(norm(x)))``, by ``K`` with ``input_scale``.
 
     Its weights are what they are: :class:`~project.compression.ternary.LowBitWeights` makes them binary, too.
 
     Args:
-        layer: a convolution ``[N, C, H, W]`` or a linear layer ``[N, C]``, which becomes a part of this one; its bias
-            moves here and is added after ``K``.
+        layer: a convolution ``[N, C, H, W]`` or a linear layer ``[N, C]``, which becomes a part of this one.
+        input_scale: multiply by ``K``; the layer's bias moves here, to be added afterwards.
 
     Raises:
-        ValueError: for a convolution whose windows ``K`` can not be told of.
+        ValueError: with ``input_scale``, for a convolution whose windows have no such mean.
     """
 
-    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear, input_scale: bool = False) -> None:
         super().__init__()
-        self.window: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]] | None = None
+        self.input_scale = input_scale
+        self.window = _window(layer) if input_scale and isinstance(layer, nn.Conv2d) else None
         """Of a convolution: kernel's size, stride, padding."""
-        if isinstance(layer, nn.Conv2d):
-            self.window = _window(layer)
-            self.norm: nn.Module = nn.BatchNorm2d(layer.in_channels)
-        else:
-            self.norm = nn.BatchNorm1d(layer.in_features)
+        self.norm: nn.Module = (
+            nn.BatchNorm2d(layer.in_channels) if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d(layer.in_features)
+        )
         self.layer = layer
-        self.bias: Tensor | None = layer.bias
-        layer.bias = None
+        self.bias: Tensor | None = None
+        if input_scale:
+            self.bias, layer.bias = layer.bias, None
         self.norm.to(layer.weight.device)
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:
         z = self.norm(x)
-        y = self.layer(binary_sign(z)) * self.scale(z)
-        if self.bias is None:
+        y = self.layer(binary_sign(z))
+        if not self.input_scale:
             return y
-        return y + (self.bias if self.window is None else self.bias.view(-1, 1, 1))
+        y = y * self.scale(z.detach())
+        return y if self.bias is None else y + self.bias.view(-1, *[1] * (y.dim() - 2))
 
     def scale(self, z: Tensor) -> Tensor:
         """``K``: ``[N, 1, H', W']``, of a linear layer ``[N, 1]``."""
@@ -93,9 +98,11 @@ class BinarizeInputs:
 
     Args:
         layers: names; the weight of ``name`` is ``name.layer.weight`` afterwards.
+        input_scale: of all of them.
     """
 
     layers: list[str]
+    input_scale: bool = False
 
     def apply_(self, net: nn.Module) -> None:
         """Wrap the layers of ``net`` in place.
@@ -112,13 +119,13 @@ class BinarizeInputs:
                     f"{type(net).__name__} has no plain convolution or linear layer {name} with inputs that are no "
                     "signs yet: binarize the net that the plan was made for, and once."
                 )
-            if isinstance(layer, nn.Conv2d):
+            if self.input_scale and isinstance(layer, nn.Conv2d):
                 try:
                     _window(layer)
                 except ValueError as error:
-                    raise ValueError(f"the inputs of {name} can not become signs: {error}: exclude it.") from None
+                    raise ValueError(f"the inputs of {name} have no scale: {error}: exclude it.") from None
         for name in self.layers:
-            net.set_submodule(name, BinaryInput(modules[name]))
+            net.set_submodule(name, BinaryInput(modules[name], self.input_scale))
 
 
 def count_sign_macs(net: nn.Module, image_shape: tuple[int, int, int]) -> int:

@@ -49,7 +49,7 @@ def test_it_learns_and_the_net_that_is_left_is_the_one_that_was_validated(tmp_pa
     assert all(len(row.unique()) <= 2 and len(row.abs().unique()) == 1 for row in rows)
     assert len(weights["conv1.conv.weight"].unique()) > 30 and len(weights["fc.weight"].unique()) > 100
     content = torch.load(outcome.run.best_checkpoint, weights_only=True)
-    assert content["surgeries"] == [{"type": "BinarizeInputs", "layers": ["conv2.conv"]}]
+    assert content["surgeries"] == [{"type": "BinarizeInputs", "layers": ["conv2.conv"], "input_scale": False}]
     fresh = Classifier(TinyNet(), 10, (1, 8, 8))
     net = load_net(fresh, outcome.run.best_checkpoint)
     assert isinstance(net.get_submodule("conv2.conv"), BinaryInput)
@@ -84,11 +84,16 @@ def test_it_begins_where_it_should_with_an_optimizer_of_its_own(tmp_path: Path) 
     ],
 )
 def test_stopped_and_resumed_is_never_stopped(tmp_path: Path, begin: int, stops: tuple[int, ...]) -> None:
-    whole = fit(tmp_path / "whole", XNORNet(begin, report=False), epochs=4)
+    whole = fit(tmp_path / "whole", XNORNet(begin, input_scale=True, report=False), epochs=4)
     run: Run | None = None
     for number, stop in enumerate((*stops, 99)):
         run = fit(
-            tmp_path / "resumed", XNORNet(begin, report=False), StopAfter(stop), epochs=4, seed=number, resume=run
+            tmp_path / "resumed",
+            XNORNet(begin, input_scale=True, report=False),
+            StopAfter(stop),
+            epochs=4,
+            seed=number,
+            resume=run,
         ).run
     assert run is not None
     assert_same_runs(run, whole.run)
