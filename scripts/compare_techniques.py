@@ -13,12 +13,14 @@ and two pictures into the output folder. One thread is used, so that runs can be
 import argparse
 import csv
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -38,12 +40,12 @@ QUIET = "--trainer.callbacks.latency=false"
 DENSE, INT8 = "dense", "int8"
 NOTES = """![accuracy against bytes](techniques_bytes.png) ![accuracy against latency](techniques_latency.png)
 
-Each row is a fragment of configs/compression with the epochs of the table, the dense net's own training. The smallest
-file is `model.packed`, of int8 the ONNX file; how many times it is smaller is over the dense net's fp32 ONNX file.
-Multiply-accumulates count what runs: zeros, shared values and signs are multiplied like any other number. Latencies are
-medians of interleaved rounds, of torch (channels-last) or ONNX Runtime, whichever is the faster; speedups are over the
-dense net's. Pruned, shared, ternary and binary weights buy bytes, not time; so does XNOR-Net, whose norms and signs
-take time on top, as no engine here has a kernel that counts bits.
+Each row is a fragment of configs/compression with the epochs of the table. The smallest file is `model.packed`, of int8
+the ONNX file; how many times it is smaller is over the dense net's fp32 ONNX file. Multiply-accumulates are what runs:
+zeros, shared values and signs are multiplied like any other number. Latencies are medians (5th to 95th percentile) of
+interleaved rounds, of torch (channels-last) or ONNX Runtime, whichever is the faster; speedups are over the dense
+net's. Pruned, shared, ternary and binary weights buy bytes, not time; so does XNOR-Net, whose norms and signs take time
+on top, as no engine here has a kernel that counts bits.
 """
 
 
@@ -125,7 +127,7 @@ def benchmark(runs: dict[str, Run], rounds: int) -> list[dict[str, str]]:
     dense, others = runs[DENSE], [run for run in runs.values() if run != runs[DENSE]]
     path = dense.benchmark("csv")
     lines = read(path)
-    known = all(any(str(run.folder).endswith(line["run"]) for line in lines) for run in runs.values())
+    known = all(any(is_of(line, run) for line in lines) for run in runs.values())
     newest = max(file.stat().st_mtime for run in runs.values() for file in run.model_files)
     if not known or path.stat().st_mtime < newest:
         compare = ["--compare", *(str(run.folder) for run in others)] if others else []
@@ -134,6 +136,11 @@ def benchmark(runs: dict[str, Run], rounds: int) -> list[dict[str, str]]:
         say(f"{dense.folder.parent.name}: {len(runs)} techniques measured")
         lines = read(path)
     return lines
+
+
+def is_of(line: dict[str, str], run: Run) -> bool:
+    """Whether a line is of a run, which it names by the last folders of its path."""
+    return f"/{run.folder.resolve()}".endswith(f"/{line['run']}")
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -145,26 +152,27 @@ def read(path: Path) -> list[dict[str, str]]:
 
 def row_of(name: str, seed: int, run: Run, lines: Sequence[dict[str, str]], val_accuracy: float) -> TechniqueRow:
     """What the benchmark says of a technique: of int8 its file, of the others the checkpoint's net on both engines."""
-    own = [line for line in lines if str(run.folder).endswith(line["run"])]
+    own = [line for line in lines if is_of(line, run)]
     file = run.model_file("onnx-int8").name if name == INT8 else ""
     timed = [line for line in own if line["file"] == file and line["latency_ms_batch64"]]
     first, many = (min(timed, key=lambda line: float(line[f"latency_ms_batch{size}"])) for size in (1, 64))
     onnx = next(line for line in timed if line["engine"] == "onnxruntime")
+    latencies: dict[str, Any] = {}
+    for size, line in ((1, first), (64, many)):
+        names = [f"latency_ms_batch{size}{part}" for part in ("", "_p05", "_p95")] + [f"speedup_batch{size}"]
+        latencies |= {name: float(line[name]) for name in names}
     return TechniqueRow(
-        name,
-        seed,
-        val_accuracy,
-        float(many["test_accuracy"]),
-        int(many["macs"]),
-        int(many["num_parameters"]),
-        int(many["num_nonzero"]),
-        None if file else run.model_file("packed").stat().st_size,
-        int(onnx["file_bytes"]),
-        ", ".join(dict.fromkeys([first["engine"], many["engine"]])),
-        float(first["latency_ms_batch1"]),
-        float(many["latency_ms_batch64"]),
-        float(first["speedup_batch1"]),
-        float(many["speedup_batch64"]),
+        technique=name,
+        seed=seed,
+        val_accuracy=val_accuracy,
+        test_accuracy=float(many["test_accuracy"]),
+        macs=int(many["macs"]),
+        num_parameters=int(many["num_parameters"]),
+        num_nonzero=int(many["num_nonzero"]),
+        packed_bytes=None if file else run.model_file("packed").stat().st_size,
+        onnx_bytes=int(onnx["file_bytes"]),
+        engine=", ".join(dict.fromkeys([first["engine"], many["engine"]])),
+        **latencies,
     )
 
 
@@ -213,8 +221,7 @@ def write(rows: Sequence[TechniqueRow], config: Path, finetune_epochs: int, fold
         name: f"{epochs} epochs" if each.start != DENSE else on.get(name, f"dense, then {finetune_epochs} epochs")
         for name, each in TECHNIQUES.items()
     }
-    seeds = " ".join(map(str, dict.fromkeys(row.seed for row in rows)))
-    command = f"python scripts/compare_techniques.py --config {config} --seeds {seeds}"
+    command = shlex.join(["python", "scripts/compare_techniques.py", *sys.argv[1:]])
     machine = describe_environment()
     versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "onnxruntime"))
     text = f"""# Techniques on one net
