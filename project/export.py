@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from project.compression.packing import PackedTensors
 from project.compression.quantization import QuantizedLayer, Quantizer, quantize
+from project.compression.xnor import BinaryInput
 from project.data import ImageDataModule
 from project.metrics.complexity import count_parameters
 from project.model_file import Metadata, ModelFile
@@ -90,7 +91,7 @@ def export(
     Raises:
         ValueError: when the difference is above the tolerance; no file is left then, and an older one stays.
     """
-    limit = TOLERANCE[format] if tolerance is None else tolerance
+    limit = _tolerance(net, format) if tolerance is None else tolerance
     if not limit >= 0:
         raise ValueError(f"tolerance is {tolerance}, but it is a share of the largest logit: choose 0 or more.")
     net = copy.deepcopy(net).eval().to("cpu", torch.float32)
@@ -221,6 +222,14 @@ def export_onnx(
     model = _to_onnx(net, image_shape)
     _note_(model, metadata or {})
     write_whole(Path(path), partial(_write_onnx, model))
+
+
+def _tolerance(net: nn.Module, format: Format) -> float:
+    """Where inputs are signs, sums in another order may end on the other side of 0, and a logit changes by a percent of
+    the largest or more: such nets are compared as int8 ones are, and int8 ones of them by twice as much.
+    """
+    signs = any(isinstance(module, BinaryInput) for module in net.modules())
+    return TOLERANCE["onnx-int8"] * (1 + (format == "onnx-int8")) if signs else TOLERANCE[format]
 
 
 def _to_onnx(net: nn.Module, image_shape: tuple[int, int, int]) -> "ModelProto":

@@ -18,6 +18,7 @@ from project.callbacks.ternary import TernaryWeights
 from project.callbacks.test_report import TestReport
 from project.callbacks.weight_histograms import WeightHistograms
 from project.callbacks.weight_sharing import WeightSharing
+from project.callbacks.xnor import XNORNet
 
 __all__ = [
     "EMA",
@@ -38,6 +39,7 @@ __all__ = [
     "WeightHistograms",
     "WeightSharing",
     "WriteSummary",
+    "XNORNet",
     "default_callbacks",
     "default_progress_bar",
 ]

@@ -72,6 +72,7 @@ class TernaryWeights(Callback):
                 raise ValueError(f"freeze is {freeze}: give rising shares above 0 that end with 1.")
             Freezing(LowBitWeights(method, ["any"]))
         self.method: Method = method
+        self.step: str = method
         self.begin_epoch, self.freeze = begin_epoch, freeze
         self.include, self.exclude = include, exclude
         self.lr, self.report = lr, report
@@ -159,7 +160,7 @@ class TernaryWeights(Callback):
         self._finish(pl_module, run)
         keep_best_as(run, 1)
         if self.report and isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
-            step = Step(self.method, run.level_checkpoint(1))
+            step = Step(self.step, run.level_checkpoint(1))
             if run.level_checkpoint(0).is_file():
                 report_steps(trainer, pl_module, [Step("dense", run.level_checkpoint(0)), step], measured=[])
             elif run.report.is_file():
@@ -233,7 +234,7 @@ class TernaryWeights(Callback):
             weights = small.state_dict()
             best.write_(weights, prefix="net.")
             small.load_state_dict(weights)
-        finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.method}
+        finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.step}
         write_whole(run.best_checkpoint, lambda part: torch.save(finished, part))
 
 
@@ -244,6 +245,7 @@ def _check_company(trainer: Trainer, own: TernaryWeights) -> None:
         ValueError: for one that makes no sense beside it, or before it.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    name = type(own).__name__
     reasons = {
         IterativeMagnitudePruning: "ternary weights have zeros of their own, and binary ones cannot have any",
         QuantizationAwareTraining: "both round the weights, and eight bits hold two or three values anyway",
@@ -253,10 +255,9 @@ def _check_company(trainer: Trainer, own: TernaryWeights) -> None:
     for callback in callbacks:
         for kind, reason in reasons.items():
             if isinstance(callback, kind):
-                raise ValueError(f"callbacks hold TernaryWeights and {kind.__name__}, but {reason}: leave one out.")
+                raise ValueError(f"callbacks hold {name} and {kind.__name__}, but {reason}: leave one out.")
     for callback in callbacks[: callbacks.index(own)]:
         if isinstance(callback, PostTrainingQuantization):
             raise ValueError(
-                "PostTrainingQuantization stands before TernaryWeights and would quantize the float weights: give it "
-                "after."
+                f"PostTrainingQuantization stands before {name} and would quantize the float weights: give it after."
             )

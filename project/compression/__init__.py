@@ -8,8 +8,10 @@ from project.compression.surgery import Surgery, from_plain, register_surgery, r
 from project.compression.thin_layers import Factorize
 from project.compression.thinning import Thin, Units, plan_thinning, units_of, why_not
 from project.compression.weight_sharing import Codebook, Sharer
+from project.compression.xnor import BinarizeInputs
 
 __all__ = [
+    "BinarizeInputs",
     "Codebook",
     "Factorize",
     "Factorizer",

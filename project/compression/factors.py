@@ -110,7 +110,8 @@ def errors_of(weight: Tensor, kind: Kind, moment: Tensor | None = None) -> Tenso
 
 
 def _exact(weight: Tensor) -> Tensor:
-    return weight.detach().to("cpu", torch.float64)
+    """On the processor; a weight without values, of a net that is built to be loaded, stays without."""
+    return weight.detach().to("meta" if weight.is_meta else "cpu", torch.float64)
 
 
 def _tucker(weight: Tensor, rank_in: int, rank_out: int) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """Tensors as integers, losslessly: fixed point or the narrowest float, zeros apart, few values as a codebook.
 
-Weight sharing and its codebook: Deep Compression, Han et al. 2016 (arXiv:1510.00149, sec. 3). Which of these a tensor
-is stored as is seen from its values, so a net that nobody compressed goes through as well, at about 27 bits a weight.
+Weight sharing and its codebook: Deep Compression, Han et al. 2016 (arXiv:1510.00149, sec. 3). Filters of two values, a
+bit for each weight: XNOR-Net, Rastegari et al. 2016 (arXiv:1603.05279, sec. 3.1). Which of these a tensor is stored as
+is seen from its values, so a net that nobody compressed goes through as well, at about 27 bits a weight.
 Entropy coding is :mod:`project.compression.bitstream`'s, and as there each function both writes and reads.
 """
 
@@ -122,33 +123,42 @@ def _code_array(coder: Coder, shape: tuple[int, int, int], values: Array | None)
         return np.zeros(0, np.int64)
     sparse = None if values is None else np.array([4 * np.count_nonzero(values == 0) > num], np.int64)
     if not coder.uniform(2, 1, sparse)[0]:
-        return _code_values(coder, num, values)
+        return _code_values(coder, shape, values)
     coder.part = "positions"
     flags = code_flags(coder, shape, None if values is None else (values.reshape(shape) != 0).astype(np.int64))
     kept = flags.reshape(-1) != 0
     found = np.zeros(num, np.int64)
     if kept.any():
-        found[kept] = _code_values(coder, int(kept.sum()), None if values is None else values[kept])
+        shape = (1, int(kept.sum()), 1)
+        found[kept] = _code_values(coder, shape, None if values is None else values[kept])
     return found
 
 
-def _code_values(coder: Coder, num: int, values: Array | None) -> Array:
+def _code_values(coder: Coder, shape: tuple[int, int, int], values: Array | None) -> Array:
+    num = math.prod(shape)
     distinct = None if values is None else np.unique(values)
+    if values is not None and distinct is not None and _has_pairs(shape, values, len(distinct)):
+        distinct = distinct[:0]
     if distinct is not None and len(distinct) > min(MAX_ALPHABET, num // 2 + 1):
         layout = 0
         coder.uniform(2, 1, np.array([0]))
     else:
-        layout = coder.choose(2, lambda trial, option: _code_layout(trial, option, num, values, distinct))
-    return _code_layout(coder, layout, num, values, distinct)
+        layout = coder.choose(2, lambda trial, option: _code_layout(trial, option, shape, values, distinct))
+    return _code_layout(coder, layout, shape, values, distinct)
 
 
-def _code_layout(coder: Coder, layout: int, num: int, values: Array | None, distinct: Array | None) -> Array:
-    """As they are (0), or as numbers of a codebook (1)."""
+def _code_layout(
+    coder: Coder, layout: int, shape: tuple[int, int, int], values: Array | None, distinct: Array | None
+) -> Array:
+    """As they are (0), or as numbers of a codebook (1); an empty codebook says that each row has two values."""
+    num = math.prod(shape)
     if layout == 0:
         coder.part = "values"
         return code_integers(coder, num, values)
     coder.part = "codebook"
     codebook = _code_codebook(coder, distinct)
+    if not len(codebook):
+        return _code_pairs(coder, shape, values)
     coder.part = "values"
     symbols = None if values is None else np.searchsorted(codebook, values)
     return codebook[code_symbols(coder, len(codebook), num, symbols)]
@@ -158,11 +168,35 @@ def _code_codebook(coder: Coder, distinct: Array | None) -> Array:
     """Integers that rise: the first, then the steps."""
     steps = None if distinct is None else np.diff(distinct, prepend=0)
     num = code_number(coder, None if steps is None else len(steps))
-    if not 0 < num <= MAX_ALPHABET:
+    if num > MAX_ALPHABET:
         raise ValueError(f"a codebook of {num} values")
+    if not num:
+        return np.zeros(0, np.int64)
     first = code_integers(coder, 1, None if steps is None else steps[:1])
     rest = code_integers(coder, num - 1, None if steps is None else steps[1:])
     return np.cumsum(np.concatenate([first, rest]))
+
+
+def _has_pairs(shape: tuple[int, int, int], values: Array, num_distinct: int) -> bool:
+    """Whether every row has two values at most, and so many that they are worth telling for each."""
+    rows = values.reshape(shape[0], -1)
+    extremes = (rows == rows.min(1, keepdims=True)) | (rows == rows.max(1, keepdims=True))
+    return num_distinct > 4 and rows.shape[1] >= 8 and bool(extremes.all())
+
+
+def _code_pairs(coder: Coder, shape: tuple[int, int, int], values: Array | None) -> Array:
+    """Each row's greater value, its sum with the lesser one (the same for all binary filters), and which is where."""
+    high = sums = flags = None
+    if values is not None:
+        rows = values.reshape(shape[0], -1)
+        high, low = rows.max(1), rows.min(1)
+        sums = np.where(high == low, (high + low)[np.argmin(high == low)], high + low)  # of one value: as the others'
+        flags = (rows == high[:, None]).astype(np.int64).reshape(shape)
+    coder.part = "codebook"
+    high, sums = code_integers(coder, shape[0], high), code_integers(coder, shape[0], sums)
+    coder.part = "values"
+    flags = code_flags(coder, shape, flags)
+    return np.where(flags != 0, high[:, None, None], (sums - high)[:, None, None]).reshape(-1)
 
 
 # -- values as integers -----------------------------------------------------------------------------------------------

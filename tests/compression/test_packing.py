@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 import torch
 from tests_nets import NETS, build, masked_and_thinned
-from torch import Tensor
+from torch import Tensor, nn
 
 from project.compression.packing import Packed, PackedTensors, pack
+from project.compression.ternary import LowBitWeights, Method
+from project.models import SmallInception
 
 State = dict[str, Tensor]
 
@@ -62,6 +64,52 @@ def test_weights_cost_their_entropy(num_bits: int, sparsity: float) -> None:
     header = 40 * 8 + 24 * row.num_distinct  # frame, JSON, a codebook of float16 numbers and how frequent each is
     assert 8 * size <= 1.03 * entropy_bits(weight) + header
     assert row.num_nonzero == int((weight != 0).sum())
+
+
+def low_bit(method: Method) -> tuple[State, list[str]]:
+    """The shipped net with rounded weights in every third layer, and the names of those."""
+    torch.manual_seed(0)
+    net = SmallInception(10, (1, 28, 28))
+    layers = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)][1:-1:3]
+    rounding = LowBitWeights(method, layers)
+    rounding.attach_(net)
+    rounding.detach_()
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    rounding.write_(state)
+    return state, [f"{layer}.weight" for layer in layers]
+
+
+@pytest.mark.parametrize(
+    ("method", "most"), [("bwn", 1.0), ("twn", 1.585), pytest.param("ttq", 1.585, marks=pytest.mark.slow)]
+)
+def test_binary_and_ternary_weights_cost_a_bit_and_a_trit(method: Method, most: float) -> None:
+    """On average over a net's layers; the scales come on top, one of 24 bits a filter or a layer."""
+    state, names = low_bit(method)
+    _, chosen = pack({name: state[name] for name in names}, {})
+    num = sum(row.num for row in chosen)
+    scales = sum(len(state[name]) if method == "bwn" else 2 for name in names)
+    assert sum(row.bits for row in chosen) <= 1.005 * most * num + 32 * scales
+    assert sum(row.value_bits + row.position_bits for row in chosen) <= 1.005 * most * num
+    assert sum(row.codebook_bits for row in chosen) <= 0.1 * num
+
+
+def test_filters_of_two_values_keep_their_bits() -> None:
+    """Signs and a scale each, and what is near it: one value in a filter, two that do not mirror, three in one."""
+    generator = torch.Generator().manual_seed(0)
+    scales = torch.rand(40, 1, 1, 1, generator=generator) + 0.1
+    binary = scales * torch.randn(40, 16, 3, 3, generator=generator).sign()
+    some_one = torch.cat([binary[:20], scales[:20].expand(20, 16, 3, 3), -scales[20:].expand(20, 16, 3, 3)])
+    apart = torch.where(binary > 0, binary, 3 * binary.square())
+    three = binary.clone()
+    three[7, 5, 1, 1] = 0.7
+    matrix = (64 * scales).round()[:, :, 0, 0] / 64 * torch.randn(40, 9, generator=generator).sign()
+    state = {"a": binary, "b": some_one, "c": scales.expand(40, 16, 3, 3), "d": apart, "e": three, "f": matrix}
+    rows = {row.name: row for row in there_and_back(state)[1]}
+    for name in ("a", "b"):
+        assert rows[name].bits < 1.02 * rows[name].num + 32 * 40
+    assert rows["c"].bits < 32 * 40 and rows["d"].bits < 1.02 * rows["d"].num + 64 * 40
+    assert rows["e"].bits > 4 * rows["e"].num, "the control: as a codebook"
+    assert rows["f"].bits < 1.1 * rows["f"].num + 8 * 40
 
 
 def test_special_values_keep_their_bits() -> None:
