@@ -23,6 +23,7 @@ from project.callbacks import default_callbacks
 from project.compression import Quantizer
 from project.logger import MetricsCSV
 from project.paths import MODEL_FILES, Paths, Run
+from project.whole_batch import WholeBatch
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,8 @@ class Trainer(pl.Trainer):
         enable_model_summary: Lightning's table of layers.
         precision: as Lightning's; auto is bf16-mixed where the processor has products of bfloat16, else 32-true.
         accelerator: see Lightning.
+        sync_batchnorm: layers see the batch of all processes: batch norm's statistics, dropout's draws. A fit in R
+            processes is then that of one with R times the batch, up to rounding; see :mod:`project.whole_batch`.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Trainer(pl.Trainer):
         enable_model_summary: bool = False,
         precision: str | int | None = None,
         accelerator: str | Accelerator = "auto",
+        sync_batchnorm: bool = False,
         **kwargs: Any,
     ) -> None:
         own = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
@@ -68,6 +72,9 @@ class Trainer(pl.Trainer):
             checkpoint=enable_checkpointing is not False and not kwargs.get("fast_dev_run"),
             progress=enable_progress_bar is not False,
         )
+        if sync_batchnorm:
+            plugins = kwargs.get("plugins") or []
+            kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeBatch()]
         super().__init__(
             logger=False,
             callbacks=callbacks,
@@ -78,6 +85,7 @@ class Trainer(pl.Trainer):
             precision=_fastest_precision(accelerator) if precision == "auto" else precision,  # type: ignore[arg-type]
             **kwargs,
         )
+        self.sync_batchnorm = sync_batchnorm
         self.experiment = experiment
         self.logs_dir = logs_dir
         self.test_after_fit = test_after_fit
