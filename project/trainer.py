@@ -27,6 +27,9 @@ from project.whole_batch import WholeBatch
 
 log = logging.getLogger(__name__)
 
+_RUN_FOLDER = "PROJECT_RUN_FOLDER"
+"""Names the run's folder to the processes that Lightning starts."""
+
 
 class Trainer(pl.Trainer):
     """Lightning's Trainer; every run is a folder, whichever loggers are on.
@@ -138,6 +141,8 @@ class Trainer(pl.Trainer):
         except BaseException:
             self._discard_run(new)
             raise
+        finally:
+            os.environ.pop(_RUN_FOLDER, None)
         if self.test_after_fit and self.run is not None and self.state.finished:
             self._test_best(model, datamodule)
 
@@ -214,7 +219,7 @@ class Trainer(pl.Trainer):
             images: an image file, or a folder of them (searched through); null takes the test images.
             output: the CSV file; null is ``predictions.csv`` in the run's folder, else in the working directory.
         """
-        from project.prediction import image_loader, write_predictions
+        from project.prediction import image_loader, of_all_processes, write_predictions
 
         ckpt_path = self._weights_of(run, ckpt_path)
         names = None
@@ -223,10 +228,11 @@ class Trainer(pl.Trainer):
             dataloaders, names = image_loader(images, model.image_shape)  # type: ignore[arg-type]
             datamodule = None
         predictions = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
+        probabilities = of_all_processes(torch.cat(predictions))  # type: ignore[arg-type]
         if self.is_global_zero:
             path = Path(output) if output else (self.run.predictions if self.run else Path("predictions.csv"))
             classes = self.lightning_module.class_names
-            write_predictions(path, names, torch.cat(predictions), classes)  # type: ignore[arg-type]
+            write_predictions(path, names, probabilities, classes)  # type: ignore[arg-type]
         return predictions
 
     def export(
@@ -366,6 +372,11 @@ class Trainer(pl.Trainer):
 
         if self.configuration is None:
             raise ValueError("tune needs a configuration to change: run it as `project tune --config …`.")
+        if self.world_size > 1:
+            raise ValueError(
+                f"trainer.devices makes {self.world_size} processes of a run, but a study's runs are of one each: set "
+                "trainer.devices to 1, and train several trials at once by --workers."
+            )
         return tune(
             self.configuration,
             space,
@@ -428,12 +439,20 @@ class Trainer(pl.Trainer):
     # -- the run's folder ----------------------------------------------------------------------------------------
 
     def _new_run(self) -> Run:
-        """A fresh folder from rank 0; processes that it starts find it in the environment."""
-        if self.global_rank == 0:
-            run = Paths(logs=self.logs_dir).new_run(self.experiment or "default")
-            os.environ["PROJECT_RUN_FOLDER"] = str(run.folder)
-            return run
-        return Run(Path(os.environ["PROJECT_RUN_FOLDER"]))
+        """A fresh folder from the first process. Those that it starts find it in the environment; where all are there
+        (torchrun, SLURM, a second fit) it tells them.
+        """
+        if (folder := os.environ.pop(_RUN_FOLDER, None)) is not None:
+            return Run(Path(folder))
+        run = Paths(logs=self.logs_dir).new_run(self.experiment or "default") if self.global_rank == 0 else None
+        environment = getattr(self.strategy, "cluster_environment", None)
+        if self.world_size > 1 and environment is not None and environment.creates_processes_externally:
+            self.strategy.setup_environment()
+            run = self.strategy.broadcast(run)
+        elif self.world_size > 1 and run is not None:
+            os.environ[_RUN_FOLDER] = str(run.folder)
+        assert run is not None
+        return run
 
     def _open_loggers(self) -> None:
         """Point loggers and checkpoints at the run's folder."""
@@ -471,6 +490,7 @@ class Trainer(pl.Trainer):
 
     def _test_best(self, model: "pl.LightningModule", datamodule: "pl.LightningDataModule | None") -> None:
         assert self.run is not None
+        self.strategy.barrier()  # the first process may still be writing the best checkpoint
         best = next((p for p in (self.run.best_checkpoint, self.run.last_checkpoint) if p.is_file()), None)
         self.test(model, datamodule=datamodule, ckpt_path=str(best) if best else None, verbose=False)
 

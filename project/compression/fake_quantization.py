@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 _MOMENTUM = 0.01
 
@@ -67,12 +67,20 @@ class FakeQuantization:
         return plain(x, fake_weight(module.weight, self.num_bits), module.bias)
 
     def _round_activation(self, name: str, x: Tensor) -> Tensor:
-        seen = torch.stack([x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0)])
+        seen = _of_all_processes(x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0))
         if name not in self._spans:
             known = self.ranges.get(name)
             self._spans[name] = seen if known is None else seen.new_tensor(known)
         span = self._spans[name] = torch.lerp(self._spans[name], seen, _MOMENTUM)
         return fake_activation(x, span[0], span[1])
+
+
+def _of_all_processes(low: Tensor, high: Tensor) -> Tensor:
+    """The lowest and the highest of a training in several processes, ``[2]``."""
+    ends = torch.stack([-low, high])
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+    return torch.stack([-ends[0], ends[1]])
 
 
 def fake_activation(x: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -172,7 +172,7 @@ class ImageDataModule(LightningDataModule):
         count = min(count, len(self.train_data))
         positions = torch.linspace(0, len(self.train_data) - 1, count).long().tolist()
         images, labels, _ = self.train_data.__getitems__(positions)
-        return self.normalize(images.float().div_(255)), labels
+        return self._in_precision(self.normalize(images.float().div_(255))), labels
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Raw batch -> float images, normalised, channels-last in memory when coloured, and targets.
@@ -199,8 +199,9 @@ class ImageDataModule(LightningDataModule):
             return mix(images, labels, random, self.num_classes)
 
         def whole(part: Tensor) -> Tensor:
-            gathered: Tensor = trainer.strategy.all_gather(part.contiguous())
-            return gathered.flatten(0, 1)
+            parts = [torch.empty_like(part) for _ in range(trainer.world_size)]
+            torch.distributed.all_gather(parts, part.contiguous())
+            return torch.cat(parts)
 
         first = trainer.global_rank * len(images)
         own = slice(first, first + len(images))
@@ -208,10 +209,13 @@ class ImageDataModule(LightningDataModule):
         return images[own], targets[own]
 
     def _for_net(self, images: Tensor) -> Tensor:
-        """In the precision of the net's weights, channels-last when coloured."""
-        module = getattr(self.trainer, "lightning_module", None)
-        images = images if module is None else images.to(module.dtype)
+        images = self._in_precision(images)
         return images.contiguous(memory_format=torch.channels_last) if images.shape[1] > 1 else images
+
+    def _in_precision(self, images: Tensor) -> Tensor:
+        """In the type of the net's weights (``64-true``, ``bf16-true``)."""
+        module = getattr(self.trainer, "lightning_module", None)
+        return images if module is None else images.to(module.dtype)
 
     def normalize(self, images: Tensor) -> Tensor:
         """``(images - mean) / std`` per channel, for images in [0, 1]."""

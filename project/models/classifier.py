@@ -195,6 +195,12 @@ class Classifier(LightningModule):
 
     # -- validation, test, prediction ----------------------------------------------------------------------------
 
+    def on_validation_start(self) -> None:
+        """What is measured is what the first process saves: without synchronised norms statistics are a process's own."""
+        if self.trainer.world_size > 1:
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Plain cross entropy, without smoothing or penalties, so that runs with different losses compare."""
         images, labels = batch
@@ -316,8 +322,8 @@ def with_weights(module: Classifier, checkpoint: dict[str, Any]) -> Classifier:
 
 
 def load_net(module: Classifier, path: Path) -> nn.Module:
-    """The net of a checkpoint, in eval mode on the processor; ``module`` is left as it was."""
-    return with_weights(module, torch.load(path, map_location="cpu", weights_only=True)).net
+    """The net of a checkpoint, in eval mode and float32 on the processor; ``module`` is left as it was."""
+    return with_weights(module, torch.load(path, map_location="cpu", weights_only=True)).net.float()
 
 
 def _in_full(logits: Tensor) -> Tensor:
