@@ -47,6 +47,13 @@ class WholeBatch(LayerSync):
         return model
 
 
+def gather(part: Tensor) -> Tensor:
+    """The parts of all processes, which are of one shape, one after the other along the first dimension."""
+    parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(parts, part.contiguous())
+    return torch.cat(parts)
+
+
 def _norm(norm: _BatchNorm, x: Tensor) -> Tensor:
     """Batch norm in training. Without gradients it is the layer's own: one process may look at a copy alone."""
     if not (norm.training and torch.is_grad_enabled()):
@@ -72,11 +79,9 @@ class _NormOfAll(torch.autograd.Function):
         own_mean, own_var = torch.batch_norm_update_stats(x, None, None, 0.0)
         dtype = own_mean.dtype if weight is None else weight.dtype
         count = own_mean.new_tensor([x.numel() // x.shape[1]], dtype=torch.float64)
-        own = torch.cat([own_mean.double(), own_var.double(), count])
-        parts = [torch.empty_like(own) for _ in range(distributed.get_world_size())]
-        distributed.all_gather(parts, own)
+        parts = gather(torch.cat([own_mean.double(), own_var.double(), count])[None])
         channels = x.shape[1]
-        means, variances, counts = torch.stack(parts).split([channels, channels, 1], dim=1)
+        means, variances, counts = parts.split([channels, channels, 1], dim=1)
         total = counts.sum()
         mean = (counts * means).sum(dim=0) / total
         var = (counts * (variances + (means - mean).square())).sum(dim=0) / total

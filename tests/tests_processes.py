@@ -1,6 +1,9 @@
 """For the tests of several processes: one fit, in one process or in two forks of this one, and what came of it."""
 
-import os
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from project.trainer import Trainer
 
 BATCH = 96
 """Images of a step, in all processes together."""
+NUM_VAL = 121
 STEPS = 5
 EPOCHS = 3
 
@@ -69,10 +73,10 @@ def fit(
     place = folder / ("one" if processes == 1 else "pair")
     place.mkdir()
     torch.manual_seed(0)
-    os.environ["PL_GLOBAL_SEED"] = "0"
     classifier = Classifier(net or Net(), 10, (1, 8, 8), **{"schedule": Linear(), **(model or {})})
     augment = [HorizontalFlip(), RandomAffine(degrees=10, translate=0.1)]
     loader = Digits(batch_size=BATCH // processes, eval_batch_size=50, augment=augment, seed=0, **(data or {}))
+    loader.val_fraction = NUM_VAL / 1438
     devices = {"strategy": "ddp_fork", "sync_batchnorm": True} if processes > 1 else {}
     trainer = Trainer(
         logs_dir=str(place),
@@ -85,8 +89,27 @@ def fit(
         **{"precision": "64-true", "max_epochs": EPOCHS, "logger": False, "observe": False, **devices, **options},
         enable_progress_bar=False,
     )
-    trainer.fit(classifier, datamodule=loader)
+    with deadline(180):
+        trainer.fit(classifier, datamodule=loader)
     return [torch.load(place / f"process_{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@contextmanager
+def deadline(seconds: int) -> Iterator[None]:
+    """Processes that wait for each other forever are killed."""
+
+    def end(*_: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise TimeoutError(f"the processes did not end in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:

@@ -30,6 +30,7 @@ from project.data.random import BatchRandom
 from project.data.split import check_fraction, stratified_split
 from project.data.transforms import BatchTransform, Normalize
 from project.paths import Paths
+from project.whole_batch import gather
 
 
 class ImageDataModule(LightningDataModule):
@@ -198,14 +199,9 @@ class ImageDataModule(LightningDataModule):
         if trainer is None or trainer.world_size == 1:
             return mix(images, labels, random, self.num_classes)
 
-        def whole(part: Tensor) -> Tensor:
-            parts = [torch.empty_like(part) for _ in range(trainer.world_size)]
-            torch.distributed.all_gather(parts, part.contiguous())
-            return torch.cat(parts)
-
         first = trainer.global_rank * len(images)
         own = slice(first, first + len(images))
-        images, targets = mix(whole(images), whole(labels), random.over(whole), self.num_classes)
+        images, targets = mix(gather(images), gather(labels), random.over(gather), self.num_classes)
         return images[own], targets[own]
 
     def _for_net(self, images: Tensor) -> Tensor:
