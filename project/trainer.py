@@ -18,6 +18,7 @@ import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from project.callbacks import default_callbacks
 from project.compression import Quantizer
@@ -88,6 +89,11 @@ class Trainer(pl.Trainer):
             precision=_fastest_precision(accelerator) if precision == "auto" else precision,  # type: ignore[arg-type]
             **kwargs,
         )
+        environment = getattr(self.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment):
+            # Its checkpoints are amid an epoch, whose images would begin anew, and in the working directory:
+            # scripts/train_slurm.sbatch puts the job back into the queue and goes on from the last epoch's.
+            environment.auto_requeue = False
         self.sync_batchnorm = sync_batchnorm
         self.experiment = experiment
         self.logs_dir = logs_dir
