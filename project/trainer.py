@@ -380,11 +380,6 @@ class Trainer(pl.Trainer):
 
         if self.configuration is None:
             raise ValueError("tune needs a configuration to change: run it as `project tune --config …`.")
-        if self.world_size > 1:
-            raise ValueError(
-                f"trainer.devices makes {self.world_size} processes of a run, but a study's runs are of one each: set "
-                "trainer.devices to 1, and train several trials at once by --workers."
-            )
         return tune(
             self.configuration,
             space,
