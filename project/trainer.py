@@ -142,7 +142,7 @@ class Trainer(pl.Trainer):
             self._csv.forget_after(-1 if checkpoint is None else checkpoint["global_step"] - 1)
         # Epoch means are logged whatever the interval: no advice is needed on small data sets.
         warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
-        # A convolution of one channel has two layouts at once, and gradients of 72 numbers are no reason to look for one.
+        # A convolution of one channel has two layouts at once; its 72 gradients are no reason to look for one.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)

@@ -1,4 +1,4 @@
-"""Layers that see the batch of all processes: batch norm's statistics and dropout's draws (``--trainer.sync_batchnorm``).
+"""Layers that see the batch of all processes, batch norm's statistics, dropout's draws: ``--trainer.sync_batchnorm``.
 
 Torch's ``SyncBatchNorm`` runs on accelerators alone, and Lightning puts other classes in the place of a net's own ones
 for good. Here each layer keeps its class, its tensors and its name, and gets another ``forward`` while a fit lasts; the

@@ -1,6 +1,6 @@
-"""The scripts that train in several processes, started again after all of it was killed: the bits of one never stopped.
+"""The scripts that train in several processes, started again after they were killed: the bits of a run never stopped.
 
-There is no SLURM here: ``srun`` and ``scontrol`` are stand-ins that start the tasks with SLURM's variables and note what
+There is no SLURM here: ``srun`` and ``scontrol`` are stand-ins that start tasks with SLURM's variables and note what
 they are asked for. A real scheduler's signals, and what it does to a job that goes back into the queue, are not tested.
 """
 
@@ -104,7 +104,7 @@ class Job:
         self.process.communicate()
 
     def finish(self) -> str:
-        out, _ = self.process.communicate(timeout=300)
+        out, _ = self.process.communicate(timeout=900)
         assert self.process.returncode == 0, out
         return out
 

@@ -194,7 +194,7 @@ class ImageDataModule(LightningDataModule):
         return self._for_net(images), targets
 
     def _mixed(self, mix: BatchMix, images: Tensor, labels: Tensor, random: BatchRandom) -> tuple[Tensor, Tensor]:
-        """Of several processes each mixes the whole batch and takes its part: partners do not depend on their number."""
+        """Of several processes each mixes the whole batch and takes its part, so that partners are those of one."""
         trainer = self.trainer
         if trainer is None or trainer.world_size == 1:
             return mix(images, labels, random, self.num_classes)

@@ -196,7 +196,7 @@ class Classifier(LightningModule):
     # -- validation, test, prediction ----------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """What is measured is what the first process saves: without synchronised norms statistics are a process's own."""
+        """What is measured is what the first process saves; without synchronised norms statistics are its own."""
         if self.trainer.world_size > 1:
             for buffer in self.net.buffers():
                 torch.distributed.broadcast(buffer, 0)
