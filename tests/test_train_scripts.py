@@ -158,3 +158,34 @@ def test_slurm_requeues_and_goes_on(tmp_path: Path, whole: Run) -> None:
     job.finish()
     assert_same_runs(job.run, whole)
     assert job.run.metrics.read_text() == whole.metrics.read_text()
+
+
+def test_a_refusal_is_one_sentence_and_predictions_are_in_order(tmp_path: Path, whole: Run) -> None:
+    """Of the first process, though each finds the reason; and a run of two processes predicts as one does."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PROJECT_LOGS_DIR": str(tmp_path / "logs")}
+    devices = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu"]
+
+    def project(*args: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "project", *args]
+        return subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False
+        )
+
+    callback = tmp_path / "low_rank.yaml"
+    callback.write_text(
+        "trainer:\n  callbacks+:\n    - class_path: project.callbacks.LowRank\n      init_args: {begin_epoch: 1}\n"
+    )
+    done = project("fit", "--config", "configs/digits.yaml", "--config", str(callback), *devices)
+    assert done.returncode == 2 and done.stderr.count("there are 2 processes") == 1, done.stderr
+    assert not list((tmp_path / "logs/digits").iterdir())
+
+    tables = []
+    for options in (devices, ["--trainer.devices=1", "--trainer.strategy=auto"]):
+        output = tmp_path / f"{len(tables)}.csv"
+        done = project("predict", "--run", str(whole.folder), f"--output={output}", *options)
+        assert done.returncode == 0, done.stderr
+        tables.append([line.split(",") for line in output.read_text().splitlines()[1:]])
+    assert len(tables[0]) == 359 and [row[:2] for row in tables[0]] == [row[:2] for row in tables[1]]
+    assert all(
+        abs(float(x) - float(y)) < 1e-4 for a, b in zip(*tables, strict=True) for x, y in zip(a[2:], b[2:], strict=True)
+    )
