@@ -37,7 +37,7 @@ def _first_process_tells() -> bool:
     from lightning.pytorch.utilities import rank_zero_only
 
     parent, waited = os.getppid(), 0.0
-    while rank_zero_only.rank and waited < 10:  # type: ignore[attr-defined]
+    while rank_zero_only.rank and waited < 20:  # type: ignore[attr-defined]
         if os.getppid() != parent:
             return True
         time.sleep(0.1)

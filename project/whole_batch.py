@@ -35,9 +35,9 @@ class WholeBatch(LayerSync):
     def apply(self, model: nn.Module) -> nn.Module:
         for module in model.modules():
             if isinstance(module, _BatchNorm):
-                module.forward = MethodType(_norm, module)
+                module.forward = MethodType(_norm, module)  # type: ignore[method-assign]
             elif isinstance(module, _DROPOUTS):
-                module.forward = MethodType(_drop, module)
+                module.forward = MethodType(_drop, module)  # type: ignore[method-assign]
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
@@ -123,7 +123,7 @@ class _NormOfAll(torch.autograd.Function):
 def _drop(dropout: Any, x: Tensor) -> Tensor:
     """The mask is that of the whole batch: dropout of ones, in the order in memory that the whole map would have."""
     if not dropout.training or dropout.p == 0:
-        return type(dropout).forward(dropout, x)  # type: ignore[no-any-return]
+        return type(dropout).forward(dropout, x)
     size, rank = distributed.get_world_size(), distributed.get_rank()
     ones = x.new_ones(size * len(x), *x.shape[1:])
     if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):

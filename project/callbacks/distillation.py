@@ -66,6 +66,7 @@ class DistillFrom(Callback):
     def _teach(self, module: Classifier, net: nn.Module) -> None:
         if module.channels_last:
             net.to(memory_format=torch.channels_last)
+        assert isinstance(module.dtype, torch.dtype)
         module.distillation = Distillation(net.to(module.device, module.dtype), self.temperature, self.weight)
 
 

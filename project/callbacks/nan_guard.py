@@ -65,7 +65,7 @@ class StopOnNaN(Callback):
             return
         values = torch.stack([loss.detach().float().mean() for loss in losses])
         if trainer.world_size > 1:
-            values = trainer.strategy.reduce(values, reduce_op="mean")  # type: ignore[assignment]
+            values = trainer.strategy.reduce(values, reduce_op="mean")
         finite = values.isfinite().tolist()
         if all(finite):
             return

@@ -223,13 +223,16 @@ class ImageDataModule(LightningDataModule):
 
     def _part(self, dataset: BatchDataset, name: str) -> PartSampler | None:
         """This process's share of the images to measure on; all of them where there is one process."""
-        size = self.trainer.world_size if self.trainer is not None else 1
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return None
+        size = trainer.world_size
         if len(dataset) < size:
             raise ValueError(
                 f"the {name} set holds {len(dataset)} images for {size} processes: set trainer.devices to 1, or hold "
                 "out more images (val_fraction)."
             )
-        return PartSampler(dataset, num_replicas=size, rank=self.trainer.global_rank) if size > 1 else None
+        return PartSampler(dataset, num_replicas=size, rank=trainer.global_rank)
 
     def _loader(
         self,
