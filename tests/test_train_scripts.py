@@ -21,13 +21,19 @@ pytestmark = pytest.mark.slow
 
 CONFIG = """
 trainer:
-  max_epochs: 3
+  max_epochs: 2
   limit_train_batches: 5
   observe: false
   accelerator: cpu
   sync_batchnorm: true
   callbacks+:
+    - class_path: project.callbacks.IterativeMagnitudePruning
+      init_args:
+        schedule: {class_path: project.compression.Iterative, init_args: {fraction: 0.4, rounds: 1}}
+        epochs_per_round: 1
+        latency: false
     - class_path: project.callbacks.EMA
+    - class_path: project.callbacks.Packing
     - class_path: tests_pruning_run.Brake
 """
 SRUN = """#!/usr/bin/env bash
@@ -139,6 +145,7 @@ def test_torchrun_goes_on_after_a_kill(tmp_path: Path, whole: Run) -> None:
     assert job.finish().count("test accuracy") == 1
     assert_same_runs(job.run, whole)
     assert job.run.metrics.read_text() == whole.metrics.read_text()
+    assert job.run.report.read_text() == whole.report.read_text() and "packed" in whole.report.read_text()
     again = Job(tmp_path, "train_torchrun.sh", "killed")
     assert "is finished" in again.finish() and again.run == job.run
 

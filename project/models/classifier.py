@@ -315,7 +315,9 @@ class Classifier(LightningModule):
 
 def with_weights(module: Classifier, checkpoint: dict[str, Any]) -> Classifier:
     """A copy on the processor, in eval mode, with structure and weights of a checkpoint's content."""
-    copy = deepcopy(module).to("cpu")
+    # What the command line makes optimizers with holds all that it has built; a trainer of several processes, in them,
+    # cannot be copied.
+    copy = deepcopy(module, {id(module.make_optimizer): module.make_optimizer}).to("cpu")
     copy.on_load_checkpoint(checkpoint)
     copy.load_state_dict(checkpoint["state_dict"])
     return copy.eval()
