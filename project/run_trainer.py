@@ -13,13 +13,18 @@ import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from project.callbacks import default_callbacks
 from project.logger import MetricsCSV
 from project.paths import Paths, Run
 from project.process import fastest_precision, tune_process
+from project.whole_batch import WholeBatch
 
 log = logging.getLogger(__name__)
+
+_RUN_FOLDER = "PROJECT_RUN_FOLDER"
+"""Names the run's folder to the processes that Lightning starts."""
 
 
 class RunTrainer(pl.Trainer):
@@ -37,6 +42,8 @@ class RunTrainer(pl.Trainer):
         enable_model_summary: Lightning's table of layers.
         precision: as Lightning's; auto is bf16-mixed where the processor has products of bfloat16, else 32-true.
         accelerator: see Lightning.
+        sync_batchnorm: layers see the batch of all processes: batch norm's statistics, dropout's draws. A fit in R
+            processes is then that of one with R times the batch, up to rounding; see :mod:`project.whole_batch`.
     """
 
     def __init__(
@@ -53,6 +60,7 @@ class RunTrainer(pl.Trainer):
         enable_model_summary: bool = False,
         precision: str | int | None = None,
         accelerator: str | Accelerator = "auto",
+        sync_batchnorm: bool = False,
         **kwargs: Any,
     ) -> None:
         own = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
@@ -63,6 +71,9 @@ class RunTrainer(pl.Trainer):
             checkpoint=enable_checkpointing is not False and not kwargs.get("fast_dev_run"),
             progress=enable_progress_bar is not False,
         )
+        if sync_batchnorm:
+            plugins = kwargs.get("plugins") or []
+            kwargs["plugins"] = [*(plugins if isinstance(plugins, list) else [plugins]), WholeBatch()]
         super().__init__(
             logger=False,
             callbacks=callbacks,
@@ -73,6 +84,12 @@ class RunTrainer(pl.Trainer):
             precision=fastest_precision(accelerator) if precision == "auto" else precision,  # type: ignore[arg-type]
             **kwargs,
         )
+        environment = getattr(self.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment):
+            # Its checkpoints are amid an epoch, whose images would begin anew, and in the working directory:
+            # scripts/train_slurm.sbatch puts the job back into the queue and goes on from the last epoch's.
+            environment.auto_requeue = False
+        self.sync_batchnorm = sync_batchnorm
         self.experiment = experiment
         self.logs_dir = logs_dir
         self.test_after_fit = test_after_fit
@@ -120,11 +137,15 @@ class RunTrainer(pl.Trainer):
             self._csv.forget_after(-1 if checkpoint is None else checkpoint["global_step"] - 1)
         # Epoch means are logged whatever the interval: no advice is needed on small data sets.
         warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
+        # A convolution of one channel has two layouts at once; its 72 gradients are no reason to look for one.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         except BaseException:
             self._discard_run(new)
             raise
+        finally:
+            os.environ.pop(_RUN_FOLDER, None)
         if self.test_after_fit and self.run is not None and self.state.finished:
             self._test_best(model, datamodule)
 
@@ -201,7 +222,7 @@ class RunTrainer(pl.Trainer):
             images: an image file, or a folder of them (searched through); null takes the test images.
             output: the CSV file; null is ``predictions.csv`` in the run's folder, else in the working directory.
         """
-        from project.prediction import image_loader, write_predictions
+        from project.prediction import image_loader, of_all_processes, write_predictions
 
         ckpt_path = self._weights_of(run, ckpt_path)
         names = None
@@ -210,21 +231,30 @@ class RunTrainer(pl.Trainer):
             dataloaders, names = image_loader(images, model.image_shape)  # type: ignore[arg-type]
             datamodule = None
         predictions = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
+        probabilities = of_all_processes(torch.cat(predictions))  # type: ignore[arg-type]
         if self.is_global_zero:
             path = Path(output) if output else (self.run.predictions if self.run else Path("predictions.csv"))
             classes = self.lightning_module.class_names
-            write_predictions(path, names, torch.cat(predictions), classes)  # type: ignore[arg-type]
+            write_predictions(path, names, probabilities, classes)  # type: ignore[arg-type]
         return predictions
 
     # -- the run's folder ----------------------------------------------------------------------------------------
 
     def _new_run(self) -> Run:
-        """A fresh folder from rank 0; processes that it starts find it in the environment."""
-        if self.global_rank == 0:
-            run = Paths(logs=self.logs_dir).new_run(self.experiment or "default")
-            os.environ["PROJECT_RUN_FOLDER"] = str(run.folder)
-            return run
-        return Run(Path(os.environ["PROJECT_RUN_FOLDER"]))
+        """A fresh folder from the first process. Those that it starts find it in the environment; where all are there
+        (torchrun, SLURM, a second fit) it tells them.
+        """
+        if (folder := os.environ.pop(_RUN_FOLDER, None)) is not None:
+            return Run(Path(folder))
+        run = Paths(logs=self.logs_dir).new_run(self.experiment or "default") if self.global_rank == 0 else None
+        environment = getattr(self.strategy, "cluster_environment", None)
+        if self.world_size > 1 and environment is not None and environment.creates_processes_externally:
+            self.strategy.setup_environment()
+            run = self.strategy.broadcast(run)
+        elif self.world_size > 1 and run is not None:
+            os.environ[_RUN_FOLDER] = str(run.folder)
+        assert run is not None
+        return run
 
     def _open_loggers(self) -> None:
         """Point loggers and checkpoints at the run's folder."""
@@ -262,6 +292,7 @@ class RunTrainer(pl.Trainer):
 
     def _test_best(self, model: "pl.LightningModule", datamodule: "pl.LightningDataModule | None") -> None:
         assert self.run is not None
+        self.strategy.barrier()  # the first process may still be writing the best checkpoint
         best = next((p for p in (self.run.best_checkpoint, self.run.last_checkpoint) if p.is_file()), None)
         self.test(model, datamodule=datamodule, ckpt_path=str(best) if best else None, verbose=False)
 

@@ -87,6 +87,13 @@ def test_check_checkpoint(tmp_path):
             check_checkpoint(path)
 
 
+def test_fast_dev_run_with_a_checkpoint_of_its_own_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(callbacks=[BestAndLast()], fast_dev_run=True, **QUIET)
+    trainer.fit(classifier(), datamodule=Digits(batch_size=64, seed=0))
+    assert trainer.global_step == 1 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_two_processes_share_one_run_folder(logs):
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]

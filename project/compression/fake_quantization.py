@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 _MOMENTUM = 0.01
 
@@ -72,11 +72,19 @@ class FakeQuantization:
 
     def _round_activation(self, name: str, x: Tensor, *, update: bool) -> Tensor:
         if update or name not in self._spans:
-            seen = torch.stack([x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0)])
+            seen = _of_all_processes(x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0))
             known = self._spans.get(name, seen).to(seen.device)
             self._spans[name] = torch.lerp(known, seen, _MOMENTUM)
         span = self._spans[name].to(x.device)
         return fake_activation(x, span[0], span[1])
+
+
+def _of_all_processes(low: Tensor, high: Tensor) -> Tensor:
+    """The lowest and the highest of a training in several processes, ``[2]``."""
+    ends = torch.stack([-low, high])
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+    return torch.stack([-ends[0], ends[1]])
 
 
 def fake_activation(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
