@@ -18,6 +18,7 @@ from project.callbacks.ternary import TernaryWeights
 from project.callbacks.test_report import TestReport
 from project.callbacks.weight_histograms import WeightHistograms
 from project.callbacks.weight_sharing import WeightSharing
+from project.callbacks.winograd import WinogradConvolutions
 
 __all__ = [
     "EMA",
@@ -37,6 +38,7 @@ __all__ = [
     "TestReport",
     "WeightHistograms",
     "WeightSharing",
+    "WinogradConvolutions",
     "WriteSummary",
     "default_callbacks",
     "default_progress_bar",
