@@ -1,9 +1,9 @@
 """Which layers compute by Winograd's algorithm, and on which tiles: those that are as exact as they must be and that
 gain time, measured on this machine at the shapes they have in the net.
 
-The gate: on what the first images put into the layer, the largest error of float32 against float64, over that of direct
-convolution, may be :data:`ERROR_LIMITS` (Lavin & Gray 2016, arXiv:1509.09308, compare the largest errors too). The
-clock: direct convolution and both tiles take turns in rounds of an order drawn anew, in the memory format that the net
+The gate: on what the first images put into the layer, the error of float32 against float64, over that of direct
+convolution, may be :data:`ERROR_LIMITS`; of grey images it is above for F(2x2, 3x3), since sums of nine products have
+next to none. The clock: direct convolution and both tiles take turns in rounds of an order drawn anew, in the memory format that the net
 runs in; a layer is kept where even the slower rounds of Winograd beat the faster ones of direct convolution. In the end
 the whole net must be faster too, since there other layers' weights and maps compete for the caches.
 """
@@ -187,7 +187,7 @@ class WinogradChooser:
             errors,
             {tile: counts[0] / counts[tile] for tile in TILES},
         )
-        kept, reason = self._choose(row, times, can_run_winograd(x, layer.weight))
+        kept, reason = self._choose(row, times, can_run_winograd(x, layer.weight, layer.bias, forms[4].padding))
         return replace(row, kept=kept, reason=reason)
 
     def _choose(self, row: WinogradRow, times: Mapping[int, list[float]], can_run: bool) -> tuple[int | None, str]:
@@ -219,14 +219,14 @@ class WinogradChooser:
 
 @torch.inference_mode()
 def relative_errors(layer: nn.Conv2d, x: Tensor) -> dict[int, float]:
-    """By tile, the largest error of float32 against float64 over that of direct convolution; a last digit of the
-    largest output at least is taken for the latter, since a short sum may have none.
+    """By tile, the error of float32 against float64, in the root mean square, over that of direct convolution; for the
+    latter a quarter of the last digit is taken at least, which is what rounding the exact output costs: a short sum of
+    round numbers may have none.
     """
     exact = deepcopy(layer).double().forward(x.double())
-    direct = (layer.forward(x) - exact).abs().max()
-    least = torch.finfo(torch.float32).eps / 2 * exact.abs().max()
-    unit = max(float(direct), float(least), torch.finfo(torch.float32).tiny)
-    return {tile: float((WinogradConv2d.of(layer, tile).forward(x) - exact).abs().max()) / unit for tile in TILES}
+    least = torch.finfo(torch.float32).eps / 4 * exact.norm()
+    unit = max(float((layer.forward(x) - exact).norm()), float(least), torch.finfo(torch.float32).tiny)
+    return {tile: float((WinogradConv2d.of(layer, tile).forward(x) - exact).norm()) / unit for tile in TILES}
 
 
 def _surgery(rows: list[WinogradRow]) -> Winograd:

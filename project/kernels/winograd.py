@@ -19,21 +19,23 @@ from torch.utils.flop_counter import register_flop_formula
 from project.kernels.build import library
 
 
-def can_run_winograd(x: Tensor, weight: Tensor) -> bool:
-    """A map ``[N, C, H, W]`` and a weight in a CPU's memory, float32, one of them channels-last (torch's convolution
-    makes a channels-last map of either), neither traced nor compiled nor cast by autocast, no gradient wanted; and the
-    kernels could be built.
+def can_run_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> bool:
+    """A map ``[N, C, H, W]``, a weight and a bias that fit it, in a CPU's memory, float32, map or weight channels-last
+    (torch's convolution makes a channels-last map of either), nothing traced, compiled or cast by autocast, no gradient
+    wanted; and the kernels could be built.
     """
+    tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and type(x) is Tensor
-        and x.device.type == weight.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
         and x.dim() == 4
         and x.numel() > 0
+        and x.shape[1] == weight.shape[1]
+        and all(side + 2 * pad > 2 for side, pad in zip(x.shape[2:], padding, strict=True))
         and any(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
-        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
         and not torch.is_autocast_enabled("cpu")
         and library(torch.float32) is not None
     )
