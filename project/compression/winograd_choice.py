@@ -2,10 +2,11 @@
 gain time, measured on this machine at the shapes they have in the net.
 
 The gate: on what the first images put into the layer, the error of float32 against float64, over that of direct
-convolution, may be :data:`ERROR_LIMITS`; of grey images it is above for F(2x2, 3x3), since sums of nine products have
-next to none. The clock: direct convolution and both tiles take turns in rounds of an order drawn anew, in the memory format that the net
-runs in; a layer is kept where even the slower rounds of Winograd beat the faster ones of direct convolution. In the end
-the whole net must be faster too, since there other layers' weights and maps compete for the caches.
+convolution, may be :data:`ERROR_LIMITS`; of one channel F(2x2, 3x3) reaches it, since sums of nine products have next
+to no error. The clock: direct convolution and both tiles take turns in rounds of an order drawn anew, in the memory
+format that the net runs in; a layer is kept where even the slower rounds of Winograd beat the faster ones of direct
+convolution. In the end the whole net must be faster too, since there other layers' weights and maps compete for the
+caches.
 """
 
 import random
