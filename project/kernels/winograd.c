@@ -18,7 +18,9 @@
 #define PANEL (2 * LANES) /* output channels of a panel; the last one may be of one vector */
 #define MAX_SIDE 6
 #define MAX_POSITIONS (MAX_SIDE * MAX_SIDE)
+#ifndef CACHE
 #define CACHE (640 * 1024) /* bytes of v and m together, in a second-level cache of a megabyte */
+#endif
 #define ALIGNED 64
 #define UNROLL _Pragma("GCC unroll 36")
 
@@ -172,7 +174,7 @@ INLINE void write_tile(const float *m, int64_t vecs, const float *bias, int64_t 
     y += ((image * l->out_height + top) * l->out_width + left) * l->out_channels;
     for (int64_t n = 0; n < vecs && k < l->out_channels; n++, k += LANES) {
         int64_t count = smaller(l->out_channels - k, LANES);
-        vec own = bias ? load_tail(bias + k, count) : (vec){0};
+        vec own = !bias ? (vec){0} : count < LANES ? load_tail(bias + k, count) : load_float(bias + k);
         write_vector(m + n * LANES, vecs, own, y + k, l, lines, columns, count, side);
     }
 }

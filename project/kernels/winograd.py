@@ -24,21 +24,28 @@ def can_run_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Se
     (torch's convolution makes a channels-last map of either), nothing traced, compiled or cast by autocast, no gradient
     wanted; and the kernels could be built.
     """
-    tensors = [x, weight] if bias is None else [x, weight, bias]
     return (
         not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and type(x) is Tensor
-        and all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 for tensor in tensors)
+        and _is_plain(x)
+        and _is_plain(weight)
+        and (bias is None or _is_plain(bias))
         and x.dim() == 4
         and x.numel() > 0
         and x.shape[1] == weight.shape[1]
-        and all(side + 2 * pad > 2 for side, pad in zip(x.shape[2:], padding, strict=True))
-        and any(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight))
-        and not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
+        and x.shape[2] + 2 * padding[0] > 2 < x.shape[3] + 2 * padding[1]
+        and (
+            x.is_contiguous(memory_format=torch.channels_last)
+            or weight.is_contiguous(memory_format=torch.channels_last)
+        )
         and not torch.is_autocast_enabled("cpu")
         and library(torch.float32) is not None
     )
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype == torch.float32 and not (tensor.requires_grad and torch.is_grad_enabled())
 
 
 def winograd(
@@ -54,7 +61,7 @@ def winograd(
         tile: side of a tile of the output, 2 or 4.
         padding: zeros above and below, left and right.
     """
-    return torch.ops.project.winograd(x, panels, bias, out_channels, tile, padding)
+    return _OPERATION(x, panels, bias, out_channels, tile, padding)
 
 
 def pack_panels(transformed: Tensor) -> Tensor:
@@ -107,6 +114,7 @@ def _run(
 _LIBRARY = torch.library.Library("project", "FRAGMENT")
 _LIBRARY.define("winograd(Tensor x, Tensor panels, Tensor? bias, int out_channels, int tile, int[2] padding) -> Tensor")
 _LIBRARY.impl("winograd", _run, "CPU")
+_OPERATION = torch.ops.project.winograd.default
 
 
 @register_flop_formula(torch.ops.project.winograd)
