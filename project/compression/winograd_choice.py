@@ -172,7 +172,8 @@ class WinogradChooser:
         return WinogradPlan(_surgery(rows), rows, _quantile(direct, 0.5), _quantile(own, 0.5))
 
     def _measure(self, name: str, layer: nn.Conv2d, x: Tensor) -> WinogradRow:
-        forms: dict[int, nn.Conv2d] = {0: layer, **{tile: WinogradConv2d.of(layer, tile) for tile in TILES}}
+        fast = {tile: WinogradConv2d.of(layer, tile) for tile in TILES}
+        forms: dict[int, nn.Conv2d] = {0: layer, **fast}
         samples = self._times([partial(form.forward, x) for form in forms.values()])
         times = dict(zip(forms, samples, strict=True))
         errors = relative_errors(layer, x[:_NUM_CHECKED])
@@ -188,7 +189,7 @@ class WinogradChooser:
             errors,
             {tile: counts[0] / counts[tile] for tile in TILES},
         )
-        kept, reason = self._choose(row, times, can_run_winograd(x, layer.weight, layer.bias, forms[4].padding))
+        kept, reason = self._choose(row, times, can_run_winograd(x, layer.weight, layer.bias, fast[4].padding))
         return replace(row, kept=kept, reason=reason)
 
     def _choose(self, row: WinogradRow, times: Mapping[int, list[float]], can_run: bool) -> tuple[int | None, str]:
