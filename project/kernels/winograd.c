@@ -3,8 +3,8 @@
  *
  * A block of tiles goes through all three steps while it is in the second-level cache: the transformed input
  * `v` [position][tile][channel], the products `m` [tile][position][out channel] for one panel of output channels after
- * the other, and the output. A product keeps ROWS tiles times two vectors of output channels in registers. Blocks are
- * cut by the layer's shape alone and nothing is summed across them: the result does not depend on the number of threads.
+ * the other, and the output. A product keeps ROWS tiles times two vectors of output channels in registers. Nothing is
+ * summed across blocks: the result does not depend on how many there are, nor on the number of threads.
  */
 #ifndef BFLOAT16
 #ifdef __AVX512F__
@@ -13,14 +13,14 @@
 #else
 #define ROWS 6
 #endif
+#include <omp.h>
+
 #include "vectors.h"
 
 #define PANEL (2 * LANES) /* output channels of a panel; the last one may be of one vector */
 #define MAX_SIDE 6
 #define MAX_POSITIONS (MAX_SIDE * MAX_SIDE)
-#ifndef CACHE
 #define CACHE (640 * 1024) /* bytes of v and m together, in a second-level cache of a megabyte */
-#endif
 #define ALIGNED 64
 #define UNROLL _Pragma("GCC unroll 36")
 
@@ -213,7 +213,8 @@ int winograd(const float *x, int64_t images, int64_t height, int64_t width, int6
     int64_t out_height = height + 2 * pad_height - 2, out_width = width + 2 * pad_width - 2;
     int64_t down = round_up(out_height, tile) / tile, across = round_up(out_width, tile) / tile;
     layer l = {images, height, width, channels, out_channels, pad_height, pad_width, tile, out_height, out_width, down, across};
-    int64_t tiles = images * down * across, size = tiles_of_block(&l), blocks = (tiles + size - 1) / size;
+    int64_t tiles = images * down * across, size = tiles_of_block(&l), threads = omp_get_max_threads();
+    int64_t blocks = smaller(round_up((tiles + size - 1) / size, threads), tiles);
     int64_t positions = (tile + 2) * (tile + 2), row = round_up(channels, LANES) + LANES, failed = 0;
     int64_t floats = round_up(row + positions * size * (row + PANEL), ALIGNED);
 #pragma omp parallel reduction(+ : failed)
