@@ -89,20 +89,25 @@ INLINE void find_pixels(const float *x, const layer *l, int64_t number, const fl
         }
 }
 
-/* One vector of channels of a tile: B^T d B. */
-INLINE void transform_vector(const float **at, int64_t c, int64_t count, float *v, int64_t plane, const int side) {
+/* One vector of channels of a tile: B^T d B. Behind the last channel are the next pixel's, which nobody multiplies, up
+ * to the `end` of the map. */
+INLINE void transform_vector(const float **at, int64_t c, int64_t count, const float *end, float *v, int64_t plane,
+                             const int side) {
     vec d[MAX_POSITIONS], t[MAX_POSITIONS];
-    UNROLL for (int i = 0; i < side * side; i++)
-        d[i] = count < LANES ? load_tail(at[i] + c, count) : load_float(at[i] + c);
+    UNROLL for (int i = 0; i < side * side; i++) {
+        const float *p = at[i] + c;
+        d[i] = count < LANES && p < end && p + LANES > end ? load_tail(p, count) : load_float(p);
+    }
     UNROLL for (int j = 0; j < side; j++) transform_in(d + j, t + j, side, side);
     UNROLL for (int i = 0; i < side; i++) transform_in(t + i * side, d + i * side, 1, side);
     UNROLL for (int i = 0; i < side * side; i++) store_float(v + i * plane + c, d[i]);
 }
 
-INLINE void transform_tile(const float **at, int64_t channels, float *v, int64_t plane, const int side) {
+INLINE void transform_tile(const float **at, int64_t channels, const float *end, float *v, int64_t plane,
+                           const int side) {
     int64_t c = 0;
-    for (; c + LANES <= channels; c += LANES) transform_vector(at, c, LANES, v, plane, side);
-    if (c < channels) transform_vector(at, c, channels - c, v, plane, side);
+    for (; c + LANES <= channels; c += LANES) transform_vector(at, c, LANES, end, v, plane, side);
+    if (c < channels) transform_vector(at, c, channels - c, end, v, plane, side);
 }
 
 /* `rows` tiles times `vecs` vectors of output channels, summed over the channels. */
@@ -159,10 +164,12 @@ INLINE void write_vector(const float *m, int64_t vecs, vec bias, float *y, const
             if (i < lines && j < columns) {
                 vec value = out[i * side + j] + bias;
                 float *to = y + (i * l->out_width + j) * l->out_channels;
-                if (count < LANES)
-                    memcpy(to, &value, count * sizeof *to);
-                else
+                if (count == LANES)
                     store_float(to, value);
+                else if (count == LANES / 2)
+                    store_floats(to, value, LANES / 2);
+                else
+                    memcpy(to, &value, count * sizeof *to);
             }
 }
 
@@ -183,11 +190,12 @@ INLINE void write_tile(const float *m, int64_t vecs, const float *bias, int64_t 
 INLINE void run_block(const float *x, const float *panels, const float *bias, float *y, const layer *l, int64_t first,
                       int64_t last, const float *nothing, float *v, float *m, const int side) {
     const int positions = side * side;
+    const float *end = x + l->images * l->height * l->width * l->channels;
     int64_t tiles = last - first, row = round_up(l->channels, LANES) + LANES, plane = tiles * row;
     for (int64_t t = 0; t < tiles; t++) {
         const float *at[MAX_POSITIONS];
         find_pixels(x, l, first + t, nothing, at);
-        transform_tile(at, l->channels, v + t * row, plane, side);
+        transform_tile(at, l->channels, end, v + t * row, plane, side);
     }
     for (int64_t k = 0; k < l->out_channels; k += PANEL) {
         int64_t vecs = l->out_channels - k > LANES ? 2 : 1, m_row = positions * vecs * LANES;
