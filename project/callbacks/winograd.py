@@ -123,6 +123,7 @@ def _plan(chooser: WinogradChooser, module: Classifier, images: torch.Tensor) ->
     """The choice for the net as it runs, and in words."""
     order = torch.channels_last if module.channels_last else torch.contiguous_format
     plan = chooser.plan(module.net.to(memory_format=order), images.contiguous(memory_format=order))
+    log.info("lower quartiles; gains, of how many times fewer multiplications; errors over direct convolution's")
     for row in plan.rows:
         log.info("%s", row)
     log.info(

@@ -26,7 +26,7 @@ class Clock(WinogradChooser):
         for run in runs:
             run()
         direct, *others = {3: self.layer_ms, 2: self.net_ms}[len(runs)]  # type: ignore[attr-defined]
-        return [[ms - 0.1, ms, ms + 0.1] for ms in (direct, *others)]
+        return [[ms - 0.1, ms, ms, ms, ms + 0.1, 99 * ms] for ms in (direct, *others)]  # someone else ran in the last
 
 
 def clock(layer_ms: tuple[float, ...], net_ms: tuple[float, ...] = (2.0, 1.0), **options: Any) -> Clock:
@@ -42,8 +42,8 @@ def clock(layer_ms: tuple[float, ...], net_ms: tuple[float, ...] = (2.0, 1.0), *
     [
         ((3, 2, 1), (9, 8), {4}, ""),
         ((3, 1, 2), (9, 8), {2}, ""),
-        ((1, 2, 3), (9, 8), set(), "direct convolution is as fast"),
-        ((3, 2.95, 2.97), (9, 8), set(), "direct convolution is as fast"),  # within the noise
+        ((1, 2, 3), (9, 8), set(), "it is not faster"),
+        ((3, 2.95, 2.97), (9, 8), set(), "it is not faster"),  # within the noise
         ((3, 2, 1), (9, 8.95), set(), "the whole net is not faster"),
         ((3, 2, 1), (8, 9), set(), "the whole net is not faster"),
     ],
@@ -54,7 +54,7 @@ def test_what_wins_beyond_the_noise_is_kept(layer_ms, net_ms, kept, reason):
     plan = clock(layer_ms, net_ms, exclude=["stem"]).plan(net, images)
     assert len(plan.rows) == 3 and {row.reason for row in plan.rows} == {reason}
     assert set(plan.surgery.tiles.values()) == kept and len(plan.surgery.tiles) == (3 if kept else 0)
-    assert (plan.direct_ms, plan.ms) == net_ms
+    assert (plan.direct_ms, plan.ms) == net_ms  # whatever the disturbed rounds took
     assert not any(isinstance(layer, WinogradConv2d) for layer in net.modules())
     assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
 
