@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import mkldnn
 
-from project.compression import Winograd, WinogradConv2d
+from project.compression import WinogradChooser, WinogradConv2d
 from project.compression.winograd import TILES, count_multiplications, why_not_winograd
 from project.compression.winograd_choice import relative_errors
 from project.metrics.engines import engines, why_missing
@@ -113,17 +113,18 @@ def compare_layer(layer: Layer, batch_size: int, rounds: int, budget_s: float) -
 
 
 def compare_net(name: str, batch_size: int, rounds: int, budget_s: float, names: list[str]) -> None:
-    """All layers but those on images by F(4x4, 3x3) in eager PyTorch, against the dense net's engines."""
+    """Eager PyTorch with the layers that ``auto`` keeps, against the engines of the net before."""
     net_class, image_shape = NETS[name]
     torch.manual_seed(0)
     net = net_class(10, image_shape).eval()
-    layers = [(key, layer) for key, layer in net.named_modules() if isinstance(layer, nn.Conv2d)]
-    tiles = {key: 4 for key, layer in layers if why_not_winograd(layer) is None and layer.in_channels > 3}
-    fast = deepcopy(net)
-    Winograd(tiles).apply_(fast)
-    own = engines(net, image_shape, [engine for engine in names if not why_missing(engine)])
-    own["eager, F(4x4, 3x3)"] = engines(fast, image_shape, ["eager"])["eager"]
     images = torch.randn(batch_size, *image_shape)
+    fast = deepcopy(net).to(memory_format=torch.channels_last)
+    plan = WinogradChooser(batch_size=batch_size, rounds=rounds, budget_s=budget_s / 20).plan(fast, images)
+    plan.surgery.apply_(fast)
+    own = engines(net, image_shape, [engine for engine in names if not why_missing(engine)])
+    chosen = [f"{list(plan.surgery.tiles.values()).count(tile)} f{tile}" for tile in TILES]
+    title = f"eager, {', '.join(chosen)} of {len(plan.rows)}"
+    own[title] = engines(fast, image_shape, ["eager"])["eager"]
     runs = {engine: partial(run, images) for engine, run in own.items()}
     for run in runs.values():
         run()

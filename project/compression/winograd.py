@@ -12,8 +12,8 @@ divide the map: see :func:`count_multiplications`.
 
 The result differs from direct convolution by rounding alone. Transforms add up numbers of both signs, multiplied by up
 to 8, while the sums over channels are of fewer terms. On ReLU maps of 8 to 448 channels the error of float32 against
-float64, in the root mean square, is 0.7 to 1.1 times that of direct convolution for F(2x2, 3x3) and 3 to 7 times for
-F(4x4, 3x3); of one channel about 2 and 15 times (scripts/benchmark_winograd.py --errors).
+float64, in the root mean square, is 0.7 to 1.1 times that of direct convolution for F(2x2, 3x3) and 4 to 6 times for
+F(4x4, 3x3); of one channel 1.8 and 6 to 10 times (``scripts/benchmark_winograd.py errors``).
 
 Which layers gain by it, and on which tiles, is measured: :mod:`project.compression.winograd_choice`.
 """
