@@ -18,6 +18,7 @@ from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.ternary import TernaryWeights
 from project.callbacks.thinning import fresh_checkpoint
 from project.callbacks.weight_sharing import WeightSharing
+from project.compression.winograd import WinogradConv2d
 from project.compression.winograd_choice import Algorithm, WinogradChooser, WinogradPlan
 from project.data import ImageDataModule
 from project.kernels.build import library
@@ -105,18 +106,20 @@ class WinogradConvolutions(Callback):
             return
         if not dense.is_file():
             write_whole(dense, lambda part: shutil.copyfile(source, part))
-        if plan.surgery.tiles:
+        if plan.surgery.tiles or any(isinstance(layer, WinogradConv2d) for layer in module.net.modules()):
             module.operate_(plan.surgery)
             write_whole(run.best_checkpoint, lambda part: torch.save(fresh_checkpoint(module, checkpoint), part))
         if self.report:
-            self._report(trainer, pl_module, dense, run.best_or_last)
+            self._report(trainer, pl_module, dense, run.best_or_last, changed=bool(plan.surgery.tiles))
 
-    def _report(self, trainer: Trainer, module: Classifier, dense: Path, best: Path) -> None:
+    def _report(self, trainer: Trainer, module: Classifier, dense: Path, best: Path, *, changed: bool) -> None:
+        """The other engines choose their own algorithm: where layers were changed, the row is that of eager PyTorch."""
         run = run_of(trainer)
         assert run is not None
         if not run.report.is_file():
             report_steps(trainer, module, [Step("dense", dense)], measured=["dense"] if self.latency else [])
-        add_step_row(trainer, module, Step("winograd", best), latency=self.latency, names=["eager"])
+        names = ["eager"] if changed else None
+        add_step_row(trainer, module, Step("winograd", best), latency=self.latency, names=names)
 
 
 def _plan(chooser: WinogradChooser, module: Classifier, images: torch.Tensor) -> WinogradPlan:
@@ -126,6 +129,9 @@ def _plan(chooser: WinogradChooser, module: Classifier, images: torch.Tensor) ->
     log.info("lower quartiles; gains, of how many times fewer multiplications; errors over direct convolution's")
     for row in plan.rows:
         log.info("%s", row)
+    if not plan.surgery.tiles:
+        log.info("winograd: of %d layers none is kept", len(plan.rows))
+        return plan
     log.info(
         "winograd: %d of %d layers; a batch of %d takes %.2f instead of %.2f ms (%.2fx)",
         len(plan.surgery.tiles),

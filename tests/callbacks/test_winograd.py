@@ -73,6 +73,10 @@ def test_where_nothing_wins_the_checkpoint_stays(tmp_path: Path, monkeypatch: py
     assert run.best_checkpoint.read_bytes() == run.level_checkpoint(0).read_bytes()
     before, after = read_report(run.report)
     assert after.step == "winograd" and after.macs == before.macs
+    fit(tmp_path, winograd("f4"), resume=run)
+    assert tiles_of(run)
+    fit(tmp_path, winograd("auto"), resume=run)  # as on another machine, where it does not win
+    assert not tiles_of(run)
 
 
 @pytest.mark.usefixtures("kernels")
