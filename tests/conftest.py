@@ -27,6 +27,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
+@pytest.fixture(scope="session")
+def kernels() -> None:
+    """Kernels where there is a compiler, which is nearly everywhere; a message where there is none."""
+    from project.kernels.build import library
+
+    if library(torch.float32) is None:
+        pytest.skip("there is no C compiler with OpenMP here, so there are no kernels")
+
+
 @pytest.fixture
 def logs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of this test's runs."""

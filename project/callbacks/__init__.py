@@ -18,6 +18,7 @@ from project.callbacks.ternary import TernaryWeights
 from project.callbacks.test_report import TestReport
 from project.callbacks.weight_histograms import WeightHistograms
 from project.callbacks.weight_sharing import WeightSharing
+from project.callbacks.winograd import WinogradConvolutions
 from project.callbacks.xnor import XNORNet
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "TestReport",
     "WeightHistograms",
     "WeightSharing",
+    "WinogradConvolutions",
     "WriteSummary",
     "XNORNet",
     "default_callbacks",

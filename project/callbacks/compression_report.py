@@ -1,7 +1,7 @@
 """The end of a compression run: each level's best net on validation and test images, its size and its speed."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -102,17 +102,21 @@ def add_file_row(trainer: Trainer, module: Classifier, step: Step, file: ModelFi
     _publish(trainer, [*older, row], [row])
 
 
-def add_step_row(trainer: Trainer, module: Classifier, step: Step, *, latency: bool) -> None:
+def add_step_row(
+    trainer: Trainer, module: Classifier, step: Step, *, latency: bool, names: Sequence[str] | None = None
+) -> None:
     """Add a step that left a checkpoint to the run's report, in place of an older one of its name.
 
     Args:
         trainer, module, latency: as in :func:`add_file_row`.
         step: its name and its checkpoint.
+        names: engines that have what was done; those of the dense net by default.
     """
     run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
     assert run is not None
     net = load_net(module, step.checkpoint)
-    named = {f"own {name}": function for name, function in engines(net, module.image_shape, _ENGINES).items()}
+    own_engines = engines(net, module.image_shape, names or _ENGINES)
+    named = {f"own {name}": function for name, function in own_engines.items()}
     own, reference = _beside_dense(run, module, step, named) if latency else ({}, {})
     row = describe(
         step.name,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from project.callbacks.after_fit import AfterFit
 from project.callbacks.compression_report import Step, add_file_row, report_steps
-from project.callbacks.deployed_file import DeployedFile
 from project.callbacks.low_rank import LowRank
 from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.quantization import PostTrainingQuantization
@@ -22,7 +22,7 @@ from project.paths import Run
 _SMALLER = (IterativeMagnitudePruning, LowRank, WeightSharing, TernaryWeights)
 
 
-class Packing(DeployedFile):
+class Packing(AfterFit):
     """At the end of a fit writes ``model.packed`` of the best checkpoint into the run's folder, and its report row.
 
     The file's accuracy is that of the net which is read from it. A table of what each layer takes lies beside it. Give
@@ -55,7 +55,7 @@ class Packing(DeployedFile):
                     f"Packing stands before {type(later).__name__}, whose work it is to pack: give it after."
                 )
 
-    def write(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
+    def after_fit(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         exported = export_checkpoint(module, data, source, run.model_file("packed"), format="packed")
         if not run.report.is_file():

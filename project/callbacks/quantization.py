@@ -11,9 +11,9 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from project.callbacks.after_fit import AfterFit
 from project.callbacks.checkpoint import forget_best
 from project.callbacks.compression_report import Step, accuracy, add_file_row, report_steps
-from project.callbacks.deployed_file import DeployedFile
 from project.compression.fake_quantization import FakeQuantization
 from project.compression.quantization import Quantizer
 from project.data import ImageDataModule
@@ -25,7 +25,7 @@ from project.paths import Run
 log = logging.getLogger(__name__)
 
 
-class PostTrainingQuantization(DeployedFile):
+class PostTrainingQuantization(AfterFit):
     """At the end of a fit writes ``model.onnx`` and ``model_int8.onnx`` of the best checkpoint into the run's folder.
 
     The int8 file's accuracy on validation and test images and its speed, both in ONNX Runtime, are a row of the run's
@@ -48,7 +48,7 @@ class PostTrainingQuantization(DeployedFile):
         self.max_drop = max_drop
         self.latency = latency
 
-    def write(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
+    def after_fit(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
         export_checkpoint(module, data, source, run.model_file("onnx"))
         exported = self._quantize(run, module, data, source)

@@ -8,6 +8,8 @@ from project.compression.surgery import Surgery, from_plain, register_surgery, r
 from project.compression.thin_layers import Factorize
 from project.compression.thinning import Thin, Units, plan_thinning, units_of, why_not
 from project.compression.weight_sharing import Codebook, Sharer
+from project.compression.winograd import Winograd, WinogradConv2d
+from project.compression.winograd_choice import WinogradChooser
 from project.compression.xnor import BinarizeInputs
 
 __all__ = [
@@ -30,6 +32,9 @@ __all__ = [
     "Surgery",
     "Thin",
     "Units",
+    "Winograd",
+    "WinogradChooser",
+    "WinogradConv2d",
     "apply_masks_",
     "from_plain",
     "plan_thinning",

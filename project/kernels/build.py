@@ -40,13 +40,13 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, lambda part: _compile(compiler, flags, part))
-        return _declare(ctypes.CDLL(str(path)))
+        return _declare(ctypes.CDLL(str(path)), dtype)
     except (OSError, subprocess.SubprocessError) as error:
         log.info("no compiled kernels (%s): torch's own are used, which are slower", error)
         return None
 
 
-def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
+def _declare(kernels: ctypes.CDLL, dtype: torch.dtype) -> ctypes.CDLL:
     """Argument types, without which ctypes passes 32-bit integers."""
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     kernels.batch_norm_relu.argtypes = [pointer, *[count] * 2, *[pointer] * 2, *[number] * 2, *[pointer] * 4]
@@ -57,6 +57,10 @@ def _declare(kernels: ctypes.CDLL) -> ctypes.CDLL:
     kernels.max_pool_grad.argtypes = [pointer, pointer, *[count] * 9, pointer]
     kernels.first_layer.argtypes = [pointer, *[count] * 8, *[pointer] * 4, *[number] * 2, *[pointer] * 7]
     kernels.first_layer_grad.argtypes = [pointer, *[count] * 8, pointer, count, *[pointer] * 8]
+    if dtype == torch.float32:
+        kernels.winograd.argtypes = [pointer, *[count] * 8, *[pointer] * 3]
+        kernels.winograd_lanes.restype = count
+        kernels.memcmp.argtypes = [pointer, pointer, ctypes.c_size_t]  # libc's
     return kernels
 
 

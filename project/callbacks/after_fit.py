@@ -1,4 +1,4 @@
-"""What callbacks have in common that make a file of the best checkpoint when a fit is over."""
+"""What callbacks have in common that make something of the best checkpoint when a fit is over."""
 
 import logging
 from abc import abstractmethod
@@ -14,11 +14,11 @@ from project.paths import Run
 log = logging.getLogger(__name__)
 
 
-class DeployedFile(Callback):
-    """Calls :meth:`write` once, on the first process, when a fit has ended for good and left a checkpoint."""
+class AfterFit(Callback):
+    """Calls :meth:`after_fit` once, on the first process, when a fit has ended for good and left a checkpoint."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Refuse, before the first step, a model or data that no file can be made and measured of."""
+        """Refuse, before the first step, a model or data that nothing can be made and measured of."""
         if stage != "fit":
             return
         name = type(self).__name__
@@ -35,8 +35,8 @@ class DeployedFile(Callback):
         if not run.best_or_last.is_file():
             log.warning("%s found no checkpoint: switch trainer.enable_checkpointing on", type(self).__name__)
             return
-        self.write(trainer, pl_module, run, run.best_or_last)
+        self.after_fit(trainer, pl_module, run, run.best_or_last)
 
     @abstractmethod
-    def write(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
-        """Make the file of the checkpoint ``source``, and its row of the run's report."""
+    def after_fit(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
+        """Make of the checkpoint ``source`` what is to be made, and its row of the run's report."""
