@@ -3,6 +3,7 @@
 import itertools
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -26,8 +27,22 @@ def main() -> None:
             raise
         from project.parser import one_sentence
 
-        sys.stderr.write(f"error: {one_sentence(str(error))}\n")
+        if not _first_process_tells():
+            sys.stderr.write(f"error: {one_sentence(str(error))}\n")
         sys.exit(2)
+
+
+def _first_process_tells() -> bool:
+    """Whether this is a further process of a run whose first one has ended meanwhile, with the same sentence."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    parent, waited = os.getppid(), 0.0
+    while rank_zero_only.rank and waited < 20:  # type: ignore[attr-defined]
+        if os.getppid() != parent:
+            return True
+        time.sleep(0.1)
+        waited += 0.1
+    return False
 
 
 def _names_model_file(args: list[str]) -> bool:

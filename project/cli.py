@@ -16,7 +16,8 @@ from project.data import ImageDataModule
 from project.models import Classifier
 from project.parser import Parser
 from project.paths import Run, write_whole
-from project.trainer import Trainer, check_checkpoint
+from project.run_trainer import check_checkpoint
+from project.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

@@ -72,12 +72,12 @@ class MetricsCSV(Logger):
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """The package's log lines to standard output, bare; Lightning's from warnings on."""
+    """The package's log lines to standard output, bare, of the first process alone; Lightning's from warnings on."""
     handler = logging.StreamHandler(sys.stdout)
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("project")
     logger.handlers = [handler]
-    logger.setLevel(level)
+    logger.setLevel(logging.ERROR if rank_zero_only.rank else level)  # type: ignore[attr-defined]
     logger.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from project.paths import write_whole
@@ -29,6 +29,18 @@ def image_loader(
     files = find_images(path)
     loader = DataLoader(ImageFiles(files, image_shape), batch_size=batch_size, collate_fn=pass_through)
     return loader, [str(file) for file in files]
+
+
+def of_all_processes(part: Tensor) -> Tensor:
+    """The rows of all processes, of which process r of R has every R-th from the r-th."""
+    if not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return part
+    parts: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, part.cpu())
+    whole = part.new_empty(sum(map(len, parts)), *part.shape[1:], device="cpu")
+    for rank, rows in enumerate(parts):
+        whole[rank :: len(parts)] = rows
+    return whole
 
 
 def write_predictions(

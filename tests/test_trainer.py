@@ -15,7 +15,8 @@ from lightning.pytorch.loggers import CSVLogger
 from project.callbacks import BestAndLast, StopOnNaN, TestReport, WriteSummary
 from project.data import Digits
 from project.models import Classifier, SmallInception
-from project.trainer import Trainer, check_checkpoint
+from project.run_trainer import check_checkpoint
+from project.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {
@@ -84,6 +85,13 @@ def test_check_checkpoint(tmp_path):
     for path, message in ((tmp_path / "no.ckpt", "no such file"), (tmp_path / "empty.ckpt", "not a checkpoint")):
         with pytest.raises(ValueError, match=message):
             check_checkpoint(path)
+
+
+def test_fast_dev_run_with_a_checkpoint_of_its_own_writes_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = Trainer(callbacks=[BestAndLast()], fast_dev_run=True, **QUIET)
+    trainer.fit(classifier(), datamodule=Digits(batch_size=64, seed=0))
+    assert trainer.global_step == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -59,6 +59,11 @@ class BestAndLast(ModelCheckpoint):
             self.monitor = None
         super().on_train_start(trainer, pl_module)
 
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Lightning 2.6 writes a last checkpoint of ``fast_dev_run`` too, into the working directory."""
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            super().on_train_end(trainer, pl_module)
+
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Whether ``current`` is at least as good as the best: of equal epochs the later one has learned for longer."""
         if current is not None and self.best_model_score is not None:

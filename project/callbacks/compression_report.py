@@ -1,7 +1,7 @@
 """The end of a compression run: each level's best net on validation and test images, its size and its speed."""
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +11,6 @@ from torch import Tensor, nn
 
 from project.callbacks.places import run_of, show_figure, tensorboard
 from project.data import ImageDataModule
-from project.data.array_dataset import Batch
 from project.metrics.engines import Engine, engines
 from project.metrics.latency import Latency, measure
 from project.metrics.report import ReportRow, describe, read_report, to_markdown, write_report
@@ -171,9 +170,8 @@ _ENGINES = ["eager", "onnxruntime"]
 def accuracy(logits_of: Callable[[Tensor], Tensor], data: ImageDataModule, split: str) -> float | None:
     """Share of right answers on the ``val`` or ``test`` images; ``None`` where there are none."""
     data.setup("test" if split == "test" else "validate")
-    loader: Iterable[Batch] = data.test_dataloader() if split == "test" else data.val_dataloader()  # type: ignore[assignment]
     right, count = 0, 0
-    for pixels, labels, _ in loader:
+    for pixels, labels, _ in data.measured_images(split):
         images = data.normalize(pixels.float().div_(255))
         right += int((logits_of(images).argmax(1) == labels).sum())
         count += len(labels)

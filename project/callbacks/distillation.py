@@ -66,7 +66,8 @@ class DistillFrom(Callback):
     def _teach(self, module: Classifier, net: nn.Module) -> None:
         if module.channels_last:
             net.to(memory_format=torch.channels_last)
-        module.distillation = Distillation(net.to(module.device), self.temperature, self.weight)
+        assert isinstance(module.dtype, torch.dtype)
+        module.distillation = Distillation(net.to(module.device, module.dtype), self.temperature, self.weight)
 
 
 def _net_of(checkpoint: Path, student: Classifier) -> nn.Module:

@@ -12,7 +12,8 @@ class StopOnNaN(Callback):
     """Raises at the first loss that is NaN or infinite, naming its step.
 
     The losses are kept on their device and looked at together, since reading each one would make an accelerator wait at
-    every step. They are also looked at before validation and before a checkpoint is written.
+    every step. They are also looked at before validation and before a checkpoint is written. Several processes look at
+    the means of theirs, so that all of them end.
 
     Args:
         every_n_steps: training batches between looks, 1 or more.
@@ -46,23 +47,25 @@ class StopOnNaN(Callback):
         self._losses.append(loss)
         self._moments.append((trainer.current_epoch, batch_idx, self._step, self._lr))
         if len(self._losses) >= self.every_n_steps:
-            self._look()
+            self._look(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._look()
+        self._look(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._look()
+        self._look(trainer)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._look()
+        self._look(trainer)
 
-    def _look(self) -> None:
+    def _look(self, trainer: Trainer) -> None:
         losses, moments = self._losses, self._moments
         self._losses, self._moments = [], []
         if not losses:
             return
         values = torch.stack([loss.detach().float().mean() for loss in losses])
+        if trainer.world_size > 1:
+            values = trainer.strategy.reduce(values, reduce_op="mean")
         finite = values.isfinite().tolist()
         if all(finite):
             return

@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from project.paths import Run, write_whole
@@ -24,6 +25,18 @@ def run_of(trainer: Trainer) -> Run | None:
     process.
     """
     return getattr(trainer, "run", None) if trainer.is_global_zero else None
+
+
+def is_complete(trainer: Trainer) -> bool:
+    """Whether a fit has ended for good: after its last epoch or step, or by EarlyStopping. One that a time limit or a
+    signal has ended is to be resumed.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, EarlyStopping) and callback.stopped_epoch for callback in callbacks):
+        return True
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    return trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch
 
 
 def show_figure(trainer: Trainer, tag: str, figure: "Figure") -> None:

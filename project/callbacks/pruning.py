@@ -151,7 +151,7 @@ class IterativeMagnitudePruning(Callback):
         epochs = trainer.current_epoch - self._dense_epochs
         if self.round < len(self._amounts) and epochs == self.round * self._round_epochs(trainer):
             self._begin_round(trainer, pl_module)
-        pl_module.log("pruning/sparsity", sparsity(self.masks, pl_module.net), rank_zero_only=True)
+        pl_module.log("pruning/sparsity", sparsity(self.masks, pl_module.net), sync_dist=trainer.world_size > 1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, Classifier)
@@ -384,12 +384,6 @@ def _like(mask: Tensor, parameter: nn.Parameter) -> Tensor:
 
 def _emas(trainer: Trainer) -> list[EMA]:
     return [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
-
-
-def _forget_best(trainer: Trainer) -> None:
-    for callback in trainer.checkpoint_callbacks:
-        if isinstance(callback, BestAndLast):
-            callback.forget_best()
 
 
 def _seed(trainer: Trainer) -> int:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from project.callbacks.checkpoint import forget_best
 from project.callbacks.compression_report import Step, accuracy, add_file_row, report_steps
-from project.callbacks.places import run_of
+from project.callbacks.deployed_file import DeployedFile
 from project.compression.fake_quantization import FakeQuantization
 from project.compression.quantization import Quantizer
 from project.data import ImageDataModule
@@ -24,7 +25,7 @@ from project.paths import Run
 log = logging.getLogger(__name__)
 
 
-class PostTrainingQuantization(Callback):
+class PostTrainingQuantization(DeployedFile):
     """At the end of a fit writes ``model.onnx`` and ``model_int8.onnx`` of the best checkpoint into the run's folder.
 
     The int8 file's accuracy on validation and test images and its speed, both in ONNX Runtime, are a row of the run's
@@ -47,30 +48,16 @@ class PostTrainingQuantization(Callback):
         self.max_drop = max_drop
         self.latency = latency
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage != "fit":
-            return
-        if not isinstance(pl_module, Classifier):
-            raise ValueError(f"the model is a {type(pl_module).__name__}, but what is quantized is a Classifier's net.")
-        if not isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
-            raise ValueError("quantization calibrates on training images: fit with an ImageDataModule.")
-
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
-        run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
-        if run is None or trainer.current_epoch < (trainer.max_epochs or 0):
-            return  # fast_dev_run, or a run that is to be resumed
-        source = run.best_or_last
-        if not source.is_file():
-            log.warning("there is no checkpoint to quantize: switch trainer.enable_checkpointing on")
-            return
-        export_checkpoint(pl_module, data, source, run.model_file("onnx"))
-        exported = self._quantize(run, pl_module, data, source)
+    def write(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        export_checkpoint(module, data, source, run.model_file("onnx"))
+        exported = self._quantize(run, module, data, source)
         if not run.report.is_file():
-            report_steps(trainer, pl_module, [Step("dense", source)], measured=["dense"] if self.latency else [])
+            report_steps(trainer, module, [Step("dense", source)], measured=["dense"] if self.latency else [])
         kept = sum(layer.num_bits == 32 for layer in exported.layers)
-        name = f"int8, {kept} layers fp32" if kept else "int8"
-        add_file_row(trainer, pl_module, Step(name, source), ModelFile(exported.path), latency=self.latency)
+        name = "int8" if self.quantizer.activations else f"{self.quantizer.weight_bits}-bit weights"
+        name = f"{name}, {kept} layers fp32" if kept else name
+        add_file_row(trainer, module, Step(name, source), ModelFile(exported.path), latency=self.latency)
 
     def _quantize(self, run: Run, module: Classifier, data: ImageDataModule, source: Path) -> Exported:
         """Export, with more layers in fp32 as long as too much is lost."""
@@ -87,10 +74,11 @@ class PostTrainingQuantization(Callback):
             points = 100 * (wanted - reached)
             if more >= len(exported.layers) // 2:
                 log.warning(
-                    "int8 loses %.2f points on the validation images, more than max_drop %g: fine-tune with "
-                    "project.callbacks.QuantizationAwareTraining before it",
+                    "int8 loses %.2f points on the validation images, more than max_drop %g: fine-tune it with "
+                    "project.callbacks.QuantizationAwareTraining, as in configs/compression/qat.yaml, --ckpt_path %s",
                     points,
                     self.max_drop,
+                    source,
                 )
                 return exported
             log.info("int8 loses %.2f points on the validation images: %d layers stay fp32", points, more)
@@ -98,46 +86,58 @@ class PostTrainingQuantization(Callback):
 
 
 class QuantizationAwareTraining(Callback):
-    """Trains the last epochs with weights and activations rounded to eight bits, so that the net gets used to it.
+    """Trains the last epochs with weights and activations rounded to few bits, so that the net gets used to it.
 
-    Structure, checkpoints and keys stay those of the plain net: the rounding is in the forward pass of training alone,
-    and validation measures the net without it. :class:`PostTrainingQuantization` after it writes the file.
+    Structure, checkpoints and keys stay those of the plain net: the rounding is in the forward pass alone, of training
+    and, once ranges are known, of validation, so that ``best.ckpt`` is the best net of these epochs as it will be
+    rounded. :class:`PostTrainingQuantization` after it writes the file, with a quantizer of as many bits. A fit that
+    begins with a trained net (``--ckpt_path`` its ``best.ckpt``) and a larger ``trainer.max_epochs`` goes on in the
+    schedule.
 
     Args:
-        begin_epoch: the first epoch, from 0, that rounds; fine-tuning begins well after half of the training.
-        weight_bits: 8 or fewer.
-        activations: round the layers' inputs too.
+        begin_epoch: the first epoch, from 0, that rounds, well after half of the training; null rounds from the fit's
+            first one on, for a trained net.
+        weight_bits: 2 to 8.
+        activations: round the layers' inputs too, to eight bits.
+
+    Raises:
+        ValueError: for numbers out of their range.
     """
 
-    def __init__(self, begin_epoch: int, weight_bits: int = 8, activations: bool = True) -> None:
-        if begin_epoch < 0:
-            raise ValueError(f"begin_epoch is {begin_epoch}: choose 0 or more.")
+    def __init__(self, begin_epoch: int | None = None, weight_bits: int = 8, activations: bool = True) -> None:
+        if begin_epoch is not None and begin_epoch < 0:
+            raise ValueError(f"begin_epoch is {begin_epoch}: choose 0 or more, or null.")
         self.begin_epoch = begin_epoch
         self.fake = FakeQuantization(num_bits=weight_bits, activations=activations)
+        self.begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.max_epochs is not None and 0 < trainer.max_epochs <= self.begin_epoch:
+        if stage != "fit":
+            return
+        self.begun = False
+        if trainer.max_epochs is not None and 0 < trainer.max_epochs <= (self.begin_epoch or 0):
             raise ValueError(
                 f"begin_epoch is {self.begin_epoch}, but training ends after {trainer.max_epochs} epochs: begin before."
             )
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
-        """Before each batch, since a validation amid an epoch takes the rounding out."""
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        if trainer.current_epoch >= self.begin_epoch:
-            self.fake.attach_(pl_module.net)
+        if trainer.current_epoch < (self.begin_epoch or 0):
+            return
+        self.fake.attach_(pl_module.net)
+        if not self.begun:  # else it is a run resumed within its rounded epochs
+            self.begun = True
+            forget_best(trainer)
 
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.fake.detach_()
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self.fake.detach_()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.fake.detach_()
 
     def state_dict(self) -> dict[str, object]:
-        return {"ranges": {name: tuple(span) for name, span in self.fake.ranges.items()}}
+        return {"ranges": self.fake.ranges, "begun": self.begun}
 
     def load_state_dict(self, state_dict: dict[str, object]) -> None:
-        self.fake.ranges = {name: tuple(span) for name, span in state_dict["ranges"].items()}  # type: ignore[attr-defined]
+        self.fake.ranges = dict(state_dict["ranges"])  # type: ignore[call-overload]
+        self.begun = bool(state_dict["begun"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from project.callbacks.look_at_batch import denormalize
 from project.callbacks.places import run_of, show_figure, tensorboard
 from project.paths import write_whole
+from project.whole_batch import gather
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -67,7 +68,7 @@ class TestReport(Callback):
             return
         if trainer.world_size > 1:
             self.matrix = trainer.strategy.reduce(self.matrix, reduce_op="sum")
-            self.mistakes.gather_(pl_module)
+            self.mistakes.gather_()
         run = run_of(trainer)
         if run is None and tensorboard(trainer) is None:
             return
@@ -118,12 +119,12 @@ class Mistakes:
         columns = (self._labels.tolist(), self._predictions.tolist(), self._confidences.tolist())
         return [row for row in zip(*columns, strict=True) if row[2] >= 0]
 
-    def gather_(self, module: Any) -> None:
+    def gather_(self) -> None:
         """Merge the mistakes of all processes. Each may hold another number, so each pads to ``size``."""
         kept = [self.images, self._labels, self._predictions, self._confidences]
         missing = self.size - len(self._confidences)
         padded = [torch.cat([t, t.new_full((missing, *t.shape[1:]), -1)]) for t in kept]
-        gathered = [module.all_gather(tensor).flatten(0, 1) for tensor in padded]
+        gathered = [gather(tensor) for tensor in padded]
         self.__init__(self.size)  # type: ignore[misc]
         self._keep(*gathered)
 

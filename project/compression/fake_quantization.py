@@ -9,11 +9,11 @@ and concatenation, and what a layer feeds need not be known. Scales per channel 
 multiplies each channel of a weight by one number, which its scale follows.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 _MOMENTUM = 0.01
 
@@ -34,10 +34,17 @@ class FakeQuantization:
             raise ValueError(f"weight_bits is {num_bits}: choose 2 to 8.")
         self.num_bits = num_bits
         self.activations = activations
-        self.ranges: dict[str, tuple[float, float]] = {}
-        """Of each layer's inputs: moving averages of the batches' extremes. Read it when detached."""
-        self._spans: dict[str, Tensor] = {}
+        self._spans: dict[str, Tensor] = {}  # of each layer's inputs, low and high, on its device
         self._layers: list[nn.Module] = []
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Of each layer's inputs: moving averages of the training batches' extremes."""
+        return {name: (float(span[0]), float(span[1])) for name, span in self._spans.items()}
+
+    @ranges.setter
+    def ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
+        self._spans = {name: torch.tensor(span) for name, span in ranges.items()}
 
     def attach_(self, net: nn.Module) -> None:
         """From now on the net rounds; once, however often it is said."""
@@ -53,26 +60,31 @@ class FakeQuantization:
 
     def detach_(self) -> None:
         """The net computes as it did before; nothing happens where nothing was attached."""
-        if not self._layers:
-            return
         for module in self._layers:
             del module.forward
         self._layers = []
-        self.ranges = {name: (float(span[0]), float(span[1])) for name, span in self._spans.items()}
 
     def _forward(self, plain: Callable[..., Tensor], name: str, module: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(module, nn.Conv2d | nn.Linear)
         if self.activations:
-            x = self._round_activation(name, x)
+            x = self._round_activation(name, x, update=module.training)
         return plain(x, fake_weight(module.weight, self.num_bits), module.bias)
 
-    def _round_activation(self, name: str, x: Tensor) -> Tensor:
-        seen = torch.stack([x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0)])
-        if name not in self._spans:
-            known = self.ranges.get(name)
-            self._spans[name] = seen if known is None else seen.new_tensor(known)
-        span = self._spans[name] = torch.lerp(self._spans[name], seen, _MOMENTUM)
+    def _round_activation(self, name: str, x: Tensor, *, update: bool) -> Tensor:
+        if update or name not in self._spans:
+            seen = _of_all_processes(x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0))
+            known = self._spans.get(name, seen).to(seen.device)
+            self._spans[name] = torch.lerp(known, seen, _MOMENTUM)
+        span = self._spans[name].to(x.device)
         return fake_activation(x, span[0], span[1])
+
+
+def _of_all_processes(low: Tensor, high: Tensor) -> Tensor:
+    """The lowest and the highest of a training in several processes, ``[2]``."""
+    ends = torch.stack([-low, high])
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.all_reduce(ends, distributed.ReduceOp.MAX)
+    return torch.stack([-ends[0], ends[1]])
 
 
 def fake_activation(x: Tensor, low: Tensor, high: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 The loader yields raw batches (uint8 images, labels, numbers of the images);
 :meth:`ImageDataModule.on_after_batch_transfer`, which Lightning calls once the batch is on the device, makes
 normalised float images of them. Augmentation depends on (seed, epoch, number of the image) alone, so a resumed run
-sees the same images as one never stopped, at any number of workers or processes.
+sees the same images as one never stopped, at any number of workers or processes. A mix takes its partners from the
+batch of all processes.
 """
 
 import os
@@ -15,12 +16,21 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from project.data.array_dataset import ArrayDataset, Batch, BatchDataset, EpochSampler, epoch_order, pass_through
+from project.data.array_dataset import (
+    ArrayDataset,
+    Batch,
+    BatchDataset,
+    EpochSampler,
+    PartSampler,
+    epoch_order,
+    pass_through,
+)
 from project.data.mix import BatchMix
 from project.data.random import BatchRandom
 from project.data.split import check_fraction, stratified_split
 from project.data.transforms import BatchTransform, Normalize
 from project.paths import Paths
+from project.whole_batch import gather
 
 
 class ImageDataModule(LightningDataModule):
@@ -139,17 +149,23 @@ class ImageDataModule(LightningDataModule):
         """No loader (an empty list) when nothing is held out."""
         assert self.val_data is not None, "call setup('fit') or setup('validate') first"
         if len(self.val_data):
-            return self._loader(self.val_data, self.eval_batch_size)
+            return self._loader(self.val_data, self.eval_batch_size, self._part(self.val_data, "validation"))
         warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # it is the intention
         return []
 
     def test_dataloader(self) -> DataLoader[Batch]:
         assert self.test_data is not None, "call setup('test') first"
-        return self._loader(self.test_data, self.eval_batch_size)
+        return self._loader(self.test_data, self.eval_batch_size, self._part(self.test_data, "test"))
 
     def predict_dataloader(self) -> DataLoader[Batch]:
         """The test images."""
         return self.test_dataloader()
+
+    def measured_images(self, split: str) -> DataLoader[Batch]:
+        """All ``val`` or ``test`` images, for one process that measures alone."""
+        data = self.test_data if split == "test" else self.val_data
+        assert data is not None, "call setup first"
+        return self._loader(data, self.eval_batch_size)
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
         """At most ``count`` training images, spread over the whole set, normalised and not augmented, and labels."""
@@ -157,7 +173,7 @@ class ImageDataModule(LightningDataModule):
         count = min(count, len(self.train_data))
         positions = torch.linspace(0, len(self.train_data) - 1, count).long().tolist()
         images, labels, _ = self.train_data.__getitems__(positions)
-        return self.normalize(images.float().div_(255)), labels
+        return self._in_precision(self.normalize(images.float().div_(255))), labels
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
         """Raw batch -> float images, normalised, channels-last in memory when coloured, and targets.
@@ -168,12 +184,34 @@ class ImageDataModule(LightningDataModule):
         images = images.float().div_(255)
         trainer = self.trainer
         if trainer is None or not trainer.training:
-            return _channels_last(self.normalize(images)), targets
+            return self._for_net(self.normalize(images)), targets
         random = BatchRandom(self.run_seed, trainer.current_epoch, indices)
         for transform in self.augment:
             images = transform(images, random)
-        images = _channels_last(self.normalize(images))
-        return (images, targets) if self.mix is None else self.mix(images, targets, random, self.num_classes)
+        images = self.normalize(images)
+        if self.mix is not None:
+            images, targets = self._mixed(self.mix, images, targets, random)
+        return self._for_net(images), targets
+
+    def _mixed(self, mix: BatchMix, images: Tensor, labels: Tensor, random: BatchRandom) -> tuple[Tensor, Tensor]:
+        """Of several processes each mixes the whole batch and takes its part, so that partners are those of one."""
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return mix(images, labels, random, self.num_classes)
+
+        first = trainer.global_rank * len(images)
+        own = slice(first, first + len(images))
+        images, targets = mix(gather(images), gather(labels), random.over(gather), self.num_classes)
+        return images[own], targets[own]
+
+    def _for_net(self, images: Tensor) -> Tensor:
+        images = self._in_precision(images)
+        return images.contiguous(memory_format=torch.channels_last) if images.shape[1] > 1 else images
+
+    def _in_precision(self, images: Tensor) -> Tensor:
+        """In the type of the net's weights (``64-true``, ``bf16-true``)."""
+        module = getattr(self.trainer, "lightning_module", None)
+        return images if module is None else images.to(module.dtype)
 
     def normalize(self, images: Tensor) -> Tensor:
         """``(images - mean) / std`` per channel, for images in [0, 1]."""
@@ -183,8 +221,25 @@ class ImageDataModule(LightningDataModule):
             self._normalize.to(images.device)
         return self._normalize(images)
 
+    def _part(self, dataset: BatchDataset, name: str) -> PartSampler | None:
+        """This process's share of the images to measure on; all of them where there is one process."""
+        trainer = self.trainer
+        if trainer is None or trainer.world_size == 1:
+            return None
+        size = trainer.world_size
+        if len(dataset) < size:
+            raise ValueError(
+                f"the {name} set holds {len(dataset)} images for {size} processes: set trainer.devices to 1, or hold "
+                "out more images (val_fraction)."
+            )
+        return PartSampler(dataset, num_replicas=size, rank=trainer.global_rank)
+
     def _loader(
-        self, dataset: BatchDataset, batch_size: int, sampler: EpochSampler | None = None, drop_last: bool = False
+        self,
+        dataset: BatchDataset,
+        batch_size: int,
+        sampler: EpochSampler | PartSampler | None = None,
+        drop_last: bool = False,
     ) -> DataLoader[Batch]:
         if self.num_workers == 0 and isinstance(dataset, ArrayDataset):
             # Lightning's advice to add workers does not hold for a gather from memory.
@@ -210,7 +265,3 @@ class ImageDataModule(LightningDataModule):
                 f"batch_size is {self.batch_size}, but the training set holds {len(self.train_data)} images{among}: "
                 f"give a batch_size of at most {share}."
             )
-
-
-def _channels_last(images: Tensor) -> Tensor:
-    return images.contiguous(memory_format=torch.channels_last) if images.shape[1] > 1 else images

@@ -11,6 +11,8 @@ it are taken per number. Words of 32 bits lie in int64 tensors, which every devi
 augmentation and shuffling; not for cryptography.
 """
 
+from collections.abc import Callable
+from copy import copy
 from math import prod
 from typing import TypeVar
 
@@ -44,6 +46,12 @@ class BatchRandom:
 
     def __len__(self) -> int:
         return len(self._state)
+
+    def over(self, gather: Callable[[Tensor], Tensor]) -> "BatchRandom":
+        """The draws that are next, for more images: ``gather`` adds those of other processes."""
+        more = copy(self)
+        more._state = gather(self._state)
+        return more
 
     def bits(self, *shape: int) -> Tensor:
         """32 random bits: ``[N, *shape]`` int64 in [0, 2**32)."""

@@ -149,7 +149,7 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Targets are classes ``[N]`` or, mixed, distributions ``[N, K]``."""
         images, targets = batch
-        logits = self.net(images).float()  # under mixed precision the loss is still computed in full
+        logits = _in_full(self.net(images))
         loss = self.loss(logits, targets)
         self._add_up(loss.detach(), logits.detach(), targets)
         if self.distillation is not None:
@@ -165,11 +165,13 @@ class Classifier(LightningModule):
         self._train_sums = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout's draws are a function of (seed, epoch, batch, process): a resumed run repeats them.
+        """Dropout's draws are a function of (seed, epoch, batch, process): a resumed run repeats them. Where layers see
+        the batch of all processes (:mod:`project.whole_batch`) these draw alike.
 
         ``torch.manual_seed`` would also queue a call, with its stack trace, for every kind of device that is not there.
         """
-        seed = hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, self.global_rank)) % 2**63
+        process = 0 if getattr(self.trainer, "sync_batchnorm", False) else self.global_rank
+        seed = hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, process)) % 2**63
         torch.default_generator.manual_seed(seed)
         if self.device.type != "cpu":
             torch.get_device_module(self.device).manual_seed(seed)
@@ -193,10 +195,16 @@ class Classifier(LightningModule):
 
     # -- validation, test, prediction ----------------------------------------------------------------------------
 
+    def on_validation_start(self) -> None:
+        """What is measured is what the first process saves; without synchronised norms statistics are its own."""
+        if self.trainer.world_size > 1:
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Plain cross entropy, without smoothing or penalties, so that runs with different losses compare."""
         images, labels = batch
-        logits = self.net(images).float()
+        logits = _in_full(self.net(images))
         loss = nn.functional.cross_entropy(logits, labels)
         self.val_metrics["val/loss"].update(loss, len(labels))
         self.val_metrics["val/accuracy"].update(logits, labels)
@@ -208,7 +216,7 @@ class Classifier(LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         images, labels = batch
-        logits = self.net(images).float()
+        logits = _in_full(self.net(images))
         self.test_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
         self.test_metrics.update(logits.softmax(dim=1), labels)
         return {"logits": logits, "labels": labels}
@@ -307,15 +315,22 @@ class Classifier(LightningModule):
 
 def with_weights(module: Classifier, checkpoint: dict[str, Any]) -> Classifier:
     """A copy on the processor, in eval mode, with structure and weights of a checkpoint's content."""
-    copy = deepcopy(module).to("cpu")
+    # What the command line makes optimizers with holds all that it has built; a trainer of several processes, in them,
+    # cannot be copied.
+    copy = deepcopy(module, {id(module.make_optimizer): module.make_optimizer}).to("cpu")
     copy.on_load_checkpoint(checkpoint)
     copy.load_state_dict(checkpoint["state_dict"])
     return copy.eval()
 
 
 def load_net(module: Classifier, path: Path) -> nn.Module:
-    """The net of a checkpoint, in eval mode on the processor; ``module`` is left as it was."""
-    return with_weights(module, torch.load(path, map_location="cpu", weights_only=True)).net
+    """The net of a checkpoint, in eval mode and float32 on the processor; ``module`` is left as it was."""
+    return with_weights(module, torch.load(path, map_location="cpu", weights_only=True)).net.float()
+
+
+def _in_full(logits: Tensor) -> Tensor:
+    """Under mixed precision the loss is still computed in float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:

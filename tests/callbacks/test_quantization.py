@@ -6,11 +6,14 @@ import onnx
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from tests_pruning_run import STEPS, DigitsOnce, differences, fit, state_of, weights_of
+from tests_stop_after import StopAfter
 
 from project.callbacks import IterativeMagnitudePruning, PostTrainingQuantization, QuantizationAwareTraining
 from project.callbacks.compression_report import accuracy
 from project.compression import OneShot, Pruner, Quantizer
+from project.compression.fake_quantization import fake_weight
 from project.metrics.report import read_report
 from project.model_file import ModelFile
 
@@ -81,6 +84,19 @@ def test_excluded_layers_are_named_in_the_report(tmp_path: Path) -> None:
     assert read_report(run.report)[-1].step == "int8, 1 layers fp32"
 
 
+@pytest.mark.parametrize("ends", ["early", "by a time limit"])
+def test_a_fit_that_stops_early_is_over_and_one_that_runs_out_of_time_is_not(tmp_path: Path, ends: str) -> None:
+    stop = EarlyStopping("val/accuracy", mode="min", patience=1) if ends == "early" else StopAfter(1)
+    out = fit(tmp_path, int8(), stop, epochs=9)
+    assert out.trainer.current_epoch < 9
+    assert out.run.model_file("onnx-int8").is_file() == (ends == "early")
+
+
+def test_weights_alone_are_called_so(tmp_path: Path) -> None:
+    run = fit(tmp_path, int8(quantizer=Quantizer(weight_bits=4, activations=False)), epochs=1).run
+    assert read_report(run.report)[-1].step == "4-bit weights"
+
+
 def test_without_a_checkpoint_nothing_is_written(tmp_path: Path) -> None:
     run = fit(tmp_path, int8(), enable_checkpointing=False).run
     assert not list(run.folder.glob("*.onnx")) and not run.report.exists()
@@ -115,29 +131,54 @@ class Weights(Callback):
         return "forward" in vars(module.net.conv2.conv)  # type: ignore[union-attr]
 
 
-def test_rounding_begins_where_it_should_and_spares_validation(tmp_path: Path) -> None:
+def test_rounding_begins_where_it_should_and_ends_with_the_fit(tmp_path: Path) -> None:
     plain, watch = Weights(), Weights()
     fit(tmp_path / "plain", plain, epochs=3)
-    fit(tmp_path / "aware", QuantizationAwareTraining(begin_epoch=1), watch, epochs=3)
+    model = fit(tmp_path / "aware", QuantizationAwareTraining(begin_epoch=1), watch, epochs=3).model
     assert not differences(plain.epochs[0], watch.epochs[0])
     assert differences(plain.epochs[1], watch.epochs[1])
     training = [replaced for replaced, validating in watch.replaced if not validating]
     assert training == [False] * STEPS + [True] * 2 * STEPS
-    assert not any(replaced for replaced, validating in watch.replaced if validating)
+    assert "forward" not in vars(model.net.conv2.conv)
 
 
-def test_rounding_goes_on_after_a_validation_amid_an_epoch(tmp_path: Path) -> None:
-    watch = Weights()
-    fit(tmp_path, QuantizationAwareTraining(begin_epoch=0), watch, epochs=1, val_check_interval=STEPS // 2)
-    assert [replaced for replaced, validating in watch.replaced if not validating] == [True] * STEPS
-    assert not any(replaced for replaced, validating in watch.replaced if validating)
+def test_the_best_net_is_chosen_among_the_rounded_epochs_as_it_will_be_rounded(tmp_path: Path) -> None:
+    """At two bits the first epochs are worse than those before them: still, the file is made of one of them."""
+
+    class Scores(Callback):
+        def __init__(self) -> None:
+            self.of: list[float] = []
+
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            if not trainer.sanity_checking:
+                self.of.append(float(trainer.callback_metrics["val/accuracy"]))
+
+    scores = Scores()
+    aware = QuantizationAwareTraining(begin_epoch=6, weight_bits=2, activations=False)
+    out = fit(tmp_path, aware, scores, epochs=8)
+    assert max(scores.of[6:]) < max(scores.of[:6])
+    checkpoint = torch.load(out.run.best_checkpoint, weights_only=True)
+    assert checkpoint["epoch"] in (6, 7)
+    out.model.load_state_dict(checkpoint["state_dict"])
+    for module in out.model.net.modules():
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Linear):
+            module.weight.data.copy_(fake_weight(module.weight, 2))
+    out.model.net.eval()
+    reached = accuracy(out.model.net, DigitsOnce(batch_size=64, seed=0), "val")
+    assert reached == pytest.approx(max(scores.of[6:]))
 
 
-def test_known_ranges_outlive_a_validation_before_the_first_batch() -> None:
-    callback = QuantizationAwareTraining(begin_epoch=0)
-    callback.load_state_dict({"ranges": {"fc": (0.0, 2.0)}})
-    callback.fake.detach_()
-    assert callback.state_dict() == {"ranges": {"fc": (0.0, 2.0)}}
+def test_validation_changes_no_range(tmp_path: Path) -> None:
+    class Ranges(Callback):
+        def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            self.before = aware.fake.ranges
+
+        def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert trainer.sanity_checking or (self.before and self.before == aware.fake.ranges)
+
+    aware = QuantizationAwareTraining()
+    fit(tmp_path, aware, Ranges(), epochs=1)
+    assert aware.fake.ranges
 
 
 def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:

@@ -1,11 +1,13 @@
 """Whole batches from one tensor; the order is a pure function of (seed, epoch), on one process and on many."""
 
+import itertools
 import pickle
 
 import torch
 from torch.utils.data import DataLoader, RandomSampler
 
 from project.data import ArrayDataset, EpochSampler, pass_through
+from project.data.array_dataset import PartSampler
 
 
 def dataset(num: int = 100) -> ArrayDataset:
@@ -41,6 +43,12 @@ def test_processes_share_one_order() -> None:
     parts = [order(101, seed=3, num_replicas=4, rank=rank) for rank in range(4)]
     assert [len(part) for part in parts] == [25] * 4
     assert [parts[k % 4][k // 4] for k in range(100)] == whole[:100]
+
+
+def test_processes_measure_each_image_once() -> None:
+    parts = [list(PartSampler(dataset(101), num_replicas=4, rank=rank)) for rank in range(4)]
+    assert [len(part) for part in parts] == [26, 25, 25, 25] and sorted(itertools.chain(*parts)) == list(range(101))
+    assert [len(PartSampler(dataset(101), num_replicas=4, rank=rank)) for rank in range(4)] == [26, 25, 25, 25]
 
 
 def test_loader_reads_whole_batches_with_and_without_workers() -> None:

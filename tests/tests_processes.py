@@ -1,0 +1,121 @@
+"""For the tests of several processes: one fit, in one process or in two forks of this one, and what came of it."""
+
+import multiprocessing
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Trainer as LightningTrainer
+from torch import Tensor, nn
+
+from project.data import Digits, HorizontalFlip, RandomAffine
+from project.models import BatchNorm, Classifier, DropPath
+from project.models.layers import ConvNormAct, GlobalAvgPool, MaxPool
+from project.schedules import Linear
+from project.trainer import Trainer
+
+BATCH = 96
+"""Images of a step, in all processes together."""
+NUM_VAL = 121
+STEPS = 5
+EPOCHS = 3
+
+
+class Net(nn.Module):
+    """Two convolutions with all that depends on the batch: ``[N, 1, 8, 8] -> [N, 10]``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = ConvNormAct(1, 8, 3, norm=BatchNorm, pool=lambda: MaxPool(2))
+        self.spatial = nn.Dropout2d(0.1)
+        self.conv = ConvNormAct(8, 16, 3, norm=BatchNorm)
+        self.path = DropPath(0.1)
+        self.pool = GlobalAvgPool()
+        self.dropout = nn.Dropout(0.2)
+        self.fc = nn.Linear(16, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv(self.spatial(self.stem(images)))
+        return self.fc(self.dropout(self.pool(x + self.path(x))))
+
+
+class Keep(Callback):
+    """Writes what each process has at the end of a fit; give it last."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: LightningTrainer, pl_module: LightningModule) -> None:
+        states = {type(each).__name__: each.state_dict() for each in trainer.callbacks}  # type: ignore[attr-defined]
+        content = {
+            "net": {name: value.clone() for name, value in pl_module.net.state_dict().items()},  # type: ignore[union-attr]
+            "metrics": {name: value.clone() for name, value in trainer.callback_metrics.items()},
+            "masks": states.get("IterativeMagnitudePruning", {}).get("masks", {}),
+            "num_val_images": sum(len(batch[0]) for batch in trainer.val_dataloaders),
+        }
+        torch.save(content, self.folder / f"process_{trainer.global_rank}.pt")
+
+
+def fit(
+    folder: Path,
+    processes: int,
+    *callbacks: Callback,
+    data: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+    net: nn.Module | None = None,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """What :class:`Keep` wrote, by process; the trainer's folder is ``folder/pair`` or ``folder/one``."""
+    place = folder / ("one" if processes == 1 else "pair")
+    place.mkdir()
+    torch.manual_seed(0)
+    classifier = Classifier(net or Net(), 10, (1, 8, 8), **{"schedule": Linear(), **(model or {})})
+    augment = [HorizontalFlip(), RandomAffine(degrees=10, translate=0.1)]
+    loader = Digits(batch_size=BATCH // processes, eval_batch_size=50, augment=augment, seed=0, **(data or {}))
+    loader.val_fraction = NUM_VAL / 1438
+    devices = {"strategy": "ddp_fork", "sync_batchnorm": True} if processes > 1 else {}
+    trainer = Trainer(
+        logs_dir=str(place),
+        callbacks=[*callbacks, Keep(place)],
+        devices=processes,
+        accelerator="cpu",
+        limit_train_batches=STEPS,
+        num_sanity_val_steps=0,
+        test_after_fit=False,
+        **{"precision": "64-true", "max_epochs": EPOCHS, "logger": False, "observe": False, **devices, **options},
+        enable_progress_bar=False,
+    )
+    with deadline(180):
+        trainer.fit(classifier, datamodule=loader)
+    return [torch.load(place / f"process_{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+@contextmanager
+def deadline(seconds: int) -> Iterator[None]:
+    """Processes that wait for each other forever are killed."""
+
+    def end(*_: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.kill()
+        raise TimeoutError(f"the processes did not end in {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def distance(first: dict[str, Tensor], second: dict[str, Tensor]) -> float:
+    """The largest relative distance of two tensors of one name, in norms."""
+    assert first.keys() == second.keys()
+    return max(
+        float((first[name].double() - second[name].double()).norm() / second[name].double().norm().clamp(min=1e-12))
+        for name in first
+    )
