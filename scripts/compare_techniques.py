@@ -200,6 +200,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=50, help="timed calls of each engine and batch size")
     parser.add_argument("--output", type=Path, default=Path("docs"), help="an existing folder")
     args = parser.parse_args()
+    command = shlex.join(["python", "scripts/compare_techniques.py", *sys.argv[1:]])
     if args.dense and len(args.dense) != len(args.seeds):
         parser.error(f"--dense names {len(args.dense)} runs, --seeds {len(args.seeds)}: give one for each.")
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -209,10 +210,10 @@ def main() -> None:
         runs = train(args.config, seed, dense, args.finetune_epochs)
         lines = benchmark(runs, args.rounds)
         rows += [row_of(name, seed, run, lines, validate(name, run)) for name, run in runs.items()]
-    write(rows, args.config, args.finetune_epochs, args.output)
+    write(rows, command, args.config, args.finetune_epochs, args.output)
 
 
-def write(rows: Sequence[TechniqueRow], config: Path, finetune_epochs: int, folder: Path) -> None:
+def write(rows: Sequence[TechniqueRow], command: str, config: Path, finetune_epochs: int, folder: Path) -> None:
     from PIL import Image
 
     epochs = int(yaml.safe_load(config.read_text())["trainer"]["max_epochs"])
@@ -221,7 +222,6 @@ def write(rows: Sequence[TechniqueRow], config: Path, finetune_epochs: int, fold
         name: f"{epochs} epochs" if each.start != DENSE else on.get(name, f"dense, then {finetune_epochs} epochs")
         for name, each in TECHNIQUES.items()
     }
-    command = shlex.join(["python", "scripts/compare_techniques.py", *sys.argv[1:]])
     machine = describe_environment()
     versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "onnxruntime"))
     text = f"""# Techniques on one net
