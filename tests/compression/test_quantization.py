@@ -20,7 +20,7 @@ from project.export import _to_onnx
 from project.metrics.engines import _only_weights_are_integers, onnx_engine, openvino_engine
 
 MIN_MAX = Quantizer(observer="min-max")
-FAST = ["SmallInception-28", "LeNet5-28x19", "GoogLeNet-32"]
+FAST = ["SmallInception-28", "LeNet5-28x19", pytest.param("GoogLeNet-32", marks=pytest.mark.slow)]
 
 
 @cache

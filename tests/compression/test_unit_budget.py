@@ -166,7 +166,7 @@ def test_more_than_can_go_is_refused() -> None:
         pruned(net, SHAPE, Pruner("units", "random", budget="macs", round_to=1), 0.999)
 
 
-@pytest.mark.parametrize("criterion", ["obd", "gradient"])
+@pytest.mark.parametrize("criterion", ["obd", pytest.param("gradient", marks=pytest.mark.slow)])
 def test_saliency_ranks_units_as_the_loss_does(criterion: str) -> None:
     """Spearman's correlation with what the loss does when each unit of a trained net is taken: 0.79 for OBD (0.75 with
     gates on weights and scale both), 0.74 for gradients, -0.03 for magnitude.
