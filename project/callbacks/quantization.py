@@ -121,19 +121,28 @@ class QuantizationAwareTraining(Callback):
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Classifier)
-        if trainer.current_epoch < (self.begin_epoch or 0):
-            return
-        self.fake.attach_(pl_module.net)
-        if not self.begun:  # else it is a run resumed within its rounded epochs
+        if trainer.current_epoch >= (self.begin_epoch or 0) and not self.begun:  # else it is a run resumed after it
             self.begun = True
             forget_best(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
+        self._attach(pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._attach(pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Between epochs the net is a plain one, which other callbacks may copy or prune."""
         self.fake.detach_()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.fake.detach_()
+
+    def _attach(self, module: LightningModule) -> None:
+        assert isinstance(module, Classifier)
+        if self.begun:
+            self.fake.attach_(module.net)
 
     def state_dict(self) -> dict[str, object]:
         return {"ranges": self.fake.ranges, "begun": self.begun}

@@ -168,6 +168,16 @@ def test_the_best_net_is_chosen_among_the_rounded_epochs_as_it_will_be_rounded(t
     assert reached == pytest.approx(max(scores.of[6:]))
 
 
+def test_between_epochs_the_net_is_plain(tmp_path: Path) -> None:
+    """What copies it then, such as a teacher, copies no rounding."""
+
+    class Look(Callback):
+        def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+            assert "forward" not in vars(pl_module.net.conv2.conv)  # type: ignore[union-attr]
+
+    fit(tmp_path, QuantizationAwareTraining(), Look(), epochs=2)
+
+
 def test_validation_changes_no_range(tmp_path: Path) -> None:
     class Ranges(Callback):
         def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
