@@ -32,7 +32,7 @@ def is_complete(trainer: Trainer) -> bool:
     signal has ended is to be resumed.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, EarlyStopping) and callback.stopped_epoch for callback in callbacks):
+    if any(isinstance(callback, EarlyStopping) and callback.stopping_reason.value for callback in callbacks):
         return True
     if 0 <= trainer.max_steps <= trainer.global_step:
         return True

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from torch import Tensor, nn
 
 from project.callbacks.checkpoint import forget_best, keep_best_as
@@ -246,7 +247,8 @@ def _check_company(trainer: Trainer, own: TernaryWeights) -> None:
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     name = type(own).__name__
-    reasons = {
+    reasons: dict[type[Callback], str] = {
+        EarlyStopping: "it would end the run before or amid the rounded epochs",
         IterativeMagnitudePruning: "ternary weights have zeros of their own, and binary ones cannot have any",
         QuantizationAwareTraining: "both round the weights, and eight bits hold two or three values anyway",
         WeightSharing: "a layer's two or three values are shared already",

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 from tests_pruning_run import DigitsOnce, differences, fit, pruning, state_of, weights_of
 
 from project.callbacks import (
@@ -100,6 +101,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, options: dict[str, 
         ([QuantizationAwareTraining(0)], "both round"),
         ([LowRank(1)], "thin layers"),
         ([WeightSharing()], "shared already"),
+        ([EarlyStopping("val/loss")], "amid the rounded epochs"),
         ([PostTrainingQuantization()], "stands before TernaryWeights"),
     ],
 )
