@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from project.cli import CLI
 from project.compression import Quantizer, quantize
+from project.compression.ranges import Method
 from project.data import ImageDataModule
 from project.export import export_onnx
 from project.metrics.engines import Engine, onnx_engine, openvino_engine
@@ -39,8 +41,9 @@ NNCF = importlib.util.find_spec("nncf") is not None
 def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
     """An int8 file of each maker, beside the fp32 file."""
     files = {"fp32": fp32}
-    quantizers = {observer: Quantizer(observer=observer) for observer in ("min-max", "percentile", "mse")}
+    quantizers = {observer: Quantizer(observer=observer) for observer in get_args(Method)}
     quantizers["bias correction"] = Quantizer(bias_correction=True)
+    quantizers["mean-min-max, bias correction"] = Quantizer(observer="mean-min-max", bias_correction=True)
     quantizers["4-bit weights"] = Quantizer(activations=False, weight_bits=4, weight_observer="mse")
     quantizers["4-bit weights, bias correction"] = replace(quantizers["4-bit weights"], bias_correction=True)
     for name, quantizer in quantizers.items():

@@ -20,6 +20,7 @@ from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.quantization import PostTrainingQuantization, QuantizationAwareTraining
 from project.callbacks.thinning import fresh_checkpoint
 from project.callbacks.weight_sharing import WeightSharing
+from project.compression.norm_folding import fold_norms_
 from project.compression.ternary import Freezing, LowBitWeights, Method
 from project.data import ImageDataModule
 from project.models.classifier import Classifier, with_weights
@@ -35,7 +36,7 @@ class TernaryWeights(Callback):
     """Trains with binary or ternary weights in convolutions and linear layers; stem and head stay float.
 
     The optimizer keeps float weights, and validation measures the rounded ones. At the end ``best.ckpt`` and
-    ``level_1.ckpt`` hold the rounded weights: a plain net, to test, export and pack like any other. With
+    ``level_1.ckpt`` hold the rounded weights, norms as scale and shift: a net to test, export and pack. With
     ``begin_epoch`` the net is trained in float up to there, and its best epoch stays as ``level_0.ckpt``.
 
     Args:
@@ -235,6 +236,7 @@ class TernaryWeights(Callback):
             weights = small.state_dict()
             best.write_(weights, prefix="net.")
             small.load_state_dict(weights)
+        fold_norms_(small.net)  # statistics would take as much room in the file as a tenth of the weights
         finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.step}
         write_whole(run.best_checkpoint, lambda part: torch.save(finished, part))
 

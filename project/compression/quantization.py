@@ -34,7 +34,7 @@ class Quantizer:
     """What becomes integers, and how their scales are found.
 
     Args:
-        observer: ranges of activations: min-max, percentile or mse (see :mod:`project.compression.ranges`).
+        observer: ranges of activations: min-max, mean-min-max, percentile or mse (:mod:`project.compression.ranges`).
         percentile: share of the values that ``percentile`` keeps, in percent.
         weight_observer: ranges of each channel's weights: min-max or mse.
         weight_bits: 8, or 4 with ``activations: false``.
@@ -186,7 +186,7 @@ def _calibrate(model: "ModelProto", chiefs: set[str], images: Array, quantizer: 
             if not np.isfinite(value).all():
                 raise ValueError(f"the net's {name} is not finite on the calibration images: its weights are damaged.")
             observers[name].see_range(value)
-    if quantizer.observer != "min-max":
+    if quantizer.observer in ("percentile", "mse"):
         for values in _batches(model, names, images):
             for name, value in values.items():
                 observers[name].count(value)

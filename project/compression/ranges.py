@@ -4,6 +4,8 @@ Krishnamoorthi 2018 (arXiv:1806.08342, sec. 2 and 3.1): ``x = scale * (q - zero_
 differences, a narrow one clips large values; Nagel et al. 2021 (arXiv:2106.08295, sec. 3.1) compare how to choose:
 
 - ``min-max``: the smallest and the largest value seen; nothing is clipped;
+- ``mean-min-max``: the mean over the images of each one's smallest and largest value, which one odd image cannot
+  stretch (Jacob et al. 2018, arXiv:1712.05877, sec. 3.1, smooth the extremes of batches);
 - ``percentile``: all but a share of the values at either end;
 - ``mse``: the range with the smallest mean squared error of what was seen (the paper's eq. 12).
 
@@ -18,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[np.float32]
-Method = Literal["min-max", "percentile", "mse"]
+Method = Literal["min-max", "mean-min-max", "percentile", "mse"]
 
 NUM_BINS = 2048
 _STEPS = 100  # ends that mse tries, from all of the range down to a hundredth
@@ -45,14 +47,17 @@ class Scale:
 
 
 class Observer:
-    """Sees the batches of one tensor twice: :meth:`see_range` for the extremes, then :meth:`count`."""
+    """Sees the batches ``[N, ...]`` of one tensor twice: :meth:`see_range` for the extremes, then :meth:`count`."""
 
     def __init__(self) -> None:
         self.low, self.high = float("inf"), float("-inf")
+        self.extremes: list[tuple[float, float]] = []
         self.counts = np.zeros(NUM_BINS, dtype=np.int64)
 
     def see_range(self, x: Array) -> None:
         self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
+        images = x.reshape(len(x), -1)
+        self.extremes += zip(images.min(1).tolist(), images.max(1).tolist(), strict=True)
 
     def count(self, x: Array) -> None:
         if self.high > self.low:
@@ -62,9 +67,12 @@ class Observer:
         """The scale of the values seen.
 
         Args:
-            method: see the module; without :meth:`count` only ``min-max``.
+            method: see the module; without :meth:`count` only ``min-max`` and ``mean-min-max``.
             percentile: share of the values, in percent, that ``percentile`` keeps; half of the rest goes at either end.
         """
+        if method == "mean-min-max" and self.extremes:
+            low, high = np.mean(self.extremes, axis=0)
+            return Scale.of_range(float(low), float(high))
         if method == "min-max" or not self.counts.any():
             return Scale.of_range(self.low, self.high)
         edges = np.linspace(self.low, self.high, NUM_BINS + 1)

@@ -50,6 +50,8 @@ def test_the_net_that_is_left_is_the_one_that_was_validated(tmp_path: Path, meth
     net = load_net(outcome.model, outcome.run.best_checkpoint)
     reached = accuracy(net, DigitsOnce(batch_size=64, seed=0), "val")
     assert reached == pytest.approx(max(watch.accuracy))
+    norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+    assert norms and not any(norm.running_mean.any() or len(norm.running_var.unique()) > 1 for norm in norms)
     assert len(watch.epochs[-1][LAYER].unique()) > 1000  # the optimizer's stay float
     assert not differences(weights, weights_of(outcome.run.level_checkpoint(1)))
     (row,) = read_report(outcome.run.report)

@@ -31,6 +31,14 @@ def test_min_max_clips_nothing(values: np.ndarray) -> None:
     assert np.abs(scale.fake(values.astype(np.float64)) - values).max() <= 0.51 * scale.scale
 
 
+def test_mean_min_max_is_the_mean_of_each_images_extremes_however_they_are_batched() -> None:
+    """Ten images whose largest value is 1 to 10 and smallest -1 to -10: the mean is 5.5, and batches do not matter."""
+    images = np.zeros((10, 3, 4), np.float32)
+    images[:, 0, 0], images[:, 2, 1] = np.arange(1, 11), -np.arange(1, 11)
+    scales = [observe(images, batches).scale("mean-min-max") for batches in (1, 4, 10)]
+    assert scales == [Scale.of_range(-5.5, 5.5)] * 3
+
+
 def test_mse_has_the_smallest_error_of_all_shrunk_ranges(values: np.ndarray) -> None:
     observer = observe(values)
     best = error(observer.scale("mse"), values)
