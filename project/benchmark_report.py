@@ -33,7 +33,8 @@ def publish(rows: Sequence[BenchmarkRow], run: Run, command: str, writer: "Summa
     """
     from PIL import Image
 
-    from project.plots import figure_to_image, plot_benchmark
+    from project.plots import figure_to_image
+    from project.report_plots import plot_benchmark
 
     title = f"Benchmark of {', '.join(dict.fromkeys(row.run for row in rows))}"
     left_out = "; ".join(f"{name} ({reason})" for name, reason in unavailable().items())

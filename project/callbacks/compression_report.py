@@ -17,7 +17,7 @@ from project.metrics.report import ReportRow, describe, read_report, to_markdown
 from project.model_file import ModelFile
 from project.models.classifier import Classifier, load_net
 from project.paths import Run
-from project.plots import plot_report
+from project.report_plots import plot_report
 
 log = logging.getLogger(__name__)
 

@@ -27,7 +27,7 @@ from project.data import ImageDataModule
 from project.metrics.complexity import count_macs
 from project.models.classifier import Classifier, Phase
 from project.models.layers import reinit_
-from project.plots import plot_levels
+from project.report_plots import plot_levels
 
 log = logging.getLogger(__name__)
 
