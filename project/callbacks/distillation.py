@@ -22,20 +22,33 @@ class DistillFrom(Callback):
     """Adds a teacher to the loss of training.
 
     Args:
-        teacher: a run's folder, whose best checkpoint teaches from the first step; null is the run's own dense net,
-            from the first round of pruning on (``level_0.ckpt``).
+        teacher: a run's folder, whose best checkpoint teaches; null is the run's own dense net, from the first round of
+            pruning on (``level_0.ckpt``).
         temperature: of both nets' logits, above 0.
         weight: the teacher's share of the loss, in [0, 1].
+        begin_epoch: the first epoch, from 0, with the teacher of another run; the length of the dense training has it
+            teach what is pruned, and leaves the dense net as it is without.
 
     Raises:
         ValueError: for numbers outside their range, a folder without a run, a teacher of other images or classes.
     """
 
-    def __init__(self, teacher: str | None = None, temperature: float = 4.0, weight: float = 0.9) -> None:
+    def __init__(
+        self, teacher: str | None = None, temperature: float = 4.0, weight: float = 0.9, begin_epoch: int = 0
+    ) -> None:
         check_distillation(temperature, weight)
+        if begin_epoch < 0:
+            raise ValueError(f"begin_epoch is {begin_epoch}, but epochs count from 0: choose 0 or more.")
+        if begin_epoch and teacher is None:
+            raise ValueError(
+                f"begin_epoch is {begin_epoch}, but the run's own dense net teaches from the first round of pruning "
+                "on: name a run as the teacher, or leave begin_epoch out."
+            )
         self.teacher = teacher
         self.temperature = temperature
         self.weight = weight
+        self.begin_epoch = begin_epoch
+        self._net: nn.Module | None = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -45,13 +58,18 @@ class DistillFrom(Callback):
                 f"the model is a {type(pl_module).__name__}, but what learns from a teacher is a Classifier."
             )
         if self.teacher is not None:
-            self._teach(pl_module, _net_of(Run.find(self.teacher, "teacher").best_checkpoint, pl_module))
+            self._net = _net_of(Run.find(self.teacher, "teacher").best_checkpoint, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The own dense net is there once a round has begun; give this callback after the pruning."""
         assert isinstance(pl_module, Classifier)
         run = getattr(trainer, "run", None)
-        if self.teacher is None and pl_module.distillation is None and run is not None:
+        if pl_module.distillation is not None:
+            return
+        if self._net is not None:
+            if trainer.current_epoch >= self.begin_epoch:
+                self._teach(pl_module, self._net)
+        elif run is not None:
             path = run.level_checkpoint(0)
             trainer.strategy.barrier()
             if path.is_file():
@@ -61,7 +79,7 @@ class DistillFrom(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, Classifier):
-            pl_module.distillation = None
+            pl_module.distillation = self._net = None
 
     def _teach(self, module: Classifier, net: nn.Module) -> None:
         if module.channels_last:

@@ -44,6 +44,15 @@ def test_another_runs_net_teaches_from_the_first_step(teacher: Run, tmp_path: Pa
     assert weights_of(run.last_checkpoint).keys() == weights_of(plain.last_checkpoint).keys()
 
 
+def test_a_teacher_that_begins_later_leaves_the_epochs_before_as_they_are(teacher: Run, tmp_path: Path) -> None:
+    watch, late = Teachers(), DistillFrom(str(teacher.folder), begin_epoch=1)
+    plain = fit(tmp_path / "plain", pruning(schedule=OneShot(0.5)), epochs=1).run
+    run = fit(tmp_path / "taught", pruning(schedule=OneShot(0.5)), late, watch, epochs=1).run
+    assert watch.steps == [False] * STEPS + [True] * STEPS
+    levels = [(weights_of(plain.level_checkpoint(n)), weights_of(run.level_checkpoint(n))) for n in (0, 1)]
+    assert [bool(differences(*pair)) for pair in levels] == [False, True]
+
+
 def test_a_teacher_without_weight_changes_no_bit(teacher: Run, tmp_path: Path) -> None:
     plain = fit(tmp_path / "plain").run
     run = fit(tmp_path / "taught", DistillFrom(str(teacher.folder), weight=0.0)).run
@@ -66,6 +75,10 @@ def test_others_teachers_are_refused(teacher: Run, tmp_path: Path) -> None:
         DistillFrom(str(tmp_path / "nix")).setup(Trainer(logger=False), student, "fit")
     with pytest.raises(ValueError, match="temperature is -1"):
         DistillFrom(temperature=-1)
+    with pytest.raises(ValueError, match="begin_epoch is 3, but the run's own dense net"):
+        DistillFrom(begin_epoch=3)
+    with pytest.raises(ValueError, match="begin_epoch is -1"):
+        DistillFrom(str(teacher.folder), begin_epoch=-1)
 
 
 def test_a_smaller_net_learns_from_a_run_of_the_command_line(command, digits, logs) -> None:  # type: ignore[no-untyped-def]
