@@ -144,7 +144,8 @@ def plot_techniques(rows: Sequence[TechniqueRow], cost: Callable[[TechniqueRow],
         )
     axes.set_xscale("log")
     axes.margins(0.08)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    costs = [x for x, _ in points.values()]
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(costs) > 5 * min(costs) else (1, 1.5, 2, 3, 5, 7)))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set(xlabel=label, ylabel="test accuracy (%)")

@@ -120,6 +120,7 @@ class Trainer(RunTrainer):
         sampler: Literal["grid", "random", "tpe", "cma-es"] = "tpe",
         pruner: Literal["none", "median", "hyperband"] = "none",
         trials: int | None = None,
+        baseline: bool = False,
         seeds: int = 1,
         workers: int = 1,
         budget_s: float | None = None,
@@ -139,6 +140,7 @@ class Trainer(RunTrainer):
             sampler: what proposes the next point; grid tries all.
             pruner: what stops hopeless trials early.
             trials: of the whole study; null is every point of a grid, else 30.
+            baseline: the first trial is the configuration as it is, for what is searched must beat it.
             seeds: runs of each trial; their mean counts.
             workers: processes on this machine.
             budget_s: seconds after which this command begins no further trial.
@@ -159,6 +161,7 @@ class Trainer(RunTrainer):
             sampler=sampler,
             pruner=pruner,
             trials=trials,
+            baseline=baseline,
             seeds=seeds,
             workers=workers,
             budget_s=budget_s,

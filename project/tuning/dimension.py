@@ -58,6 +58,26 @@ class Dimension:
         """What goes into the configuration."""
         return self.choices[param] if self.kind == "choices" else param
 
+    def param(self, value: Any) -> Any:
+        """What the study keeps of a configuration's value, the reverse of :meth:`value`.
+
+        Raises:
+            ValueError: when it is none of the choices, or outside the range.
+        """
+        if self.kind == "choices":
+            found = [label for label, choice in self.choices.items() if _stands_for(choice, value)]
+            if found:
+                return found[0]
+        elif isinstance(value, int | float) and self.low <= value <= self.high:
+            return self._whole(value)
+        within = (
+            f"one of {', '.join(map(str, self.choices))}" if self.choices else f"from {self.low:g} to {self.high:g}"
+        )
+        raise ValueError(
+            f"baseline: {self.key} is {_name(value)} in the configuration, which is not {within}: widen the space, or "
+            "leave baseline out."
+        )
+
     def ends(self) -> list[Any]:
         """Every choice, or both ends of the range."""
         return list(self.choices) if self.kind == "choices" else [self._whole(self.low), self._whole(self.high)]
@@ -146,6 +166,17 @@ def _name(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return f"[{', '.join(str(_name(item)) for item in value)}]"
     return json.dumps(value)
+
+
+def _stands_for(choice: Any, value: Any) -> bool:
+    """Whether a choice is what a resolved configuration holds, where classes have all their arguments."""
+    if isinstance(value, Mapping) and "class_path" in value:
+        wanted = {"class_path": choice} if isinstance(choice, str) else choice
+        if not isinstance(wanted, Mapping) or wanted.get("class_path") != value["class_path"]:
+            return False
+        args = dict(value.get("init_args") or {})
+        return all(name in args and args[name] == item for name, item in dict(wanted.get("init_args") or {}).items())
+    return bool(choice == value and isinstance(choice, bool) == isinstance(value, bool))
 
 
 def means(given: Any, label: Any, value: Any) -> bool:

@@ -38,6 +38,7 @@ class Plan:
         sampler: grid, random, tpe or cma-es.
         pruner: none, median or hyperband.
         trials: how many; ``None`` is every point of a grid, else 30.
+        baseline: whether the first trial is the base configuration as it is.
         seeds: runs of a trial, with seeds that follow each other; the objective is their mean.
         study: name.
         storage: URL or path.
@@ -52,6 +53,7 @@ class Plan:
     sampler: str
     pruner: str
     trials: int | None
+    baseline: bool
     seeds: int
     study: str
     storage: str
@@ -73,6 +75,8 @@ class Plan:
                 f"{len(self.objectives)} objectives go with pruner none and sampler grid, random or tpe, not with "
                 f"pruner {self.pruner} and sampler {self.sampler}: name one objective or choose those."
             )
+        if self.baseline and self.sampler == "grid":
+            raise ValueError("baseline is true, but a grid has its own points: put the configuration's values into it.")
         if self.pruner != "none" and not self.objectives[0].startswith("val/"):
             raise ValueError(f"pruner {self.pruner} needs an objective of each epoch, val/…, not {self.objectives[0]}.")
 
@@ -85,7 +89,8 @@ class Plan:
         """What each trial is told in advance: a grid's point, or nothing."""
         if self.sampler == "grid":
             return self.space.grid()[: self.trials]
-        return [{}] * (self.trials or DEFAULT_TRIALS)
+        told = [self.space.point_of(self.base)] if self.baseline else []
+        return told + [{}] * ((self.trials or DEFAULT_TRIALS) - len(told))
 
     @property
     def directions(self) -> list[Literal["minimize", "maximize"]]:
@@ -102,8 +107,8 @@ class Plan:
         return SeededByTrial(kinds[self.sampler], self.search_seed)
 
     def make_pruner(self) -> BasePruner:
-        if self.pruner == "median":
-            return MedianPruner(n_warmup_steps=1)
+        if self.pruner == "median":  # in its first third a run says little of how it ends
+            return MedianPruner(n_warmup_steps=max(1, self._longest() // 3))
         if self.pruner == "hyperband":
             return HyperbandPruner(min_resource=1, max_resource=self._longest(), reduction_factor=3)
         return NopPruner()
@@ -114,7 +119,9 @@ class Plan:
         searched = next((dim.ends() for dim in self.space.dimensions if dim.key == key), [])
         lengths = searched or [self.base["trainer"]["max_epochs"]]
         if not all(isinstance(length, int) and length > 0 for length in lengths):
-            raise ValueError(f"pruner hyperband needs {key} in the configuration: it divides the epochs among trials.")
+            raise ValueError(
+                f"pruner {self.pruner} needs {key} in the configuration: it compares trials by their epochs."
+            )
         return max(lengths)
 
 

@@ -89,6 +89,14 @@ class Space:
             changed = set_value(changed, key.split("."), value, key)
         return changed
 
+    def point_of(self, config: Mapping[str, Any]) -> Params:
+        """The point that a configuration stands at already.
+
+        Raises:
+            ValueError: when it is outside the space.
+        """
+        return self._walk(lambda dimension: dimension.param(_value_at(config, dimension.key)))
+
     def check_keys(self, config: Mapping[str, Any]) -> None:
         """Refuse a key that the configuration lacks; below a class that is itself searched, the parser does.
 
@@ -161,6 +169,12 @@ def _all_keys(node: Any, prefix: str = "") -> Iterable[str]:
 
 def _is_open(config: Any, key: str) -> bool:
     """Whether a class stands at ``key`` by its name alone: its arguments are not listed."""
+    node = _value_at(config, key)
+    return isinstance(node, str) and "." in node
+
+
+def _value_at(config: Any, key: str) -> Any:
+    """``None`` where nothing is."""
     node = config
     for part in key.split("."):
         if isinstance(node, list) and part.isdigit() and int(part) < len(node):
@@ -168,5 +182,5 @@ def _is_open(config: Any, key: str) -> bool:
         elif isinstance(node, Mapping) and part in node:
             node = node[part]
         else:
-            return False
-    return isinstance(node, str) and "." in node
+            return None
+    return node

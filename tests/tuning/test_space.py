@@ -45,6 +45,35 @@ def test_a_condition_adds_a_key_only_where_it_holds():
     assert sgd == {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
 
 
+def test_the_point_that_a_configuration_stands_at_changes_nothing_of_it():
+    spec = {
+        "model.optimizer": ["torch.optim.Adam", {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1}}],
+        "model.optimizer.init_args.momentum": {"uniform": [0, 1], "when": {"model.optimizer": "SGD"}},
+        "model.net.init_args.norm": ["project.models.NoNorm", "project.models.BatchNorm"],
+        "data.init_args.augment.0.init_args.degrees": {"log_uniform": [1, 20]},
+        "trainer.max_epochs": {"int": [1, 5]},
+        "model.penalties": [None, "project.losses.L2"],
+    }
+    space = Space(spec)
+    point = space.point_of(BASE)
+    assert len(point) == len(spec) and point["model.optimizer"] == "SGD(lr=0.1)"
+    without = {key: value for key, value in point.items() if key != "model.optimizer"}  # the choice has lr alone
+    assert space.apply(BASE, without) == BASE
+
+
+@pytest.mark.parametrize(
+    ("key", "values", "sentence"),
+    [
+        ("trainer.max_epochs", {"int": [5, 9]}, "max_epochs is 3 in the configuration, which is not from 5 to 9"),
+        ("model.optimizer", ["torch.optim.Adam"], r"SGD\(.*is not one of torch.optim.Adam"),
+        ("model.optimizer", [{"class_path": "torch.optim.SGD", "init_args": {"lr": 0.2}}], "which is not one of SGD"),
+    ],
+)
+def test_a_configuration_outside_the_space_has_no_point(key, values, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Space({key: values}).point_of(BASE)
+
+
 def test_values_reach_items_of_lists_and_leave_the_base_alone():
     key = "data.init_args.augment.0.init_args.degrees"
     before = repr(BASE)

@@ -22,6 +22,7 @@ def plan(tmp_path: Path) -> Plan:
         sampler="grid",
         pruner="none",
         trials=None,
+        baseline=False,
         seeds=1,
         study="s",
         storage=str(tmp_path / "study.journal"),
