@@ -171,11 +171,11 @@ def _name(value: Any) -> Any:
 def _stands_for(choice: Any, value: Any) -> bool:
     """Whether a choice is what a resolved configuration holds, where classes have all their arguments."""
     if isinstance(value, Mapping) and "class_path" in value:
-        wanted = {"class_path": choice} if isinstance(choice, str) else choice
+        wanted: Any = {"class_path": choice} if isinstance(choice, str) else choice
         if not isinstance(wanted, Mapping) or wanted.get("class_path") != value["class_path"]:
             return False
         args = dict(value.get("init_args") or {})
-        return all(name in args and args[name] == item for name, item in dict(wanted.get("init_args") or {}).items())
+        return all(name in args and args[name] == item for name, item in (wanted.get("init_args") or {}).items())
     return bool(choice == value and isinstance(choice, bool) == isinstance(value, bool))
 
 
