@@ -50,18 +50,27 @@ class Observer:
     """Sees the batches ``[N, ...]`` of one tensor twice: :meth:`see_range` for the extremes, then :meth:`count`."""
 
     def __init__(self) -> None:
-        self.low, self.high = float("inf"), float("-inf")
-        self.extremes: list[tuple[float, float]] = []
+        self.lows: list[float] = []
+        self.highs: list[float] = []
         self.counts = np.zeros(NUM_BINS, dtype=np.int64)
 
+    @property
+    def low(self) -> float:
+        return min(self.lows, default=0.0)
+
+    @property
+    def high(self) -> float:
+        return max(self.highs, default=0.0)
+
     def see_range(self, x: Array) -> None:
-        self.low, self.high = min(self.low, float(x.min())), max(self.high, float(x.max()))
         images = x.reshape(len(x), -1)
-        self.extremes += zip(images.min(1).tolist(), images.max(1).tolist(), strict=True)
+        self.lows += images.min(1).tolist()
+        self.highs += images.max(1).tolist()
 
     def count(self, x: Array) -> None:
-        if self.high > self.low:
-            self.counts += np.histogram(x, NUM_BINS, (self.low, self.high))[0]
+        low, high = self.low, self.high
+        if high > low:
+            self.counts += np.histogram(x, NUM_BINS, (low, high))[0]
 
     def scale(self, method: Method, percentile: float = 99.99) -> Scale:
         """The scale of the values seen.
@@ -70,12 +79,12 @@ class Observer:
             method: see the module; without :meth:`count` only ``min-max`` and ``mean-min-max``.
             percentile: share of the values, in percent, that ``percentile`` keeps; half of the rest goes at either end.
         """
-        if method == "mean-min-max" and self.extremes:
-            low, high = np.mean(self.extremes, axis=0)
-            return Scale.of_range(float(low), float(high))
+        if method == "mean-min-max":
+            return Scale.of_range(float(np.mean(self.lows)), float(np.mean(self.highs)))
+        low, high = self.low, self.high
         if method == "min-max" or not self.counts.any():
-            return Scale.of_range(self.low, self.high)
-        edges = np.linspace(self.low, self.high, NUM_BINS + 1)
+            return Scale.of_range(low, high)
+        edges = np.linspace(low, high, NUM_BINS + 1)
         if method == "percentile":
             shares = self.counts.cumsum() / self.counts.sum()
             cut = (1 - percentile / 100) / 2
@@ -87,7 +96,7 @@ class Observer:
             return float(np.dot(self.counts, (middles - scale.fake(middles)) ** 2))
 
         shrunk = [factor / _STEPS for factor in range(_STEPS, 0, -1)]
-        return min((Scale.of_range(self.low * f, self.high * f) for f in shrunk), key=error)
+        return min((Scale.of_range(low * f, high * f) for f in shrunk), key=error)
 
 
 def weight_scales(weight: Array, num_bits: int, method: Method = "min-max") -> Array:
