@@ -6,7 +6,6 @@ All engines of all runs are timed in the same rounds (:func:`project.metrics.lat
 """
 
 import logging
-import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from project.benchmark_subjects import Subject, check_data, first_line
 from project.data import ImageDataModule, Normalize
 from project.metrics.benchmark import BenchmarkRow, with_speedups
 from project.metrics.complexity import count_macs, count_nonzero, count_parameters
@@ -24,9 +24,8 @@ from project.metrics.engines import FILE_ENGINES, Engine, available, check_engin
 from project.metrics.latency import Latency, measure
 from project.metrics.memory import peak_memory
 from project.model_file import ModelFile
-from project.models.classifier import Classifier, with_weights
+from project.models.classifier import Classifier
 from project.models.recipe import Recipe
-from project.paths import Run
 
 log = logging.getLogger(__name__)
 
@@ -34,53 +33,6 @@ BATCH = 64
 """Images per batch of the throughput and of the accuracy; a compiled net knows this size and 1."""
 ON_FILES = {".onnx": ("onnxruntime", "openvino"), ".packed": ("eager",)}
 """Engines that run the model files in a run's folder, by suffix."""
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A trained net to measure.
-
-    Args:
-        name: of its run.
-        module: the classifier with its weights, on the processor.
-        files: its exported models.
-    """
-
-    name: str
-    module: Classifier
-    files: Sequence[Path] = ()
-
-
-def load_subjects(
-    run: Run,
-    checkpoint: str | os.PathLike[str],
-    module: Classifier | None = None,
-    *,
-    compare: Sequence[str] = (),
-    files: bool = True,
-) -> list[Subject]:
-    """A run's net with its weights, and those of the runs to put beside it.
-
-    Args:
-        run: the first.
-        checkpoint: its weights.
-        module: a classifier of its configuration, left as it was; ``None`` builds the one the checkpoint describes.
-        compare: folders of the other runs, for each one's best checkpoint; the same run twice counts once.
-        files: measure the first run's model files too.
-
-    Raises:
-        ValueError: when a folder holds no run or no checkpoint, net and weights do not fit, or a checkpoint does not
-            say how to build its net.
-    """
-    content = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    folders, first = [run.folder.resolve()], with_weights(module, content) if module else _from(checkpoint)
-    modules, model_files = [first], [run.model_files if files else []]
-    for other in (Run.find(folder, "compare") for folder in compare):
-        if other.folder.resolve() not in folders:
-            folders.append(other.folder.resolve())
-            modules.append(_from(other.weights("compare")))
-            model_files.append(other.model_files)
-    return [Subject(*parts) for parts in zip(_names(folders), modules, model_files, strict=True)]
 
 
 @dataclass
@@ -134,7 +86,7 @@ def benchmark(
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}, but it is a count: choose at least 1.")
     for subject in subjects:
-        _check_data(subject, data)
+        check_data(subject, data)
     with tempfile.TemporaryDirectory() as folder:
         entries = _entries(subjects, names, Path(folder))
         log.info("starting %s; threads: %d", ", ".join(names), torch.get_num_threads())
@@ -178,37 +130,6 @@ def threads(number: int | None) -> Iterator[None]:
 # -- what is measured ------------------------------------------------------------------------------------------------
 
 
-def _from(checkpoint: str | os.PathLike[str]) -> Classifier:
-    try:
-        return Classifier.load_from_checkpoint(Path(checkpoint), map_location="cpu", weights_only=True).eval()
-    except Exception as error:
-        raise ValueError(
-            f"the checkpoint is {str(checkpoint)!r}, but its net cannot be built from it ({_first_line(error)}): "
-            "compare runs that `project fit` made."
-        ) from error
-
-
-def _names(folders: Sequence[Path]) -> list[str]:
-    """``<experiment>/<version>``, with as many more folders in front as tell all apart."""
-    depth = 2
-    while len({folder.parts[-depth:] for folder in folders}) < len(folders):
-        depth += 1
-    return ["/".join(folder.parts[-depth:]) for folder in folders]
-
-
-def _check_data(subject: Subject, data: ImageDataModule) -> None:
-    def words(classes: Sequence[str], shape: Sequence[int]) -> str:
-        return f"{len(classes)} classes ({', '.join(classes[:3])}, …) and images of {'x'.join(map(str, shape))}"
-
-    module = subject.module
-    own, wanted = (module.class_names, module.image_shape), (tuple(data.class_names), tuple(data.image_shape))
-    if own != wanted:
-        raise ValueError(
-            f"{subject.name} has {words(*own)}, but the test images of this benchmark are of {words(*wanted)}: "
-            "compare runs on the same data set."
-        )
-
-
 def _entries(subjects: Sequence[Subject], names: Sequence[str], folder: Path) -> list[Entry]:
     """Engine by engine, so that the runs lie side by side; model files last."""
     made = [
@@ -249,7 +170,7 @@ def _start_(entry: Entry) -> None:
     except Exception as error:  # of torch, of a compiler, of a runtime
         if entry.deployed:
             raise error if isinstance(error, ValueError) else _unfit(entry, error) from error
-        entry.remark = f"not measured, {type(error).__name__}: {_first_line(error)}"
+        entry.remark = f"not measured, {type(error).__name__}: {first_line(error)}"
         log.info("%s: %s", entry.label, entry.remark)
         return
     entry.forward = forward
@@ -277,13 +198,8 @@ def _unfit(entry: Entry, error: Exception) -> ValueError:
     wanted = ["N", *entry.subject.module.image_shape]
     return ValueError(
         f"model file is {str(entry.file)!r}, but {entry.engine} cannot run it on images {wanted}, N of 1 and {BATCH} "
-        f"({_first_line(error)}): export it again, with a dynamic batch, or move it out of the run's folder."
+        f"({first_line(error)}): export it again, with a dynamic batch, or move it out of the run's folder."
     )
-
-
-def _first_line(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "without a word")
-    return line if len(line) <= 200 else f"{line[:199]}…"
 
 
 # -- how it is measured ----------------------------------------------------------------------------------------------

@@ -91,6 +91,7 @@ class Trainer(RunTrainer):
         """
         from project import benchmark as work
         from project.benchmark_report import how_to_repeat, publish
+        from project.benchmark_subjects import load_subjects
         from project.callbacks.places import tensorboard
 
         if run is None:
@@ -98,7 +99,7 @@ class Trainer(RunTrainer):
         checkpoint = self._weights_of(run, ckpt_path)
         assert self.run is not None and checkpoint is not None
         options = {"engines": engines, "num_images": num_images, "rounds": rounds, "budget_s": budget_s}
-        subjects = work.load_subjects(
+        subjects = load_subjects(
             self.run,
             checkpoint,
             model,  # type: ignore[arg-type]

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from project.benchmark import _names, load_subjects
+from project.benchmark_subjects import _names, load_subjects
 from project.compression.thinning import plan_thinning, units_of
 from project.export import export_onnx
 from project.metrics.engines import FP32, available
