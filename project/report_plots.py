@@ -126,13 +126,26 @@ def plot_report(rows: "Sequence[ReportRow]") -> "Figure":
     return figure
 
 
+def round_ticks(axes: "Axes", span: float) -> None:
+    """Round numbers along a logarithmic x-axis, few enough not to lie on each other.
+
+    Args:
+        axes: with a logarithmic x-axis.
+        span: the greatest value there over the smallest.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span > 5 else (1, 1.5, 2, 3, 4, 5, 7)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
 def _draw_points(
     axis: "Axes", x: Sequence[float], y: Sequence[float], styles: Sequence[dict[str, Any]], apart: bool = False
 ) -> None:
     """Hollow markers over a logarithmic axis with round ticks; ``apart`` sets those side by side that would lie on each
     other.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     from matplotlib.transforms import ScaledTranslation
 
     groups: list[list[int]] = []
@@ -152,7 +165,5 @@ def _draw_points(
             aside = axis.transData + ScaledTranslation(inches, 0, axis.figure.dpi_scale_trans)
             axis.plot([x[index]], [y[index]], transform=aside, **(look | styles[index]))
     axis.set_xscale("log")
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(x) > 5 * min(x) else (1, 1.5, 2, 3, 4, 5, 7)))
-    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axis.xaxis.set_minor_formatter(NullFormatter())
+    round_ticks(axis, max(x) / min(x))
     axis.grid(alpha=0.3)

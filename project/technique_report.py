@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from project.metrics.table import markdown_line, write_latency
+from project.report_plots import round_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -116,7 +117,6 @@ def plot_techniques(rows: Sequence[TechniqueRow], cost: Callable[[TechniqueRow],
         label: what the cost is.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
     axes = figure.add_subplot()
@@ -145,9 +145,7 @@ def plot_techniques(rows: Sequence[TechniqueRow], cost: Callable[[TechniqueRow],
     axes.set_xscale("log")
     axes.margins(0.08)
     costs = [x for x, _ in points.values()]
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(costs) > 5 * min(costs) else (1, 1.5, 2, 3, 5, 7)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    round_ticks(axes, max(costs) / min(costs))
     axes.set(xlabel=label, ylabel="test accuracy (%)")
     axes.grid(alpha=0.3)
     return figure

@@ -12,6 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from project.paths import write_whole
+from project.report_plots import round_ticks
 from project.tuning.plan import Plan
 from project.tuning.progress import (
     FINISHED,
@@ -133,20 +134,12 @@ def _draw(path: Path, plot: Callable[..., Any], *args: Any, **options: Any) -> N
             _tidy(axis)
         if path.name.startswith("slices"):
             for other in axis.figure.axes:
-                _round_ticks(other)
+                if other.get_xscale() == "log":
+                    low, high = other.get_xlim()
+                    round_ticks(other, high / low)
                 plt.setp(other.get_xticklabels(), rotation=30, ha="right")
         write_whole(path, lambda part: axis.figure.savefig(part, bbox_inches="tight"))
         plt.close(axis.figure)
-
-
-def _round_ticks(axis: Any) -> None:
-    """Numbers at 1, 2 and 5 of a logarithmic axis, since those in between would lie on each other."""
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    if axis.get_xscale() == "log":
-        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-        axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _tidy(axis: Any) -> None:
