@@ -236,7 +236,7 @@ class TernaryWeights(Callback):
             weights = small.state_dict()
             best.write_(weights, prefix="net.")
             small.load_state_dict(weights)
-        fold_norms_(small.net)  # statistics would take as much room in the file as a tenth of the weights
+        fold_norms_(small.net)  # the fast recipe's file of 102 kB loses 6 by it
         finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.step}
         write_whole(run.best_checkpoint, lambda part: torch.save(finished, part))
 
