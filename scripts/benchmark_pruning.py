@@ -10,15 +10,13 @@ other work disturbs the machine, that number is the sharper one.
 import argparse
 import statistics
 import time
-from types import SimpleNamespace
 
 import torch
 from torch import nn
 
-from project.callbacks import IterativeMagnitudePruning
+from project.callbacks.held_masks import HeldMasks
 from project.cli import CLI
-from project.compression import Pruner, apply_masks_
-from project.compression.pruning import Masks
+from project.compression import Masks, Pruner, apply_masks_
 
 
 def main() -> None:
@@ -33,9 +31,8 @@ def main() -> None:
     images = torch.randn(data.batch_size, *data.image_shape).contiguous(memory_format=torch.channels_last)
     labels = torch.randint(data.num_classes, (data.batch_size,))
     mixed = torch.autocast("cpu", torch.bfloat16, enabled=cli.trainer.precision == "bf16-mixed")
-    callback, pruner = IterativeMagnitudePruning(), Pruner()
-    callback.masks = pruner.prune(net, pruner.groups(net, model.image_shape), {}, 0.9)
-    trainer = SimpleNamespace(optimizers=[optimizer])
+    held, pruner = HeldMasks(), Pruner()
+    masks = pruner.prune(net, pruner.groups(net, model.image_shape), {}, 0.9)
 
     def step() -> float:
         start = time.perf_counter()
@@ -47,9 +44,9 @@ def main() -> None:
         return 1e3 * (time.perf_counter() - start)
 
     def masked_step() -> float:
-        callback.hold(trainer, model)  # type: ignore[arg-type]
+        held.hold(net, masks, optimizer)
         milliseconds = step()
-        callback._release()
+        held.release()
         return milliseconds
 
     for _ in range(5):
@@ -66,7 +63,7 @@ def main() -> None:
     print(f"step with masks {masked:.1f} ms, without {plain:.1f} ms")  # noqa: T201
     error = 1.57 * (high - low) / args.steps**0.5  # McGill, Tukey & Larsen 1978: about 95 % of a median
     print(f"cost of the masks {middle:.2f} ± {error:.2f} % (quartiles {low:.2f} to {high:.2f}), {args.steps} pairs")  # noqa: T201
-    alone = products_ms(net, callback.masks, 10 * args.steps)
+    alone = products_ms(net, masks, 10 * args.steps)
     print(f"the products alone {alone:.3f} ms, {100 * alone / plain:.2f} % of a step")  # noqa: T201
 
 

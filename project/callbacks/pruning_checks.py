@@ -7,7 +7,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 
 from project.callbacks.checkpoint import BestAndLast
-from project.compression.pruning import Group, Pruner
+from project.compression.masks import Group
+from project.compression.pruning import Pruner
 from project.compression.sparsity_schedules import Gradual, Rounds
 from project.data import ImageDataModule
 from project.models.classifier import Classifier

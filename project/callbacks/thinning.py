@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from project.compression.pruning import Masks, apply_masks_
+from project.compression.masks import Masks, apply_masks_
 from project.compression.thinning import plan_thinning
 from project.models.classifier import Classifier, with_weights
 from project.paths import write_whole

@@ -1,7 +1,8 @@
 """The mathematics of efficient inference; nothing here knows Lightning."""
 
 from project.compression.low_rank import Factorizer
-from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, sparsity
+from project.compression.masks import Group, Masks, apply_masks_, removed_units, sparsity
+from project.compression.pruning import Pruner
 from project.compression.quantization import QuantizedLayer, Quantizer, quantize
 from project.compression.sparsity_schedules import Gradual, Iterative, OneShot, QualityFactors, Rounds, Sparsities
 from project.compression.surgery import Surgery, from_plain, register_surgery, replay_, to_plain

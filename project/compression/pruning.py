@@ -9,39 +9,19 @@ stay where they are and keep their names. Pruning only ever takes away: each cal
 """
 
 import re
-from collections.abc import Iterable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from project.compression.masks import Group, Masks, sparsity
 from project.compression.saliency import Criterion, saliency_of_units, saliency_of_weights
-from project.compression.thinning import look_at_units, plan_thinning
+from project.compression.thinning import look_at_units
 from project.compression.unit_budget import Macs, least_units, take_cheapest
-from project.metrics.complexity import count_macs
 
-Masks = dict[str, Tensor]
 Scope = Literal["global", "layer", "deviation"]
 Budget = Literal["count", "macs"]
-
-
-@dataclass(frozen=True)
-class Group:
-    """What is pruned together: the scores of one layer's weights, or of one layer's units.
-
-    Args:
-        layer: name in ``net.named_modules()``.
-        parameters: names of the parameters that the masks act on, the layer's weight first.
-        coupled: other layers that share these units, as where a residual connection adds them up.
-        readers: of units, the layers that read them -> inputs for each unit.
-    """
-
-    layer: str
-    parameters: tuple[str, ...]
-    coupled: tuple[str, ...] = ()
-    readers: Mapping[str, int] = field(default_factory=dict)
 
 
 class Pruner:
@@ -287,40 +267,6 @@ class Pruner:
 
     def _rate(self, layer: str) -> float:
         return next((rate for pattern, rate in self.rates.items() if re.search(pattern, layer)), 1.0)
-
-
-@torch.no_grad()
-def apply_masks_(net: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Multiply each masked parameter by its mask."""
-    if masks:
-        torch._foreach_mul_([net.get_parameter(name) for name in masks], list(masks.values()))
-
-
-def removed_units(groups: Iterable[Group], masks: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """For each layer, the numbers of the units whose masks are 0: what thinning removes."""
-    return {
-        layer: (masks[group.parameters[0]].flatten(1)[:, 0] == 0).nonzero().flatten().tolist()
-        for group in groups
-        if group.parameters[0] in masks
-        for layer in (group.layer, *group.coupled)
-    }
-
-
-def thinned_macs(
-    net: nn.Module, groups: Iterable[Group], masks: Mapping[str, Tensor], image_shape: tuple[int, int, int]
-) -> int:
-    """Multiply-accumulates for one image of ``net`` without the units that the masks take, counted as it runs."""
-    small = deepcopy(net).cpu()
-    plan_thinning(small, removed_units(groups, masks), image_shape).apply_(small)
-    return count_macs(small, image_shape)
-
-
-def sparsity(masks: Mapping[str, Tensor], net: nn.Module) -> float:
-    """Share of zeros that the masks put into the weights they act on (parameters of more than one dimension)."""
-    weights = [name for name in masks if net.get_parameter(name).dim() > 1]
-    total = sum(net.get_parameter(name).numel() for name in weights)
-    kept = sum(float(masks[name].expand_as(net.get_parameter(name)).sum(dtype=torch.float64)) for name in weights)
-    return 1 - kept / total if total else 0.0
 
 
 def _left(net: nn.Module, group: Group, masks: Mapping[str, Tensor], structure: str) -> Tensor:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from project.compression.pruning import Group, Masks, Pruner, apply_masks_, removed_units, thinned_macs
+from project.compression.masks import Group, Masks, apply_masks_, removed_units, thinned_macs
+from project.compression.pruning import Pruner
 from project.compression.thinning import plan_thinning
 from project.compression.unit_budget import Macs, least_units, take_cheapest
 from project.metrics.complexity import count_macs
