@@ -98,7 +98,8 @@ def for_pictures(study: optuna.Study, plan: Plan, objectives: Iterable[int]) -> 
     names = short_names([dimension.key for dimension in plan.space.dimensions])
     copy = optuna.create_study(directions=[plan.directions[index] for index in objectives])
     for trial in study.get_trials():
-        if trial.state not in FINISHED:
+        if trial.state not in FINISHED:  # one in its place: trials are numbered in order
+            copy.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
             continue
         values = trial.values and [trial.values[index] for index in objectives]
         copy.add_trial(

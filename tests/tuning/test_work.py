@@ -10,6 +10,7 @@ from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
 from project.tuning.plan import Plan
+from project.tuning.report import for_pictures
 from project.tuning.work import MAX_LOSSES, fill, open_study, take
 
 
@@ -67,3 +68,14 @@ def test_a_silent_trial_is_lost_and_comes_back_until_it_has_killed_too_often(pla
         study.tell(trial, 0.5, state=TrialState.COMPLETE, skip_if_finished=True)  # it was alive after all
         assert study.trials[trial.number].state == TrialState.FAIL, "its result is dropped"
         assert fill(study, plan) == (attempt < MAX_LOSSES)
+
+
+def test_pictures_number_trials_as_the_table_does_when_one_was_lost(plan):
+    study = open_study(plan)
+    fill(study, plan)
+    for state in (TrialState.FAIL, TrialState.COMPLETE):
+        trial = take(study)
+        plan.space.suggest(trial)
+        study.tell(trial, 0.5 if state == TrialState.COMPLETE else None, state=state)
+    drawn = for_pictures(study, plan, [0]).get_trials(states=[TrialState.COMPLETE])
+    assert [(trial.number, trial.value) for trial in drawn] == [(1, 0.5)]
