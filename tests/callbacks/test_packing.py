@@ -44,8 +44,8 @@ trainer:
         sharer: {class_path: project.compression.Sharer, init_args: {bits: 3}}
         epochs: 2
         latency: false
-    - class_path: project.callbacks.DistillFrom
     - class_path: project.callbacks.Packing
+    - class_path: project.callbacks.DistillFrom
 """
 PARTS = 4
 """Dense, two rounds, shared: two epochs each."""
