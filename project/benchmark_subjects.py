@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from project.data import ImageDataModule
-from project.models.classifier import Classifier, with_weights
+from project.models.checkpoints import with_weights
+from project.models.classifier import Classifier
 from project.paths import Run
 
 

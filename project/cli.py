@@ -14,9 +14,9 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 
 from project.data import ImageDataModule
 from project.models import Classifier
+from project.models.checkpoints import check_checkpoint
 from project.parser import Parser
 from project.paths import Run, write_whole
-from project.run_trainer import check_checkpoint
 from project.trainer import Trainer
 
 log = logging.getLogger(__name__)

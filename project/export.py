@@ -29,7 +29,8 @@ from project.compression.xnor import BinaryInput
 from project.data import ImageDataModule
 from project.metrics.complexity import count_parameters
 from project.model_file import Metadata, ModelFile
-from project.models.classifier import Classifier, load_net
+from project.models.checkpoints import load_net
+from project.models.classifier import Classifier
 from project.models.recipe import Recipe
 from project.packed_file import without_minus_zeros_, write_packed, write_table
 from project.paths import write_whole

@@ -17,6 +17,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from project.callbacks import default_callbacks
 from project.logger import MetricsCSV
+from project.models.checkpoints import check_checkpoint
 from project.paths import Paths, Run
 from project.process import fastest_precision, tune_process
 from project.whole_batch import WholeBatch
@@ -293,29 +294,8 @@ class RunTrainer(pl.Trainer):
     def _test_best(self, model: "pl.LightningModule", datamodule: "pl.LightningDataModule | None") -> None:
         assert self.run is not None
         self.strategy.barrier()  # the first process may still be writing the best checkpoint
-        best = next((p for p in (self.run.best_checkpoint, self.run.last_checkpoint) if p.is_file()), None)
-        self.test(model, datamodule=datamodule, ckpt_path=str(best) if best else None, verbose=False)
-
-
-def check_checkpoint(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
-    """The content of a checkpoint, its tensors without their data; ``None`` without a path.
-
-    Raises:
-        ValueError: when there is no such file, or it is no checkpoint of a run.
-    """
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise ValueError(f"ckpt_path is {str(path)!r}, but there is no such file: name one below a run's checkpoints/.")
-    try:
-        checkpoint = torch.load(path, map_location="meta", weights_only=True)
-    except Exception:  # torch raises half a dozen kinds for a file that is none of its own
-        checkpoint = None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise ValueError(
-            f"ckpt_path is {str(path)!r}, but that is not a checkpoint of a run: name one below a run's checkpoints/."
-        )
-    return checkpoint
+        best = self.run.best_or_last
+        self.test(model, datamodule=datamodule, ckpt_path=str(best) if best.is_file() else None, verbose=False)
 
 
 def _last_checkpoint(run: Run) -> str | None:

@@ -31,7 +31,7 @@ from project.data import ImageDataModule
 from project.export import export_onnx
 from project.metrics.engines import Engine, onnx_engine, openvino_engine
 from project.metrics.latency import measure
-from project.models.classifier import load_net
+from project.models.checkpoints import load_net
 from project.paths import Run
 
 OPENVINO = importlib.util.find_spec("openvino") is not None

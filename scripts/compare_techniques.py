@@ -29,7 +29,7 @@ from project.cli import CLI
 from project.metrics.environment import describe_environment
 from project.metrics.table import write_csv
 from project.model_file import ModelFile
-from project.models.classifier import load_net
+from project.models.checkpoints import load_net
 from project.paths import Paths, Run
 from project.plots import figure_to_image
 from project.technique_report import TechniqueRow, plot_techniques, to_markdown

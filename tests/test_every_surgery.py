@@ -22,7 +22,7 @@ from project.data import Digits
 from project.export import export_checkpoint
 from project.model_file import ModelFile
 from project.models import Classifier
-from project.models.classifier import load_net
+from project.models.checkpoints import load_net
 from project.paths import Run
 
 ROWS = {

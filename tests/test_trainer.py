@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger
 from project.callbacks import BestAndLast, StopOnNaN, TestReport, WriteSummary
 from project.data import Digits
 from project.models import Classifier, SmallInception
-from project.run_trainer import check_checkpoint
+from project.models.checkpoints import check_checkpoint
 from project.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,7 +15,8 @@ from project.metrics.engines import Engine, engines
 from project.metrics.latency import Latency, measure
 from project.metrics.report import ReportRow, describe, read_report, to_markdown, write_report
 from project.model_file import ModelFile
-from project.models.classifier import Classifier, load_net
+from project.models.checkpoints import load_net
+from project.models.classifier import Classifier
 from project.paths import Run
 from project.report_plots import plot_report
 

@@ -12,7 +12,8 @@ from torch import nn
 
 from project.callbacks.places import run_of
 from project.losses.distillation import Distillation, check_distillation
-from project.models.classifier import Classifier, load_net
+from project.models.checkpoints import load_net
+from project.models.classifier import Classifier
 from project.paths import Run
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,8 @@ from project.callbacks.weight_sharing import WeightSharing
 from project.compression.norm_folding import fold_norms_
 from project.compression.ternary import Freezing, LowBitWeights, Method
 from project.data import ImageDataModule
-from project.models.classifier import Classifier, with_weights
+from project.models.checkpoints import with_weights
+from project.models.classifier import Classifier
 from project.paths import Run, write_whole
 
 log = logging.getLogger(__name__)

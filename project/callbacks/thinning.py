@@ -8,7 +8,8 @@ import torch
 
 from project.compression.masks import Masks, apply_masks_
 from project.compression.thinning import plan_thinning
-from project.models.classifier import Classifier, with_weights
+from project.models.checkpoints import with_weights
+from project.models.classifier import Classifier
 from project.paths import write_whole
 
 _TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")

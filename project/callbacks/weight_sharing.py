@@ -26,7 +26,8 @@ from project.compression.bit_budget import choose_bits, estimated_bytes, measure
 from project.compression.norm_folding import fold_norms_, reestimate_statistics_, round_vectors_
 from project.compression.weight_sharing import Codebook, Sharer
 from project.data import ImageDataModule
-from project.models.classifier import Classifier, Phase, with_weights
+from project.models.checkpoints import with_weights
+from project.models.classifier import Classifier, Phase
 from project.paths import Run, write_whole
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,8 @@ from project.callbacks.weight_sharing import WeightSharing
 from project.compression.winograd import WinogradConv2d
 from project.compression.winograd_choice import Algorithm, WinogradChooser, WinogradPlan
 from project.kernels.build import library
-from project.models.classifier import Classifier, with_weights
+from project.models.checkpoints import with_weights
+from project.models.classifier import Classifier
 from project.paths import Run, write_whole
 
 log = logging.getLogger(__name__)

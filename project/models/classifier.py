@@ -7,10 +7,9 @@ norms and biases: the same, sec. 5.3.
 import logging
 import os
 import warnings
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from project.compression import Surgery, replay_, to_plain
 from project.losses import CrossEntropy, Distillation, MaxNorm, Penalties
+from project.models.checkpoints import mismatch
 from project.schedules import Schedule
 
 log = logging.getLogger(__name__)
@@ -305,7 +305,7 @@ class Classifier(LightningModule):
         keys.
         """
         self._follow_surgeries(checkpoint.get("surgeries", []))
-        problem = _mismatch(self.state_dict(), checkpoint.get("state_dict", {}))
+        problem = mismatch(self.state_dict(), checkpoint.get("state_dict", {}))
         if problem:
             raise ValueError(
                 f"the checkpoint belongs to another net ({problem}): give the configuration that it was trained with, "
@@ -313,35 +313,9 @@ class Classifier(LightningModule):
             )
 
 
-def with_weights(module: Classifier, checkpoint: dict[str, Any]) -> Classifier:
-    """A copy on the processor, in eval mode, with structure and weights of a checkpoint's content."""
-    # What the command line makes optimizers with holds all that it has built; a trainer of several processes, in them,
-    # cannot be copied.
-    copy = deepcopy(module, {id(module.make_optimizer): module.make_optimizer}).to("cpu")
-    copy.on_load_checkpoint(checkpoint)
-    copy.load_state_dict(checkpoint["state_dict"])
-    return copy.eval()
-
-
-def load_net(module: Classifier, path: Path) -> nn.Module:
-    """The net of a checkpoint, in eval mode and float32 on the processor; ``module`` is left as it was."""
-    return with_weights(module, torch.load(path, map_location="cpu", weights_only=True)).net.float()
-
-
 def _in_full(logits: Tensor) -> Tensor:
     """Under mixed precision the loss is still computed in float32."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
-
-
-def _mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """The first difference between two state dicts, in words."""
-    for key, value in wanted.items():
-        if key not in given:
-            return f"it has no {key}"
-        if given[key].shape != value.shape:
-            return f"{key} is {list(given[key].shape)}, this net's is {list(value.shape)}"
-    extra = next((key for key in given if key not in wanted), None)
-    return extra and f"it has {extra}, which this net lacks"
 
 
 def _keep_plain_(hparams: MutableMapping[str, Any]) -> None:

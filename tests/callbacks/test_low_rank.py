@@ -34,7 +34,7 @@ from project.callbacks import EMA, DistillFrom, LowRank, PostTrainingQuantizatio
 from project.compression import Factorizer, Pruner, Quantizer, Sparsities
 from project.metrics.complexity import count_macs
 from project.models import Classifier
-from project.models.classifier import load_net
+from project.models.checkpoints import load_net
 from project.paths import Run
 from project.schedules import Linear
 from project.trainer import Trainer

@@ -28,10 +28,10 @@ from tests_pruning_run import (
 )
 
 from project.callbacks import EMA, BestAndLast, IterativeMagnitudePruning
-from project.callbacks.compression_report import load_net
 from project.compression import Gradual, Iterative, OneShot, Pruner, QualityFactors, Sparsities, plan_thinning
 from project.metrics.complexity import count_macs
 from project.models import Classifier
+from project.models.checkpoints import load_net
 from project.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent.parent

@@ -19,7 +19,7 @@ from project.callbacks import (
 )
 from project.callbacks.compression_report import accuracy
 from project.metrics.report import read_report
-from project.models.classifier import load_net
+from project.models.checkpoints import load_net
 
 LAYER = "conv2.conv.weight"
 """What is left when the first and the last layer stay float."""

@@ -41,7 +41,7 @@ from project.compression import Codebook, Gradual, Iterative, Pruner, Sharer
 from project.losses import MaxNorm
 from project.metrics.report import read_report
 from project.models import Classifier
-from project.models.classifier import load_net
+from project.models.checkpoints import load_net
 from project.paths import Run
 
 SHARED = ("conv1.conv.weight", "conv2.conv.weight", "fc.weight")

@@ -17,7 +17,7 @@ from project.kernels.build import library
 from project.metrics.report import read_report
 from project.model_file import ModelFile
 from project.models import Classifier, LeNet300100
-from project.models.classifier import load_net
+from project.models.checkpoints import load_net
 from project.paths import Run
 from project.trainer import Trainer
 

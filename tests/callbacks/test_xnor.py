@@ -34,7 +34,7 @@ from project.compression.xnor import BinaryInput, count_sign_macs
 from project.metrics.complexity import count_macs
 from project.metrics.report import read_report
 from project.models import Classifier
-from project.models.classifier import load_net
+from project.models.checkpoints import load_net
 from project.paths import Run
 from project.trainer import Trainer
 
