@@ -220,7 +220,7 @@ class IterativeMagnitudePruning(Callback):
         self.keep_level(trainer, module)
         assert isinstance(self.schedule, Rounds)
         amount = self._amounts[self.round]
-        if (self.pruner.structure, self.pruner.scope) == ("units", "global"):  # the round before may have overshot
+        if self.pruner.overshoots:  # as the round before may have
             amount = self.schedule.amount(self.round, self._share_gone(module))
         self._prune(trainer, module, amount)
         self.round += 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from project.compression.dependency_graph import UnitGroup
 from project.compression.thinning import plan_thinning
 from project.metrics.complexity import count_macs
 
@@ -23,12 +24,14 @@ class Group:
         parameters: names of the parameters that the masks act on, the layer's weight first.
         coupled: other layers that share these units, as where a residual connection adds them up.
         readers: of units, the layers that read them -> inputs for each unit.
+        units: of weights whose dead ends go with them, who reads the layer's units; none where that is not known.
     """
 
     layer: str
     parameters: tuple[str, ...]
     coupled: tuple[str, ...] = ()
     readers: Mapping[str, int] = field(default_factory=dict)
+    units: UnitGroup | None = None
 
 
 @torch.no_grad()

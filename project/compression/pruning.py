@@ -15,13 +15,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from project.compression.dead_ends import without_dead_ends
+from project.compression.dependency_graph import UnitGroup, trace
 from project.compression.masks import Group, Masks, sparsity
 from project.compression.saliency import Criterion, saliency_of_units, saliency_of_weights
 from project.compression.thinning import look_at_units
 from project.compression.unit_budget import Macs, least_units, take_cheapest
 
 Scope = Literal["global", "layer", "deviation"]
-Budget = Literal["count", "macs"]
+Budget = Literal["count", "effective", "macs"]
 
 
 class Pruner:
@@ -41,9 +43,10 @@ class Pruner:
         rates: regular expression -> factor on the share that goes, for ``layer`` and ``deviation`` (Frankle & Carbin
             2019 prune the output layer at half the rate: ``{fc3: 0.5}``).
         keep: share of each layer, in [0, 1), that ``global`` never takes: no layer dies while others are wide.
-        budget: what the schedule's shares count: weights or units (``count``), or the multiply-accumulates of the whole
-            net (``macs``, of units with ``global``): what is worth least for each multiply-accumulate saved goes; see
-            :mod:`project.compression.unit_budget`.
+        budget: what the schedule's shares count. ``count``: weights or units. ``effective``: weights that lead
+            somewhere; those whose unit no weight reads go too, with its bias and norm, and the next round takes so
+            much less (:mod:`project.compression.dead_ends`). ``macs``, of units with ``global``: multiply-accumulates
+            of the whole net; what is worth least for each of them goes (:mod:`project.compression.unit_budget`).
         round_to: a layer of more units than this that loses any keeps a multiple of it, and every layer keeps some:
             dense kernels work on 8 or 16 channels at a time. Null is 8 for units with ``global``, else 1.
         num_images: training images that gradients are taken of (``obd``, ``gradient``).
@@ -82,6 +85,11 @@ class Pruner:
                 f"budget is macs, but structure is {structure} and scope {scope}: zeros among weights save no "
                 "multiplication, and only a global ranking knows what is left; set structure: units, scope: global."
             )
+        if budget == "effective" and (structure != "weights" or scope == "deviation"):
+            raise ValueError(
+                f"budget is effective, but structure is {structure} and scope {scope}: a unit goes with all its "
+                "weights, and deviation counts no share; set structure: weights, scope: global or layer."
+            )
         rounds = (structure, scope) == ("units", "global")
         if round_to is not None and (round_to < 1 or (round_to > 1 and not rounds)):
             raise ValueError(
@@ -95,6 +103,11 @@ class Pruner:
     @property
     def needs_images(self) -> bool:
         return self.criterion in ("obd", "gradient")
+
+    @property
+    def overshoots(self) -> bool:
+        """Whether a round can take more than it was asked for."""
+        return (self.structure, self.scope) == ("units", "global") or self.budget == "effective"
 
     @property
     def counted(self) -> str:
@@ -126,8 +139,11 @@ class Pruner:
             if any(re.search(pattern, name) for pattern in self.include)
             and not any(re.search(pattern, name) for pattern in excluded)
         ]
-        if self.structure == "weights":
-            groups = [Group(name, (f"{name}.weight",)) for name in chosen]
+        if self.budget == "effective":
+            known = trace(net, image_shape)[0]
+            groups = [_group_of_weights(net, name, known.get(name)) for name in chosen]
+        elif self.structure == "weights":
+            groups = [_group_of_weights(net, name) for name in chosen]
         else:
             units, reasons = look_at_units(net, image_shape)
             refused = next((name for name in chosen if name not in units), None)
@@ -186,16 +202,20 @@ class Pruner:
             kept = take_cheapest(scores, left, amount, keep=self.keep, round_to=self.round_to, macs=macs)
         else:
             kept = self._prune_global(scores, left, amount)
-        for layer, mask in kept.items():
-            if not mask.any():
-                things = "weights" if self.structure == "weights" else "units"
-                raise ValueError(
-                    f"pruning would take all {things} of {layer}, and nothing could pass through it: prune less, "
-                    "exclude it, set keep, or set scope: layer."
-                )
-        return {
-            name: _shaped(kept[group.layer], net.get_parameter(name)) for group in groups for name in group.parameters
+        masks = {
+            name: _shaped(kept[group.layer], net.get_parameter(name))
+            for group in groups
+            for name in (group.parameters if self.structure == "units" else group.parameters[:1])
         }
+        if self.budget == "effective":
+            masks = without_dead_ends(net, groups, masks)
+        for group in groups:
+            if not masks[group.parameters[0]].any():
+                raise ValueError(
+                    f"pruning would take all {self.structure} of {group.layer}, and nothing could pass through it: "
+                    "prune less, exclude it, set keep, or set scope: layer."
+                )
+        return masks
 
     def share_gone(
         self, net: nn.Module, groups: list[Group], masks: Masks, image_shape: tuple[int, int, int] | None = None
@@ -267,6 +287,17 @@ class Pruner:
 
     def _rate(self, layer: str) -> float:
         return next((rate for pattern, rate in self.rates.items() if re.search(pattern, layer)), 1.0)
+
+
+def _group_of_weights(net: nn.Module, layer: str, units: UnitGroup | None = None) -> Group:
+    """One layer's weights; where its units' readers are known, the biases and norms that go with a dead end."""
+    others = [
+        f"{module}.{key}"
+        for module in (units.outputs if units else ())
+        for key, parameter in net.get_submodule(module).named_parameters(recurse=False)
+        if parameter.dim() == 1
+    ]
+    return Group(layer, (f"{layer}.weight", *others), units=units)
 
 
 def _left(net: nn.Module, group: Group, masks: Mapping[str, Tensor], structure: str) -> Tensor:

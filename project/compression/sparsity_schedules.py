@@ -19,7 +19,8 @@ class Rounds(ABC):
     def amount(self, number: int, gone: float) -> float:
         """That of round ``number``, counted from 0, when the share ``gone`` is gone before it.
 
-        Where widths are round numbers a round takes more than was asked for; the next one then takes less.
+        Where widths are round numbers, or dead ends go as well, a round takes more than was asked for; the next one
+        then takes less.
         """
         return share_to_take(gone, self.level(number))
 

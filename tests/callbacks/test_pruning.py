@@ -29,6 +29,7 @@ from tests_pruning_run import (
 
 from project.callbacks import EMA, BestAndLast, IterativeMagnitudePruning
 from project.compression import Gradual, Iterative, OneShot, Pruner, QualityFactors, Sparsities, plan_thinning
+from project.compression.sparsity_schedules import share_to_take
 from project.metrics.complexity import count_macs
 from project.models import Classifier
 from project.models.checkpoints import load_net
@@ -102,6 +103,22 @@ def test_each_level_is_kept_with_its_sparsity_and_its_best_score(tmp_path, ema):
     assert [level["score"] for level in callback.levels] == pytest.approx(
         [max(scores[3 * number : 3 * number + 3]) for number in range(3)], abs=1e-4
     )
+
+
+def test_dead_ends_stay_zero_with_their_norms_and_the_next_round_takes_so_much_less(tmp_path, monkeypatch):
+    pruner, asked = Pruner(exclude=[], budget="effective", keep=0.02), []
+    prune = pruner.prune
+    monkeypatch.setattr(pruner, "prune", lambda *args, **options: asked.append(args[3]) or prune(*args, **options))
+    watch, callback = Watch(), pruning(schedule=Sparsities([0.95, 0.97]), pruner=pruner)
+    run = fit(tmp_path, callback, watch).run
+    gone = callback.levels[1]["sparsity"]
+    assert gone > 0.951 and asked == pytest.approx([0.95, share_to_take(gone, 0.97)])
+    dead = [name for name, mask in callback.masks.items() if mask.dim() == 1 and not mask.all()]
+    assert "conv2.norm.weight" in dead and "conv2.norm.bias" in dead
+    for weights in (watch.after[max(watch.after)].weights, weights_of(run.best_checkpoint)):
+        for name, mask in callback.masks.items():
+            assert not weights[name][mask.expand_as(weights[name]) == 0].any(), name
+        assert all(weights[name].any() for name in dead)
 
 
 class Accuracy(Callback):

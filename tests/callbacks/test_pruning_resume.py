@@ -33,6 +33,10 @@ CALLBACKS: dict[str, Callable[[], list[Any]]] = {
         pruning(schedule=Iterative(0.3, 2), pruner=Pruner(criterion="obd", num_images=40), after="rewind_lr"),
         EMA(0.8),
     ],
+    "dead ends": lambda: [
+        EMA(0.8),
+        pruning(schedule=Iterative(0.75, 2), pruner=Pruner(exclude=[], budget="effective", keep=0.02)),
+    ],
     "gradual": lambda: [pruning(schedule=Gradual(0.8, 0.5, 5.0, every_n_steps=4)), EMA(0.8)],
 }
 
