@@ -21,6 +21,8 @@ _BULLET = re.compile(r"^\s*- ", re.MULTILINE)
 _OTHER_KINDS = ("Expected a <class 'NoneType'>", "Expected a path but")
 _NESTED = ("Does not validate against any of the Union subtypes", "Not a valid subclass of")
 """Branches that only say that those below them failed."""
+_BELOW = re.compile(r"Does not validate against any of the Union subtypes\s+Subtypes:.*Errors:\s*$", re.DOTALL)
+"""How a branch ends whose reason is in the next one."""
 _KEYS = re.compile(r'Parser key "([\w.]+)":\s*')
 _PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\s*")
 
@@ -69,7 +71,9 @@ def one_sentence(message: str) -> str:
     head, tried = branches[0], [branch for branch in branches[1:] if not branch.startswith(_OTHER_KINDS)]
     tried = [branch for branch in tried if not branch.startswith(_NESTED)] or tried
     keys = _KEYS.findall(head)
-    head = tried[0].split("Given value type:")[0] if tried else _KEYS.sub("", head, count=1)
+    last = next((number for number, branch in enumerate(tried) if not _BELOW.search(branch)), len(tried) - 1)
+    reason = " ".join(_BELOW.sub("", branch) for branch in tried[: last + 1])
+    head = reason.split("Given value type:")[0] if tried else _KEYS.sub("", head, count=1)
     head = _PROBLEM.sub(r"\1: ", _KEYS.sub(r"\1: ", head))
     head = re.sub(r"<class '([\w.]+)'>", r"\1", head)
     return " ".join((f"{keys[0]}: {head}" if keys else head).split())

@@ -197,6 +197,16 @@ def test_the_same_typo_in_yaml_is_refused(key, command, digits, logs, tmp_path):
     assert "Did you mean" in err and right in err.split("Did you mean")[1], err
 
 
+def test_a_wrong_value_deep_in_yaml_is_named_with_what_it_could_be(command, digits, logs, tmp_path):
+    pruner = {"class_path": "project.compression.Pruner", "init_args": {"budget": "effectiv"}}
+    callback = {"class_path": "project.callbacks.IterativeMagnitudePruning", "init_args": {"pruner": pruner}}
+    (tmp_path / "typo.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
+    status, _, err = command("fit", *digits, f"--config={tmp_path / 'typo.yaml'}")
+    assert status == 2 and len(err.strip().splitlines()) == 1
+    assert "trainer.callbacks: " in err and "budget: " in err and "'effective'" in err and "Got value: effectiv" in err
+    assert "Errors:" not in err and len(err) < 400
+
+
 @pytest.mark.parametrize("verb", ["validate", "test", "predict"])
 def test_a_verb_without_weights_refuses(verb, command, digits):
     status, _, err = command(verb, *digits)
