@@ -139,11 +139,9 @@ class Pruner:
             if any(re.search(pattern, name) for pattern in self.include)
             and not any(re.search(pattern, name) for pattern in excluded)
         ]
-        if self.budget == "effective":
-            known = trace(net, image_shape)[0]
+        if self.structure == "weights":
+            known = trace(net, image_shape)[0] if self.budget == "effective" else {}
             groups = [_group_of_weights(net, name, known.get(name)) for name in chosen]
-        elif self.structure == "weights":
-            groups = [_group_of_weights(net, name) for name in chosen]
         else:
             units, reasons = look_at_units(net, image_shape)
             refused = next((name for name in chosen if name not in units), None)
@@ -289,7 +287,7 @@ class Pruner:
         return next((rate for pattern, rate in self.rates.items() if re.search(pattern, layer)), 1.0)
 
 
-def _group_of_weights(net: nn.Module, layer: str, units: UnitGroup | None = None) -> Group:
+def _group_of_weights(net: nn.Module, layer: str, units: UnitGroup | None) -> Group:
     """One layer's weights; where its units' readers are known, the biases and norms that go with a dead end."""
     others = [
         f"{module}.{key}"
