@@ -98,17 +98,24 @@ class QuantizationAwareTraining(Callback):
         begin_epoch: the first epoch, from 0, that rounds, well after half of the training; null rounds from the fit's
             first one on, for a trained net.
         weight_bits: 2 to 8.
-        activations: round the layers' inputs too, to eight bits.
+        activations: round the layers' inputs to eight bits too.
+        reduce_range: round the weights as ``Quantizer.reduce_range`` does; choose the same value for both.
 
     Raises:
         ValueError: for numbers out of their range.
     """
 
-    def __init__(self, begin_epoch: int | None = None, weight_bits: int = 8, activations: bool = True) -> None:
+    def __init__(
+        self,
+        begin_epoch: int | None = None,
+        weight_bits: int = 8,
+        activations: bool = True,
+        reduce_range: bool = True,
+    ) -> None:
         if begin_epoch is not None and begin_epoch < 0:
             raise ValueError(f"begin_epoch is {begin_epoch}: choose 0 or more, or null.")
         self.begin_epoch = begin_epoch
-        self.fake = FakeQuantization(num_bits=weight_bits, activations=activations)
+        self.fake = FakeQuantization(weight_bits, activations, reduce_range)
         self.begun = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

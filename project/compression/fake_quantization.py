@@ -15,6 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, distributed, nn
 
+from project.compression.ranges import round_weight
+
 _MOMENTUM = 0.01
 
 
@@ -24,16 +26,18 @@ class FakeQuantization:
     Args:
         num_bits: of the weights, 2 to 8.
         activations: round the layers' inputs to eight bits too.
+        reduce_range: round the weights as ``Quantizer.reduce_range`` does; without ``activations`` it has no effect.
 
     Raises:
         ValueError: for another number of bits.
     """
 
-    def __init__(self, num_bits: int = 8, activations: bool = True) -> None:
+    def __init__(self, num_bits: int = 8, activations: bool = True, reduce_range: bool = True) -> None:
         if not 2 <= num_bits <= 8:
             raise ValueError(f"weight_bits is {num_bits}: choose 2 to 8.")
         self.num_bits = num_bits
         self.activations = activations
+        self.reduce_range = reduce_range and activations
         self._spans: dict[str, Tensor] = {}  # of each layer's inputs, low and high, on its device
         self._layers: list[nn.Module] = []
 
@@ -68,7 +72,7 @@ class FakeQuantization:
         assert isinstance(module, nn.Conv2d | nn.Linear)
         if self.activations:
             x = self._round_activation(name, x, update=module.training)
-        return plain(x, fake_weight(module.weight, self.num_bits), module.bias)
+        return plain(x, fake_weight(module.weight, self.num_bits, reduce_range=self.reduce_range), module.bias)
 
     def _round_activation(self, name: str, x: Tensor, *, update: bool) -> Tensor:
         if update or name not in self._spans:
@@ -98,11 +102,10 @@ def fake_activation(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return torch.where(inside, x + (rounded - x).detach(), rounded)
 
 
-def fake_weight(weight: Tensor, num_bits: int) -> Tensor:
-    """``weight`` ``[out, …]`` rounded to ``2**num_bits - 1`` values per output channel, symmetric about 0."""
-    with torch.no_grad():
-        most = 2 ** (num_bits - 1) - 1
-        scale = weight.flatten(1).abs().amax(1).clamp(min=1e-12) / most
-        scale = scale.view(-1, *[1] * (weight.dim() - 1))
-        rounded = (weight / scale).round() * scale
+def fake_weight(weight: Tensor, num_bits: int, *, reduce_range: bool = False) -> Tensor:
+    """``weight`` ``[out, ...]`` as :func:`project.compression.ranges.round_weight` rounds it for the file, with the
+    gradient of ``weight``.
+    """
+    integers, scales = round_weight(weight, num_bits, reduce_range=reduce_range)
+    rounded = integers * scales.view(-1, *[1] * (weight.dim() - 1))
     return weight + (rounded - weight).detach()

@@ -55,6 +55,11 @@ class Layer:
         """The weight, output channels first."""
         return np.moveaxis(_constant(model.graph, self.weight), self.axis, 0)
 
+    def bias_of(self, model: "ModelProto") -> Array:
+        """The bias, one number for each output channel."""
+        assert self.bias is not None
+        return _constant(model.graph, self.bias)
+
     def add_to_bias_(self, model: "ModelProto", values: Array) -> None:
         from onnx import numpy_helper
 
@@ -110,16 +115,43 @@ def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) 
         sources = [name for name in node.input if name in tensors]
         if target in by_output:
             target = activation_of.get(target, target)
-        elif target in fused or node.op_type not in _MOVES | _COMPUTES or not set(sources) <= quantized:
+        elif target in fused or not _has_integer_kernel(graph, node) or not set(sources) <= quantized:
             continue
         if target not in outputs:
             quantized.add(target)
+    quantized = _useful(graph, quantized, by_output, activation_of)
     group_of = {name: name for name in quantized}
     for node in reversed(graph.node):  # from the back: a pool after a concatenation has the scale of the concatenation
         (target, *_) = node.output
         if node.op_type in _MOVES and target in quantized and target not in activation_of.values():
             _join_(group_of, node, target)
     return Plan(by_output, group_of, activation_of)
+
+
+def _has_integer_kernel(graph: "GraphProto", node: "NodeProto") -> bool:
+    """Whether runtimes compute or move integers at this node. Of means only those over height and width count: OpenVINO
+    2026.4 gives wrong answers for a quantized mean over tokens that follows a quantized addition.
+    """
+    if node.op_type == "ReduceMean":
+        return len(node.input) > 1 and sorted(_constant(graph, node.input[1]).tolist()) in ([2, 3], [-2, -1])
+    return node.op_type in _MOVES | _COMPUTES
+
+
+def _useful(
+    graph: "GraphProto", quantized: set[str], by_output: Mapping[str, Layer], activation_of: Mapping[str, str]
+) -> set[str]:
+    """Those of the tensors that some layer reads in the end, and what convolutions write: runtimes have no convolution
+    of integers that writes floats. To round any other tensor would cost time and accuracy and save nothing.
+    """
+    useful = {layer.input for layer in by_output.values()}
+    for node in reversed(graph.node):
+        (output, *_) = node.output
+        target = activation_of.get(output, output)
+        if output in by_output:
+            useful |= {target} if node.op_type == "Conv" else set()
+        elif target in useful & quantized and _has_integer_kernel(graph, node):
+            useful |= set(node.input)
+    return useful & quantized
 
 
 def _join_(group_of: dict[str, str], node: "NodeProto", target: str) -> None:
@@ -205,6 +237,8 @@ class _Writer:
         self.nodes: list[NodeProto] = []
         self.tensors: list[onnx.TensorProto] = []  # type: ignore[name-defined]  # noqa: F821
         self.stands_for: dict[str, str] = {}
+        self.weight_of: dict[str, str] = {}
+        """By layer's output: the weight as it comes back from integers."""
         self._constants: set[str] = set()
         self._dropped = {
             activation
@@ -223,6 +257,8 @@ class _Writer:
         copy.CopyFrom(node)
         copy.ClearField("name")
         copy.input[:] = [self.stands_for.get(name, name) for name in node.input]
+        if output in self.weight_of:
+            copy.input[1] = self.weight_of[output]
         self.nodes.append(copy)
         target = self.plan.activation_of.get(output, output)
         if target != output and target in self._dropped:
@@ -241,18 +277,23 @@ class _Writer:
         self.stands_for[name] = back
 
     def add_weight(self, layer: Layer, integers: NDArray[np.int8], steps: Array) -> None:
+        """Store the layer's integers, scales and zero points.
+
+        Each layer has its own three, also where two layers share a weight, and the zero points have the scales' shape:
+        ONNX Runtime's precise mode (``session.x64quantprecision``) turns signed weights into unsigned ones, one layer
+        at a time, and refuses a file in which two layers share what it replaces.
+        """
         from onnx import TensorProto, helper, numpy_helper
 
         values = np.ascontiguousarray(np.moveaxis(integers, 0, layer.axis))
-        if layer.weight in self.stands_for:  # shared by two layers
-            return
         if self.num_bits == 4:
             values = values.astype(helper.tensor_dtype_to_np_dtype(TensorProto.INT4))  # two in a byte
-        self.tensors.append(numpy_helper.from_array(values, f"{layer.weight}_q"))
-        self.tensors.append(numpy_helper.from_array(steps, f"{layer.weight}_s"))
-        names = [f"{layer.weight}_q", f"{layer.weight}_s"]
-        self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{layer.weight}_dq"], axis=layer.axis))
-        self.stands_for[layer.weight] = f"{layer.weight}_dq"
+        name = layer.weight if f"{layer.weight}_dq" not in self.weight_of.values() else f"{layer.weight}_{layer.output}"
+        names = [f"{name}_q", f"{name}_s", f"{name}_z"]
+        constants = (values, steps, np.zeros(len(steps), values.dtype))
+        self.tensors += [numpy_helper.from_array(*pair) for pair in zip(constants, names, strict=True)]
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{name}_dq"], axis=layer.axis))
+        self.weight_of[layer.output] = f"{name}_dq"
 
     def _scale_of(self, group: str) -> list[str]:
         """Names of the group's scale and zero point."""

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from project.compression.qdq import Layer, Plan, layers_of, plan_of, with_outputs, write_qdq
-from project.compression.ranges import Array, Method, Observer, Scale, to_integers, weight_scales
+from project.compression.ranges import Array, Method, Observer, Scale, round_weight
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -39,6 +40,9 @@ class Quantizer:
         weight_observer: ranges of each channel's weights: min-max or mse.
         weight_bits: 8, or 4 with ``activations: false``.
         activations: false stores the weights as integers and computes in fp32: smaller, not faster.
+        reduce_range: true chooses eight-bit weights with which the sums of products cannot overflow on any processor.
+            False keeps one more bit of the largest weights, which is right on processors with VNNI and on ARM, and
+            wrong on x86 processors without VNNI. Without ``activations`` it has no effect.
         bias_correction: add to each layer's bias the mean error of its outputs, layer after layer; for four bits.
         num_images: calibration images, from the training set, without augmentation.
         exclude: regular expressions; layers whose whole name matches one stay fp32.
@@ -54,6 +58,7 @@ class Quantizer:
     weight_observer: Method = "min-max"
     weight_bits: int = 8
     activations: bool = True
+    reduce_range: bool = True
     bias_correction: bool = False
     num_images: int = 512
     exclude: list[str] = field(default_factory=list)
@@ -163,16 +168,33 @@ def _quantize_layers(
     plan: Plan,
     scales: Mapping[str, Scale],
 ) -> "ModelProto":
-    weights = {}
-    for layer in layers:
-        rows = layer.rows(model)
-        steps = weight_scales(rows, quantizer.weight_bits, quantizer.weight_observer)
-        weights[layer.name] = (to_integers(rows, steps, quantizer.weight_bits), steps)
+    weights = {layer.name: _integers_of(model, layer, quantizer, plan, scales) for layer in layers}
 
     def written(source: "ModelProto") -> "ModelProto":
         return write_qdq(source, plan, scales, weights, num_bits=quantizer.weight_bits)
 
     return written(_corrected(model, written, layers, images)) if quantizer.bias_correction else written(model)
+
+
+def _integers_of(
+    model: "ModelProto", layer: Layer, quantizer: Quantizer, plan: Plan, scales: Mapping[str, Scale]
+) -> tuple[NDArray[np.int8], Array]:
+    """A layer's integer weight, output channels first, and the scale of each channel.
+
+    A runtime stores the bias as a 32-bit integer with the scale of the weight times that of the input. A filter that
+    pruning has emptied needs no scale of its own, but its bias must still fit: no scale is smaller than that.
+    """
+    smallest = None
+    if layer.bias is not None and (group := plan.group_of.get(layer.input)) is not None:
+        smallest = torch.from_numpy(np.abs(layer.bias_of(model)) / np.float32(scales[group].scale * 2**30))
+    integers, steps = round_weight(
+        torch.from_numpy(layer.rows(model).copy()),
+        quantizer.weight_bits,
+        quantizer.weight_observer,
+        reduce_range=quantizer.reduce_range and quantizer.activations,
+        smallest=smallest,
+    )
+    return integers.numpy(), steps.numpy()
 
 
 def _calibrate(model: "ModelProto", chiefs: set[str], images: Array, quantizer: Quantizer) -> dict[str, Scale]:

@@ -17,12 +17,15 @@ from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Array = NDArray[np.float32]
 Method = Literal["min-max", "mean-min-max", "percentile", "mse"]
 
 NUM_BINS = 2048
+_LARGEST_PAIR = 128  # two weights of one sign whose products with 255 add up to less than 2**15
 _STEPS = 100  # ends that mse tries, from all of the range down to a hundredth
 
 
@@ -99,31 +102,64 @@ class Observer:
         return min((Scale.of_range(low * f, high * f) for f in shrunk), key=error)
 
 
-def weight_scales(weight: Array, num_bits: int, method: Method = "min-max") -> Array:
-    """Each row's scale, ``[rows]``, for integers from ``-(2**(num_bits-1) - 1)`` to its opposite.
+def round_weight(
+    weight: Tensor,
+    num_bits: int,
+    method: Method = "min-max",
+    *,
+    reduce_range: bool = False,
+    smallest: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """A weight as integers and one scale for each row: ``weight`` is about ``integers * scales``.
 
     Args:
-        weight: ``[rows, ...]``.
-        num_bits: 2 to 8.
-        method: ``mse`` looks for each row's own clipping; the others take its largest magnitude.
+        weight: ``[rows, ...]``, floating point.
+        num_bits: bits of an integer, 2 to 8. The integers lie between ``-(2**(num_bits-1) - 1)`` and its opposite.
+        method: ``mse`` clips each row where its squared error is smallest; all others clip nothing.
+        reduce_range: choose scales with which no two integers of a row that have the same sign add to more than 128 in
+            magnitude. x86 processors without VNNI add two products of an unsigned and a signed byte in 16 bits
+            (``vpmaddubsw``) and saturate at 32,767; 255 * 128 is below it. So no sum saturates, whichever two
+            weights of a row a kernel puts together. ONNX Runtime's ``reduce_range`` keeps each integer within 64
+            instead, which is enough as well and coarser.
+        smallest: the smallest scale allowed, ``[rows]``; ``None`` allows any.
+
+    Returns:
+        ``integers``: int8 of the weight's shape. ``scales``: ``[rows]``, of the weight's type.
     """
     most = 2 ** (num_bits - 1) - 1
-    rows = weight.reshape(len(weight), -1)
-    whole = np.maximum(np.abs(rows).max(1), 1e-12) / most
-    if method != "mse":
-        return whole.astype(np.float32)
-    best, scales = np.full(len(rows), np.inf), whole.copy()
-    for factor in np.linspace(1, 0.3, 36):
-        scale = whole * factor
-        back = np.clip(np.round(rows / scale[:, None]), -most, most) * scale[:, None]
-        error = ((rows - back) ** 2).sum(1)
-        scales = np.where(error < best, scale, scales)
-        best = np.minimum(error, best)
-    return scales.astype(np.float32)
+    rows = weight.detach().flatten(1)
+    magnitudes = rows.abs().amax(1)
+    scales = (magnitudes / most).clamp(min=1e-12)
+    if reduce_range:
+        # A pair may end a rounding error above 128: the factor is one of float32's steps more than that error.
+        scales = torch.maximum(scales, _largest_pairs(rows) / _LARGEST_PAIR * (1 + 1e-6))
+    if smallest is not None:
+        scales = torch.maximum(scales, smallest)
+    integers = _to_integers(rows, scales, most)
+    if method == "mse":
+        limit = min(most, _LARGEST_PAIR // 2) if reduce_range else most
+        error = _squared_error(rows, integers, scales)
+        for factor in torch.linspace(1, 0.3, 36).tolist():
+            tried = (magnitudes / limit * factor).clamp(min=1e-12)
+            if smallest is not None:
+                tried = torch.maximum(tried, smallest)
+            candidate = _to_integers(rows, tried, limit)
+            better = (new := _squared_error(rows, candidate, tried)) < error
+            scales, error = torch.where(better, tried, scales), torch.where(better, new, error)
+            integers = torch.where(better[:, None], candidate, integers)
+    return integers.to(torch.int8).view_as(weight), scales
 
 
-def to_integers(weight: Array, scales: Array, num_bits: int) -> NDArray[np.int8]:
-    """``round(weight / scale)`` per row, clipped to ``num_bits`` symmetrically."""
-    most = 2 ** (num_bits - 1) - 1
-    per_row = scales.reshape(-1, *[1] * (weight.ndim - 1))
-    return np.clip(np.round(weight / per_row), -most, most).astype(np.int8)
+def _largest_pairs(rows: Tensor) -> Tensor:
+    """The largest sum of two entries of one sign, in magnitude, in each row."""
+    count = min(2, rows.shape[1])
+    sums = [part.clamp(min=0).topk(count, dim=1).values.sum(1) for part in (rows, -rows)]
+    return torch.maximum(*sums)
+
+
+def _to_integers(rows: Tensor, scales: Tensor, most: int) -> Tensor:
+    return (rows / scales[:, None]).round().clamp(-most, most)
+
+
+def _squared_error(rows: Tensor, integers: Tensor, scales: Tensor) -> Tensor:
+    return (integers * scales[:, None] - rows).square().sum(1)

@@ -6,18 +6,21 @@ import torch
 from torch import nn
 
 from project.compression.fake_quantization import FakeQuantization, fake_activation, fake_weight
-from project.compression.ranges import Scale, to_integers, weight_scales
+from project.compression.ranges import Scale, round_weight
 from project.models import SmallInception
 
 SHAPE = (1, 12, 12)
 
 
+@pytest.mark.parametrize("reduce_range", [False, True])
 @pytest.mark.parametrize("num_bits", [3, 4, 8])
-def test_weights_round_as_in_the_file(num_bits: int) -> None:
-    weight = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    scales = weight_scales(weight.numpy(), num_bits)
-    back = to_integers(weight.numpy(), scales, num_bits) * scales.reshape(-1, 1, 1, 1)
-    np.testing.assert_allclose(fake_weight(weight, num_bits).numpy(), back, rtol=1e-6, atol=1e-7)
+def test_weights_round_as_in_the_file(num_bits: int, reduce_range: bool) -> None:
+    weight = torch.randn(6, 4, 3, 3, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    integers, scales = round_weight(weight, num_bits, reduce_range=reduce_range)
+    fake = fake_weight(weight, num_bits, reduce_range=reduce_range)
+    torch.testing.assert_close(fake, integers * scales.view(-1, 1, 1, 1), rtol=1e-6, atol=1e-7)
+    (grad,) = torch.autograd.grad(fake.sum(), weight)
+    assert grad.eq(1).all()
 
 
 def test_a_scale_per_channel_follows_batch_norm() -> None:

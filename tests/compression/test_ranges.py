@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+import torch
 
-from project.compression.ranges import Observer, Scale, to_integers, weight_scales
+from project.compression.ranges import Observer, Scale, round_weight
 
 
 def observe(values: np.ndarray, batches: int = 4) -> Observer:
@@ -62,21 +63,66 @@ def test_zero_is_exact_whatever_the_range(low: float, high: float) -> None:
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])
 def test_weights_come_back_within_half_a_step(num_bits: int) -> None:
-    weight = np.random.default_rng(0).normal(size=(6, 5, 3, 3)).astype(np.float32)
+    weight = torch.randn(6, 5, 3, 3, generator=torch.Generator().manual_seed(0))
     weight[2] = 0
-    scales = weight_scales(weight, num_bits)
-    integers = to_integers(weight, scales, num_bits)
-    back = integers * scales.reshape(-1, 1, 1, 1)
-    assert (np.abs(back - weight) <= 0.501 * scales.reshape(-1, 1, 1, 1)).all()
-    assert np.abs(integers).max() == 2 ** (num_bits - 1) - 1 and not integers[2].any()
+    integers, scales = round_weight(weight, num_bits)
+    steps = scales.view(-1, 1, 1, 1)
+    assert ((integers * steps - weight).abs() <= 0.501 * steps).all()
+    assert integers.dtype == torch.int8 and integers.abs().max() == 2 ** (num_bits - 1) - 1 and not integers[2].any()
 
 
 def test_clipping_for_the_squared_error_never_loses_to_the_whole_range() -> None:
-    weight = np.random.default_rng(0).laplace(size=(16, 200)).astype(np.float32)
+    weight = torch.distributions.Laplace(0.0, 1.0).sample((16, 200))
+    for num_bits, reduce_range in ((4, False), (8, True)):
 
-    def squared(method: str) -> np.ndarray:
-        scales = weight_scales(weight, 4, method)  # type: ignore[arg-type]
-        return ((to_integers(weight, scales, 4) * scales[:, None] - weight) ** 2).sum(1)
+        def squared(method: str, bits: int = num_bits, reduce: bool = reduce_range) -> torch.Tensor:
+            integers, scales = round_weight(weight, bits, method, reduce_range=reduce)  # type: ignore[arg-type]
+            return (integers * scales[:, None] - weight).square().sum(1)
 
-    assert (squared("mse") <= squared("min-max") * 1.0001).all()
-    assert squared("mse").sum() < 0.9 * squared("min-max").sum()
+        assert (squared("mse") <= squared("min-max") * 1.0001).all()
+    assert squared("mse", 4, False).sum() < 0.9 * squared("min-max", 4, False).sum()
+
+
+@pytest.mark.parametrize("method", ["min-max", "mse"])
+@pytest.mark.parametrize(
+    "kind", ["normal", "equal", "one large", "two large", "two of other signs", "ties", "a single one"]
+)
+def test_reduced_no_two_weights_of_a_sign_overflow_sixteen_bits(kind: str, method: str) -> None:
+    """255 times the sum of any two weights of one sign fits into 16 bits: a kernel may pair them as it likes."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(500, 37, generator=generator)
+    if kind == "equal":
+        rows = rows.sign() * rows[:, :1].abs()
+    elif kind in ("one large", "two large"):
+        rows[:, : 1 + (kind == "two large")] *= 40
+        rows[:, :2] = rows[:, :2].abs()
+    elif kind == "two of other signs":
+        rows[:, :2] = torch.tensor([100.0, -100.0])
+    elif kind == "ties":  # the two largest end at half an integer each
+        rows = rows.clamp(-1, 1) * 0.3 + 0.1
+        halves = torch.randint(40, 63, (500,), generator=generator) + 0.5
+        rows[:, 0], rows[:, 1] = halves, 128 - halves
+    elif kind == "a single one":
+        rows = rows[:, :1]
+    integers, scales = round_weight(rows, 8, method, reduce_range=True)  # type: ignore[arg-type]
+    ordered = integers.to(torch.int32).sort(1).values
+    sums = torch.stack([ordered[:, -2:].clamp(min=0).sum(1), -ordered[:, :2].clamp(max=0).sum(1)])
+    assert sums.max() * 255 <= 2**15 - 1
+    if method == "min-max":  # and no bit more is given away than has to be: the pair or the largest one is at its end
+        assert (torch.maximum(sums.amax(0) / 128, integers.abs().amax(1) / 127) > 0.98).all()
+        assert ((integers * scales[:, None] - rows).abs() <= 0.501 * scales[:, None]).all()
+
+
+def test_reduced_or_not_four_bits_are_the_same() -> None:
+    weight = torch.randn(8, 30, generator=torch.Generator().manual_seed(0))
+    for ours, other in zip(round_weight(weight, 4), round_weight(weight, 4, reduce_range=True), strict=True):
+        assert torch.equal(ours, other)
+
+
+def test_no_scale_is_below_the_smallest_allowed() -> None:
+    weight = torch.randn(4, 9, generator=torch.Generator().manual_seed(0))
+    weight[1] = 0
+    for method in ("min-max", "mse"):
+        _, free = round_weight(weight, 8, method)  # type: ignore[arg-type]
+        integers, scales = round_weight(weight, 8, method, smallest=torch.full((4,), 0.5))  # type: ignore[arg-type]
+        assert free[1] < 1e-10 and (scales >= 0.5).all() and not integers[1].any()
