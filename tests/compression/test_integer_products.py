@@ -138,9 +138,11 @@ def test_openvino_without_vnni_gives_the_exact_answer(tmp_path: Path) -> None:
 def test_eight_full_bits_are_wrong_without_vnni(name: str) -> None:
     """The control: with all eight bits each of these nets is wrong there, so the tests above do see saturation."""
     images = small_images(16, seed=2).numpy()
-    full, reduced = (quantized(name, Quantizer(reduce_range=reduce_range)) for reduce_range in (False, True))
-    assert difference(run_saturating(full, images), run_exactly(full, images)) > 0.005
-    assert difference(run_saturating(reduced, images), run_exactly(reduced, images)) < 0.003
+    errors = {}
+    for reduce_range in (False, True):
+        model = quantized(name, Quantizer(reduce_range=reduce_range))
+        errors[reduce_range] = difference(run_saturating(model, images), run_exactly(model, images))
+    assert errors[False] > max(0.005, 5 * errors[True])
 
 
 @pytest.mark.parametrize("dead", [1, 4, 8])
