@@ -1,7 +1,7 @@
 """The layers that the kernels know. For any other layer torch's own operators run.
 
 A kernel reads a layer's attributes and does not call the layer. A subclass can compute anything, so a class counts as
-known only if it is itself in the table below: to inherit from a known class is not enough.
+known only if it is itself in the tables below: to inherit from a known class is not enough.
 """
 
 from collections.abc import Callable
@@ -12,10 +12,12 @@ from torch.nn.modules import module as torch_module
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
-_KNOWN: dict[type[nn.Module], tuple[type[nn.Module], Callable[..., Any]]] = {
-    kind: (kind, kind.forward) for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {
+    kind: kind.forward for kind in (nn.Conv2d, nn.BatchNorm2d, nn.ReLU, nn.MaxPool2d)
 }
-"""For each known class: the class of torch that computes the same from the same attributes, and its own ``forward``."""
+"""The known classes, and the ``forward`` that each is known by: somebody may put another in its place."""
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {kind: kind for kind in _FORWARDS}
+"""For each known class: the class of torch that computes the same from the same attributes."""
 
 _METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
@@ -26,14 +28,14 @@ dictionary: what somebody puts there under such a name hides it.
 
 
 def computes_as(kind: type[nn.Module]) -> Callable[[type[Layer]], type[Layer]]:
-    """Class decorator that adds a class to the table.
+    """Class decorator that adds a class to the tables.
 
     Args:
         kind: the known class of torch that computes the same from the same attributes.
     """
 
     def add(cls: type[Layer]) -> type[Layer]:
-        _KNOWN[cls] = (kind, cls.forward)
+        _FORWARDS[cls], _KINDS[cls] = cls.forward, kind
         return cls
 
     return add
@@ -45,8 +47,7 @@ def has_known_class(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     Only a layer's ``forward`` should ask this. Others, who do not call the layer, ask :func:`is_known`.
     """
     cls = type(layer)
-    known = _KNOWN.get(cls)
-    return known is not None and known[0] is kind and cls.forward is known[1]
+    return _KINDS.get(cls) is kind and cls.forward is _FORWARDS[cls] and kind.forward is _FORWARDS[kind]
 
 
 def is_known(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:

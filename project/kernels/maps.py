@@ -70,6 +70,7 @@ def is_plain_gradient(grad: Tensor) -> bool:
         and grad.layout is torch.strided
         and not grad.is_neg()
         and not grad._is_zerotensor()
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)  # ``is_grads_batched``
     )
 
 

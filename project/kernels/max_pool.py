@@ -93,4 +93,5 @@ def _spread(grad: Tensor, place: Tensor, geometry: tuple[int, ...]) -> Tensor:
     left = torch.arange(out_width, device=place.device) * stride - padding
     pixel = (top + place // kernel) * width + left + place % kernel
     dx = grad.new_zeros(images, channels, height * width)
-    return dx.scatter_add(2, pixel.flatten(2), grad.flatten(2)).unflatten(2, (height, width))
+    rows = images, channels, out_height * out_width
+    return dx.scatter_add(2, pixel.reshape(rows), grad.reshape(rows)).reshape(images, channels, height, width)
