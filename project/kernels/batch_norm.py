@@ -123,8 +123,7 @@ class _BatchNormReLU(torch.autograd.Function):
         x = x.contiguous(memory_format=LAST)  # hooks on saved tensors may have moved it
         channels, numel, dtype = x.shape[1], x.numel(), x.dtype
         grad, stride = as_rows(grad.to(dtype))
-        dx, coefficients = torch.empty_like(x), saved.new_empty(2, channels)
-        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         kernels = library(dtype)
         assert kernels is not None
         done = kernels.batch_norm_relu_grad(
@@ -134,7 +133,6 @@ class _BatchNormReLU(torch.autograd.Function):
             channels,
             stride,
             pointer(saved, torch.float32, 4 * channels),
-            pointer(coefficients, torch.float32, 2 * channels),
             pointer(dx, dtype, numel, LAST),
             pointer(dweight, torch.float32, channels),
             pointer(dbias, torch.float32, channels),
@@ -180,8 +178,7 @@ class _BatchNormReLUPool(torch.autograd.Function):
         x, winner, place = (part.contiguous(memory_format=LAST) for part in (x, winner, place))
         dtype, numel = x.dtype, winner.numel()
         grad, stride = as_rows(grad.to(dtype))
-        dx, coefficients = torch.empty_like(x), saved.new_empty(2, channels)
-        dweight, dbias = torch.empty_like(weight), torch.empty_like(bias)
+        dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         kernels = library(dtype)
         assert kernels is not None
         done = kernels.batch_norm_relu_pool_grad(
@@ -192,7 +189,6 @@ class _BatchNormReLUPool(torch.autograd.Function):
             *ctx.geometry,
             stride,
             pointer(saved, torch.float32, 4 * channels),
-            pointer(coefficients, torch.float32, 2 * channels),
             pointer(dx, dtype, x.numel(), LAST),
             pointer(dweight, torch.float32, channels),
             pointer(dbias, torch.float32, channels),

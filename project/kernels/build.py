@@ -52,9 +52,9 @@ def _declare(kernels: ctypes.CDLL, dtype: torch.dtype) -> ctypes.CDLL:
     """Argument types, without which ctypes passes 32-bit integers."""
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     kernels.batch_norm_relu.argtypes = [pointer, *[count] * 2, *[pointer] * 2, *[number] * 2, *[pointer] * 4]
-    kernels.batch_norm_relu_grad.argtypes = [pointer, pointer, *[count] * 3, *[pointer] * 5]
+    kernels.batch_norm_relu_grad.argtypes = [pointer, pointer, *[count] * 3, *[pointer] * 4]
     kernels.batch_norm_relu_pool.argtypes = [pointer, *[count] * 6, *[pointer] * 2, *[number] * 2, *[pointer] * 6]
-    kernels.batch_norm_relu_pool_grad.argtypes = [*[pointer] * 4, *[count] * 7, *[pointer] * 5]
+    kernels.batch_norm_relu_pool_grad.argtypes = [*[pointer] * 4, *[count] * 7, *[pointer] * 4]
     kernels.max_pool.argtypes = [pointer, *[count] * 9, pointer, pointer]
     kernels.max_pool_grad.argtypes = [pointer, pointer, *[count] * 9, pointer]
     kernels.first_layer.argtypes = [pointer, *[count] * 8, *[pointer] * 4, *[number] * 2, *[pointer] * 7]
