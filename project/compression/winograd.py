@@ -156,9 +156,10 @@ class WinogradConv2d(nn.Conv2d):
         return layer.train(conv.training)
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training or not can_run_winograd(input, self.weight, self.bias, self.padding):
+        padding = _padding(self)
+        if self.training or why_not_winograd(self) or not can_run_winograd(input, self.weight, self.bias, padding):
             return super().forward(input)
-        return winograd(input, self._panels(), self.bias, len(self.weight), self.tile, self.padding)
+        return winograd(input, self._panels(), self.bias, len(self.weight), self.tile, padding)
 
     def _panels(self) -> Tensor:
         kept = self._kept

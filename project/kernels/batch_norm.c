@@ -217,13 +217,14 @@ INLINE void norm_relu_grad(const real *x, const real *grad, const float *scale, 
     store_some(dx, a * g + load_floats(slope, lanes) * v + load_floats(offset, lanes), lanes);
 }
 
-/* Gradients of batch_norm_relu; coefficients [2][channels] are scratch. For the rest see sum_grads. */
+/* Gradients of batch_norm_relu. Returns 0, with nothing done, when memory is short. For the rest see sum_grads. */
 int batch_norm_relu_grad(const real *x, const real *grad, int64_t rows, int64_t channels, int64_t stride,
-                         const float *saved, float *coefficients, real *dx, float *dweight, float *dbias) {
-    const float *scale = saved, *shift = saved + channels, *slope = coefficients, *offset = coefficients + channels;
-    if (!sum_grads(x, grad, rows, rows, channels, stride, saved, coefficients, dweight, dbias)) return 0;
+                         const float *saved, real *dx, float *dweight, float *dbias) {
+    const float *scale = saved, *shift = saved + channels;
+    float *slope = malloc(2 * channels * sizeof *slope), *offset = slope + channels;
+    int enough = slope && sum_grads(x, grad, rows, rows, channels, stride, saved, slope, dweight, dbias);
 #pragma omp parallel for schedule(static)
-    for (int64_t r = 0; r < rows; r++) {
+    for (int64_t r = 0; r < (enough ? rows : 0); r++) {
         const real *from = x + r * channels, *grads = grad + r * stride;
         real *to = dx + r * channels;
         int64_t c = 0;
@@ -231,7 +232,8 @@ int batch_norm_relu_grad(const real *x, const real *grad, int64_t rows, int64_t 
             norm_relu_grad(from + c, grads + c, scale + c, shift + c, slope + c, offset + c, to + c, LANES);
         if (c < channels) norm_relu_grad(from + c, grads + c, scale + c, shift + c, slope + c, offset + c, to + c, 8);
     }
-    return 1;
+    free(slope);
+    return enough;
 }
 
 /* dx of a window's `lines` times `columns` pixels, of which `place` says who gets the gradient. */
@@ -250,13 +252,13 @@ INLINE void spread_grad(const real *x, row grad, row place, int64_t lines, int64
 /* Gradients of batch_norm_relu_pool: the sums need the winners alone. For the rest see sum_grads. */
 int batch_norm_relu_pool_grad(const real *x, const real *winner, const bits *place, const real *grad, int64_t images,
                               int64_t height, int64_t width, int64_t channels, int64_t out_height, int64_t out_width,
-                              int64_t stride, const float *saved, float *coefficients, real *dx, float *dweight,
-                              float *dbias) {
-    const float *scale = saved, *slope = coefficients, *offset = coefficients + channels;
+                              int64_t stride, const float *saved, real *dx, float *dweight, float *dbias) {
+    const float *scale = saved;
+    float *slope = malloc(2 * channels * sizeof *slope), *offset = slope + channels;
     int64_t rows = images * out_height * out_width, pixels = images * height * width, half = (height + 1) / 2;
-    if (!sum_grads(winner, grad, rows, pixels, channels, stride, saved, coefficients, dweight, dbias)) return 0;
+    int enough = slope && sum_grads(winner, grad, rows, pixels, channels, stride, saved, slope, dweight, dbias);
 #pragma omp parallel for schedule(static)
-    for (int64_t line = 0; line < images * half; line++) {
+    for (int64_t line = 0; line < (enough ? images * half : 0); line++) {
         int64_t image = line / half, h = line % half, lines = min_rows(2, height - 2 * h);
         for (int64_t w = 0; 2 * w < width; w++) {
             int64_t in = ((image * height + 2 * h) * width + 2 * w) * channels, columns = min_rows(2, width - 2 * w);
@@ -276,5 +278,6 @@ int batch_norm_relu_pool_grad(const real *x, const real *winner, const bits *pla
             }
         }
     }
-    return 1;
+    free(slope);
+    return enough;
 }

@@ -16,22 +16,25 @@ and 0 at the others, and ``G = sum g (p - m)``, which needs the winners alone. T
     dx      = gamma i (g - dbeta / R - x' dgamma / R)
     dweight = sum dx p = sum dx (p - m) = gamma i (G - dgamma i S w),
 
-as ``dx`` sums up to 0, ``p - m`` does too, and ``sum x' (p - m) = i R S w``. Images get no gradient, and there is no
-second derivative: switch the kernels off for one (``PROJECT_KERNELS=0``).
+as ``dx`` sums up to 0, ``p - m`` does too, and ``sum x' (p - m) = i R S w``. Images get no gradient. A second
+derivative (``create_graph``) is computed by torch's operators.
 """
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
-from project.kernels.batch_norm import is_training_norm_relu
+from project.kernels.batch_norm import Norm, training_norm
 from project.kernels.build import library
-from project.kernels.maps import as_rows, is_plain, is_watched
-from project.kernels.max_pool import halved_sides
+from project.kernels.known import is_known
+from project.kernels.maps import address, as_rows, gradients_by_torch, is_plain, is_plain_gradient, pointer
+from project.kernels.max_pool import PLACES, halved_sides
 
+LAST = torch.channels_last
 MAX_IN_CHANNELS = 3
 """The covariance of the taps costs the square of their number."""
 
@@ -43,41 +46,49 @@ def first_layer(
 
     ``None`` where that is not a plain 3x3 convolution of at most 3 channels that need no gradient, to a multiple of 8,
     with stride and padding 1 and no bias, then batch norm in training, ReLU, and max pooling 2x2 or nothing; or where
-    there is no kernel (see :func:`project.kernels.maps.is_plain`).
+    there is no kernel (see :func:`project.kernels.maps.is_plain` and :func:`project.kernels.known.is_known`).
 
     Errors relative to float64, in norms: 1e-7 of the output, 4e-7 of the gradients; 2e-4 where two pixels of a window
     are so near that rounding swaps them, in torch's float32 too. Under autocast the output has its type, but images,
     weights and sums are not rounded to it: 2e-3 and 4e-7, torch's 2e-3 and 1e-2 to 9e-2.
     """
-    if images.requires_grad or not _is_first(conv, images):
+    if not is_plain(images) or images.requires_grad or not _is_first(conv, images):
         return None
     sides = list(images.shape[2:]) if pool is None else halved_sides(images, pool)
-    if not is_training_norm_relu(norm, activation) or norm.weight.dtype != torch.float32 or not is_plain(images):
-        return None
+    weight = conv.weight
+    own = None if sides is None else training_norm(norm, activation, len(weight))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
     if images.numel() == images.shape[1]:  # of one value per channel torch makes an error
         return None
-    if sides is None or library(dtype) is None:
+    if own is None or library(dtype) is None:
         return None
-    assert norm.num_batches_tracked is not None
-    norm.num_batches_tracked.add_(1)
-    return _FirstLayer.apply(images, conv.weight, norm.weight, norm.bias, norm, 1 if pool is None else 2, sides, dtype)
+    own.num_batches_tracked.add_(1)
+    return _FirstLayer.apply(images, weight, own.weight, own.bias, own, 1 if pool is None else 2, sides, dtype)
 
 
 def _is_first(conv: nn.Module, images: Tensor) -> TypeGuard[nn.Conv2d]:
+    channels = images.shape[1]
     return (
-        type(conv) is nn.Conv2d
-        and images.dim() == 4
-        and images.shape[1] == conv.in_channels <= MAX_IN_CHANNELS
-        and conv.out_channels % 8 == 0
-        and conv.kernel_size == (3, 3)
+        is_known(conv, nn.Conv2d)
+        and channels <= MAX_IN_CHANNELS
+        and images.dtype is torch.float32
+        and address(conv.weight, torch.float32, conv.weight.numel(), None) != 0
+        and conv.weight.shape[1:] == (channels, 3, 3)
+        and len(conv.weight) % 8 == 0
         and conv.stride == conv.padding == conv.dilation == (1, 1)
         and conv.groups == 1
         and conv.bias is None
         and conv.padding_mode == "zeros"
-        and conv.weight.dtype == images.dtype == torch.float32
-        and not is_watched(conv)
     )
+
+
+def _by_torch(
+    images: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float, window: int, sides: Sequence[int]
+) -> Tensor:
+    x = functional.conv2d(images, weight, padding=1)
+    y = functional.batch_norm(x, None, None, gamma, beta, training=True, eps=eps).relu()
+    ceil_mode = list(sides) != [side // 2 for side in x.shape[2:]]
+    return y if window == 1 else functional.max_pool2d(y, 2, ceil_mode=ceil_mode)
 
 
 class _FirstLayer(torch.autograd.Function):
@@ -88,65 +99,69 @@ class _FirstLayer(torch.autograd.Function):
         weight: Tensor,
         gamma: Tensor,
         beta: Tensor,
-        norm: nn.BatchNorm2d,
+        norm: Norm,
         window: int,
         sides: list[int],
         dtype: torch.dtype,
     ) -> Tensor:
-        (num_images, in_channels, height, width), channels = images.shape, len(weight)
-        y = torch.empty((num_images, channels, *sides), dtype=dtype, memory_format=torch.channels_last)
-        place = torch.empty_like(y)  # integers of that size: which pixel of a window won
+        (num_images, in_channels, height, width), channels, single = images.shape, len(weight), torch.float32
+        y = torch.empty((num_images, channels, *sides), dtype=dtype, device=images.device, memory_format=LAST)
+        place = torch.empty_like(y, dtype=PLACES[dtype])
         padded = images.new_empty(num_images, in_channels, height + height % 2 + 2, width + width % 2 + 2)
         taps = 9 * in_channels
         moments = images.new_empty(taps * (1 + taps), dtype=torch.float64)
-        inverse = gamma.new_empty(channels)
-        weight = weight.contiguous()
-        ctx.dtype, ctx.geometry = dtype, (*images.shape, channels, *sides, window)
+        inverse = images.new_empty(channels)
+        filters = weight.contiguous()
+        ctx.dtype, ctx.eps, ctx.geometry = dtype, norm.arguments[2], (*images.shape, channels, *sides, window)
         kernels = library(dtype)
-        assert kernels is not None and norm.running_mean is not None and norm.running_var is not None
+        assert kernels is not None
         done = kernels.first_layer(
-            images.data_ptr(),
+            pointer(images, single, images.numel(), None),
             *ctx.geometry,
             (ctypes.c_int64 * 4)(*images.stride()),
-            weight.data_ptr(),
-            gamma.data_ptr(),
-            beta.data_ptr(),
-            norm.eps,
-            norm.momentum,
-            norm.running_mean.data_ptr(),
-            norm.running_var.data_ptr(),
-            padded.data_ptr(),
-            moments.data_ptr(),
-            inverse.data_ptr(),
-            y.data_ptr(),
-            place.data_ptr(),
+            pointer(filters, single, channels * taps),
+            *norm.arguments,
+            pointer(padded, single, padded.numel()),
+            pointer(moments, torch.float64, taps * (1 + taps)),
+            pointer(inverse, single, channels),
+            pointer(y, dtype, y.numel(), LAST),
+            pointer(place, PLACES[dtype], y.numel(), LAST),
         )
         if not done:
             raise MemoryError("no memory for the sums of a first layer")
-        ctx.save_for_backward(weight, gamma, padded, moments, inverse, place)
+        ctx.save_for_backward(images, weight, gamma, beta, padded, moments, inverse, place)
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, gamma, padded, moments, inverse, place = ctx.saved_tensors
+        images, weight, gamma, beta, padded, moments, inverse, place = ctx.saved_tensors
+        (num_images, in_channels, height, width, channels, *sides, window), single = ctx.geometry, torch.float32
+        if not is_plain_gradient(grad):
+
+            def layer(weight: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
+                return _by_torch(images, weight, gamma, beta, ctx.eps, window, sides)
+
+            return None, *gradients_by_torch(layer, (weight, gamma, beta), grad), None, None, None, None
+        place = place.contiguous(memory_format=LAST)  # hooks on saved tensors may have moved it
         grad, stride = as_rows(grad.to(ctx.dtype))
-        dweight, dgamma, dbeta = torch.empty_like(weight), torch.empty_like(gamma), torch.empty_like(gamma)
+        filters, taps = weight.contiguous(), 9 * in_channels
+        dweight, dgamma, dbeta = torch.empty_like(filters), torch.empty_like(gamma), torch.empty_like(beta)
+        lines, length = height + height % 2 + 2, width + width % 2 + 2
         kernels = library(ctx.dtype)
         assert kernels is not None
         done = kernels.first_layer_grad(
-            padded.data_ptr(),
+            pointer(padded, single, num_images * in_channels * lines * length),
             *ctx.geometry,
-            grad.data_ptr(),
+            pointer(grad, ctx.dtype, place.numel(), None),
             stride,
-            place.data_ptr(),
-            weight.data_ptr(),
-            gamma.data_ptr(),
-            moments.data_ptr(),
-            inverse.data_ptr(),
-            dweight.data_ptr(),
-            dgamma.data_ptr(),
-            dbeta.data_ptr(),
+            pointer(place, PLACES[ctx.dtype], num_images * channels * sides[0] * sides[1], LAST),
+            pointer(filters, single, channels * taps),
+            pointer(gamma, single, channels),
+            pointer(moments, torch.float64, taps * (1 + taps)),
+            pointer(inverse, single, channels),
+            pointer(dweight, single, channels * taps),
+            pointer(dgamma, single, channels),
+            pointer(dbeta, single, channels),
         )
         if not done:
             raise MemoryError("no memory for the sums of a first layer's gradient")

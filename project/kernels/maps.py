@@ -1,14 +1,19 @@
-"""Which maps and modules the kernels can take, and how maps lie in memory."""
+"""The tensors that the kernels can read and write, and the addresses that they get."""
+
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from project.kernels.build import library
 
+_TYPES = (Tensor, nn.Parameter)
+
 
 def can_run(x: Tensor) -> bool:
-    """A map ``[N, C, H, W]`` in a CPU's memory, channels-last, float32 or bfloat16, channels a multiple of 8, with
-    gradients, not being traced or compiled; and the kernels could be built.
+    """A map ``[N, C, H, W]`` that the kernels can take: as in :func:`is_plain`, channels-last, float32 or bfloat16, the
+    number of channels a multiple of 8. False where the kernels could not be built.
     """
     return (
         is_plain(x)
@@ -19,22 +24,119 @@ def can_run(x: Tensor) -> bool:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Images or maps ``[N, C, H, W]`` in a CPU's memory, not empty, with gradients, not being traced or compiled."""
+    """Images or maps ``[N, C, H, W]`` in a CPU's memory, not empty, while gradients are recorded and torch runs each
+    operation as it is called.
+    """
     return (
-        x.device.type == "cpu"
+        not is_transformed()
+        and not is_watched()
+        and type(x) is Tensor
+        and x.is_cpu
+        and x.layout is torch.strided
         and x.dim() == 4
         and x.numel() > 0
-        and type(x) is Tensor
+        and not x.is_neg()
         and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
     )
 
 
-def is_watched(module: nn.Module) -> bool:
-    """Whether hooks wait for a call of the module, or its forward was replaced."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks
-    return bool(hooks) or "forward" in vars(module)
+def is_transformed() -> bool:
+    """Whether torch makes something else of the operations than their results: it compiles or traces them, maps over
+    them (``torch.func``) or takes derivatives forward. It can not look into a kernel.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
+
+
+def is_watched() -> bool:
+    """Whether a mode (``TorchDispatchMode``, ``TorchFunctionMode``) wants to see each operator of torch."""
+    return torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
+
+
+def is_plain_gradient(grad: Tensor) -> bool:
+    """Whether a kernel can take the gradient of its output: no graph of the backward pass is wanted (``create_graph``),
+    torch runs each operation as it is called, and the gradient is an ordinary tensor in a CPU's memory.
+    """
+    return (
+        not torch.is_grad_enabled()
+        and not is_transformed()
+        and not is_watched()
+        and type(grad) is Tensor
+        and grad.is_cpu
+        and grad.layout is torch.strided
+        and not grad.is_neg()
+        and not grad._is_zerotensor()
+        and not torch._C._functorch.is_legacy_batchedtensor(grad)  # ``is_grads_batched``
+    )
+
+
+def gradients_by_torch(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    """Gradients of ``function(*inputs)`` by torch's operators, for a backward pass that no kernel can do. They can be
+    differentiated again if torch records gradients (``create_graph``).
+
+    Args:
+        function: what the kernel computes, in torch's operators.
+        inputs: its arguments.
+        grad: gradient of its output.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [x.view_as(x) for x in inputs]  # one argument may be computed from another, or be the same tensor
+        wanted = [x for x in own if x.requires_grad]
+        y = function(*own)
+        found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=create_graph))
+    return tuple(next(found) if x.requires_grad else None for x in own)
+
+
+def address(
+    tensor: Tensor | None,
+    dtype: torch.dtype,
+    numel: int,
+    order: torch.memory_format | None = torch.contiguous_format,
+) -> int:
+    """The address at which C finds exactly ``numel`` values of ``dtype``, without gaps, in this ``order``; 0 if the
+    tensor's memory is not so. All addresses that C gets come from here.
+
+    Args:
+        tensor: ``None`` is in no memory.
+        dtype: type of the values.
+        numel: number of values, at least 1.
+        order: memory format; ``None`` if C is told the strides.
+    """
+    if (
+        tensor is not None
+        and type(tensor) in _TYPES
+        and tensor.dtype is dtype
+        and tensor.is_cpu
+        and tensor.layout is torch.strided
+        and tensor.numel() == numel
+        and (order is None or tensor.is_contiguous(memory_format=order))
+        and not tensor.is_neg()
+    ):
+        return tensor.data_ptr()
+    return 0
+
+
+def pointer(
+    tensor: Tensor, dtype: torch.dtype, numel: int, order: torch.memory_format | None = torch.contiguous_format
+) -> int:
+    """The :func:`address` of a tensor that has one.
+
+    Raises:
+        AssertionError: if the tensor's memory is not what C reads or writes there.
+    """
+    if place := address(tensor, dtype, numel, order):
+        return place
+    raise AssertionError(
+        f"a kernel wants {numel} values of {dtype} on the CPU in {order}, but it got {list(tensor.shape)} of "
+        f"{tensor.dtype} on {tensor.device} with strides {tensor.stride()}"
+    )
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:

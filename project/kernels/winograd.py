@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from project.kernels.build import library
+from project.kernels.maps import address, is_transformed, pointer
 
 
 def can_run_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> bool:
@@ -25,15 +26,14 @@ def can_run_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Se
     wanted; and the kernels could be built.
     """
     return (
-        not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
+        not is_transformed()
         and type(x) is Tensor
         and _is_plain(x)
         and _is_plain(weight)
-        and (bias is None or _is_plain(bias))
+        and (bias is None or (_is_plain(bias) and address(bias, torch.float32, len(weight)) != 0))
         and x.dim() == 4
         and x.numel() > 0
-        and x.shape[1] == weight.shape[1]
+        and weight.shape[1:] == (x.shape[1], 3, 3)
         and x.shape[2] + 2 * padding[0] > 2 < x.shape[3] + 2 * padding[1]
         and (
             x.is_contiguous(memory_format=torch.channels_last)
@@ -45,7 +45,9 @@ def can_run_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Se
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.dtype == torch.float32 and not (tensor.requires_grad and torch.is_grad_enabled())
+    """Whether the values lie in a CPU's memory in float32, in any order, and no gradient is wanted."""
+    in_any_order = address(tensor, torch.float32, tensor.numel(), None)
+    return bool(in_any_order) and not (tensor.requires_grad and torch.is_grad_enabled())
 
 
 def winograd(
@@ -68,17 +70,30 @@ def pack_panels(transformed: Tensor) -> Tensor:
     """A transformed weight ``[side, side, C, K]`` in the order in which the kernel reads it: panels of as many output
     channels as two vectors hold, of which the last is filled up with zeros to one or two.
     """
-    lanes = _kernels().winograd_lanes()
-    padded = torch.nn.functional.pad(transformed.flatten(0, 1), (0, -transformed.shape[3] % lanes))
+    lanes, out_channels = _kernels().winograd_lanes(), transformed.shape[3]
+    padded = torch.nn.functional.pad(transformed.flatten(0, 1), (0, _whole_vectors(out_channels) - out_channels))
     return torch.cat([panel.flatten() for panel in padded.split(2 * lanes, dim=2)])
 
 
+def _whole_vectors(out_channels: int) -> int:
+    """The number of output channels rounded up to whole vectors."""
+    return out_channels + -out_channels % _kernels().winograd_lanes()
+
+
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two dense tensors in a CPU's memory are equal in shape, order and every bit; ``torch.equal`` takes ten
-    times as long.
+    """Whether two tensors in a CPU's memory are equal in shape, order and every bit; ``torch.equal`` takes ten times as
+    long. False for tensors with gaps in memory.
     """
-    same_place = one.shape == other.shape and one.stride() == other.stride() and one.dtype == other.dtype
-    return same_place and _kernels().memcmp(one.data_ptr(), other.data_ptr(), one.nbytes) == 0
+    if one.shape != other.shape or one.stride() != other.stride() or one.dtype != other.dtype or not _is_dense(one):
+        return False
+    starts = [pointer(tensor, one.dtype, one.numel(), None) for tensor in (one, other)]
+    return _kernels().memcmp(*starts, one.nbytes) == 0
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether from the first to the last value there are as many places in memory as values."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    return 1 + sum((size - 1) * stride for size, stride in steps) == tensor.numel()
 
 
 def count_tiles(side: int, tile: int) -> int:
@@ -99,12 +114,14 @@ def _run(
     x = x.contiguous(memory_format=torch.channels_last)
     sides = height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
     y = torch.empty((images, out_channels, *sides), dtype=x.dtype, memory_format=torch.channels_last)
-    done = _kernels().winograd(
-        x.data_ptr(),
+    kernels, single = _kernels(), torch.float32
+    num_weights = (tile + 2) ** 2 * channels * _whole_vectors(out_channels)
+    done = kernels.winograd(
+        pointer(x, single, x.numel(), torch.channels_last),
         *(images, height, width, channels, out_channels, *padding, tile),
-        panels.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        y.data_ptr(),
+        pointer(panels, single, num_weights),
+        None if bias is None else pointer(bias, single, out_channels),
+        pointer(y, single, y.numel(), torch.channels_last),
     )
     if not done:
         raise MemoryError("no memory for the tiles of a convolution")

@@ -17,7 +17,7 @@ from math import gcd
 import torch
 from torch import Tensor, nn
 
-from project.kernels import batch_norm_relu, batch_norm_relu_pool, first_layer, max_pool
+from project.kernels import batch_norm_relu, batch_norm_relu_pool, computes_as, first_layer, max_pool
 
 NormFactory = Callable[[int], nn.Module]
 """Number of channels -> a module that keeps the shape ``[N, C, H, W]``."""
@@ -27,6 +27,7 @@ WeightInit = Callable[[Tensor], Tensor]
 """Fills a weight in place, such as ``torch.nn.init.kaiming_normal_``."""
 
 
+@computes_as(nn.BatchNorm2d)
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm over ``[N, C, H, W]`` (Ioffe & Szegedy 2015, Alg. 1)."""
 
@@ -73,6 +74,7 @@ class NoNorm(nn.Identity):
         super().__init__()
 
 
+@computes_as(nn.ReLU)
 class ReLU(nn.ReLU):
     """ReLU in place: the norm before it does not need its output for the gradient, so one copy per map is saved."""
 
@@ -80,6 +82,7 @@ class ReLU(nn.ReLU):
         super().__init__(inplace=True)
 
 
+@computes_as(nn.MaxPool2d)
 class MaxPool(nn.MaxPool2d):
     """Max pooling; in training on a CPU by a kernel that remembers a window's winner in one byte instead of eight."""
 

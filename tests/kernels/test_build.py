@@ -1,4 +1,4 @@
-"""Building the kernels: once, into the cache; without a compiler, without a complaint."""
+"""Building the kernels: once, into the cache; again if the file is damaged; without a compiler, without a complaint."""
 
 import subprocess
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from project.kernels import build
 from project.kernels.build import library
 from project.models.layers import ConvNormAct
 
@@ -28,6 +29,34 @@ def test_a_library_is_compiled_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("compiled again"))
     assert library(torch.float32) is not None
     assert built.stat().st_mtime_ns == time
+
+
+@pytest.mark.usefixtures("kernels")
+def test_a_damaged_library_is_compiled_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert library(torch.float32) is not None
+    (built,) = (tmp_path / "cache").iterdir()
+    content, num_compiled = built.read_bytes(), 0
+
+    def compile_again(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+        nonlocal num_compiled
+        num_compiled += 1
+        target.write_bytes(content)
+
+    monkeypatch.setattr(build, "_compile", compile_again)
+    flipped = content[:9000] + bytes([content[9000] ^ 1]) + content[9001:]
+    for number, damaged in enumerate((content[:20000], content[:-1], content + b"0", flipped, b"", b"text"), start=1):
+        built.unlink()  # the process still runs the code of the old file
+        built.write_bytes(damaged)
+        library.cache_clear()
+        assert library(torch.float32) is not None
+        assert num_compiled == number and built.read_bytes() == content
+
+
+def test_a_library_without_the_functions_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = tmp_path / "empty.c"
+    source.write_text("int nothing;")
+    monkeypatch.setattr(build, "SOURCES", [source])
+    assert library(torch.float32) is None
 
 
 @pytest.mark.parametrize("compiler", ["no-such-compiler", sys.executable])
