@@ -15,6 +15,8 @@ def main() -> None:
 
     setup_logging()
     warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")
+    if (folder := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
+        sys.path.insert(0, folder)  # as `python -m project` does: a class_path may name a file of one's own
     try:
         if sys.argv[1:2] == ["unpack"] or _names_model_file(sys.argv[1:]):
             _use_model_file(sys.argv[1], sys.argv[2:])
@@ -30,6 +32,17 @@ def main() -> None:
         if not _first_process_tells():
             sys.stderr.write(f"error: {one_sentence(str(error))}\n")
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as error:
+        sys.exit(_status(error))
+
+
+def _status(error: BaseException) -> int | str | None:
+    """The exit status: 130 after Ctrl-C (SIGINT), 143 after SIGTERM, as shells have it; else that of ``error``."""
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        return 130  # Lightning exits with 1 when it has caught a KeyboardInterrupt
+    if type(error).__name__ == "SIGTERMException":  # Lightning's, known by name: importing it takes a second
+        return 143
+    return error.code if isinstance(error, SystemExit) else 1
 
 
 def _first_process_tells() -> bool:
