@@ -13,6 +13,7 @@ from project.callbacks.packing import Packing
 from project.callbacks.progress import ProgressLines, default_progress_bar
 from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.quantization import PostTrainingQuantization, QuantizationAwareTraining
+from project.callbacks.start_lines import StartLines
 from project.callbacks.stopping import TellHowToResume
 from project.callbacks.summary import WriteSummary
 from project.callbacks.ternary import TernaryWeights
@@ -35,6 +36,7 @@ __all__ = [
     "PostTrainingQuantization",
     "ProgressLines",
     "QuantizationAwareTraining",
+    "StartLines",
     "StopOnNaN",
     "TellHowToResume",
     "TernaryWeights",

@@ -10,6 +10,7 @@ from project.callbacks.log_graph import LogGraph
 from project.callbacks.look_at_batch import LookAtBatch
 from project.callbacks.nan_guard import StopOnNaN
 from project.callbacks.progress import default_progress_bar
+from project.callbacks.start_lines import StartLines
 from project.callbacks.stopping import TellHowToResume
 from project.callbacks.summary import WriteSummary
 from project.callbacks.test_report import TestReport
@@ -27,7 +28,7 @@ def default_callbacks(
         checkpoint: add the best and the last checkpoint.
         progress: add a progress bar or lines.
     """
-    kinds: list[type[Callback]] = [StopOnNaN, WriteSummary]
+    kinds: list[type[Callback]] = [StartLines, StopOnNaN, WriteSummary]
     if observe:
         kinds += [LookAtBatch, LogGraph, WeightHistograms, TestReport, HParams]
     callbacks = [*own, *(kind() for kind in kinds if not _has(own, kind))]

@@ -40,6 +40,7 @@ class TellHowToResume(Callback):
         run = run_of(trainer)
         if run is None or trainer.state.fn not in ("fit", "test"):
             return
+        log.info("")  # the terminal has written ^C
         if trainer.state.fn == "test":
             log.info("Stopped. To test again: project test --run %s", as_argument(run.folder))
             return
