@@ -1,4 +1,4 @@
-"""The bars of a terminal, drawn into a string, and a whole fit that is watched and stopped through a pseudo-terminal."""
+"""The bars of a terminal, drawn into a string; and a fit that is watched and stopped through a pseudo-terminal."""
 
 import io
 import os
@@ -35,7 +35,7 @@ def screen(monkeypatch):
 
 class Speak(Callback):
     def on_train_batch_end(self, *_):
-        print("a callback speaks")
+        sys.stdout.write("a callback speaks\n")
 
 
 def test_every_stage_has_its_bar_and_leaves_the_terminal_as_it_was(tiny, screen):
