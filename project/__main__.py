@@ -4,7 +4,6 @@ import itertools
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,6 @@ def main() -> None:
     from project.logger import setup_logging
 
     setup_logging()
-    warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")
     if (folder := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
         sys.path.insert(0, folder)  # as `python -m project` does: a class_path may name a file of one's own
     try:

@@ -3,6 +3,7 @@
 import csv
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +94,4 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")  # Lightning's own call
