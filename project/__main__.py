@@ -22,8 +22,8 @@ def main() -> None:
             from project.cli import CLI
 
             CLI()
-    except (ValueError, OSError) as error:
-        if os.environ.get("PROJECT_DEBUG"):
+    except Exception as error:
+        if os.environ.get("PROJECT_DEBUG") or not _is_users(error):
             raise
         from project.parser import one_sentence
 
@@ -34,11 +34,18 @@ def main() -> None:
         sys.exit(_status(error))
 
 
+def _is_users(error: Exception) -> bool:
+    """Whether the user can mend it, such as a ``monitor`` that nothing logs (Lightning's, known by name: importing
+    it takes a second).
+    """
+    return isinstance(error, ValueError | OSError) or type(error).__name__ == "MisconfigurationException"
+
+
 def _status(error: BaseException) -> int | str | None:
     """The exit status: 130 after Ctrl-C (SIGINT), 143 after SIGTERM, as shells have it; else that of ``error``."""
     if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
         return 130  # Lightning exits with 1 when it has caught a KeyboardInterrupt
-    if type(error).__name__ == "SIGTERMException":  # Lightning's, known by name: importing it takes a second
+    if type(error).__name__ == "SIGTERMException":  # Lightning's
         return 143
     return error.code if isinstance(error, SystemExit) else 1
 
