@@ -7,9 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.slow
 def test_every_cell_runs_and_the_plots_are_pictures(logs, tmp_path):
     from PIL import Image
 

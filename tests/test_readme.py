@@ -1,8 +1,10 @@
 """Every command of the README runs, made small by options that cut the training short."""
 
 import json
+import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -58,6 +60,25 @@ def test_classes_of_ones_own_in_the_working_directory(command, folder, logs):
     assert json.loads(run.summary.read_text())["test/accuracy"] > 0.8
     for name in ("my_net.MyNet", "my_data.EvenOrOdd", "my_augmentation.Darken", "my_loss.FocalLoss"):
         assert name in run.config.read_text()
+
+
+@pytest.mark.slow
+def test_further_processes_find_classes_of_ones_own(folder, logs):
+    """Those of DDP, of the loader and of a search, started by the console script, which Python gives no such path."""
+    (folder / "space.yaml").write_text("space: {model.net.init_args.width: [8, 16]}\nsampler: grid\nworkers: 2\n")
+    ddp = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--data.num_workers=1"]
+    small = ["--trainer.max_epochs=1", "--trainer.observe=false"]
+    script = Path(sys.executable).with_name("project")
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    for args in (
+        ["fit", "--config=my.yaml", *ddp, *small],
+        ["tune", "--config=my.yaml", "--config=space.yaml", *small],
+    ):
+        done = subprocess.run(
+            [script, *args], env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
+        assert done.returncode == 0, done.stderr
+        assert "test accuracy" in done.stdout or "2 of 2 trials done" in done.stdout
 
 
 @pytest.mark.slow

@@ -172,7 +172,8 @@ def test_every_verb_takes_the_best_file_from_a_folder_with_a_space(command, digi
     init_args = {"monitor": "val/loss", "mode": "max", "save_top_k": 2, "filename": "{epoch}"}
     callback = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": init_args}
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks+": [callback]}}))
-    options = ["--config", str(tmp_path / "own.yaml"), "--trainer.max_epochs=2", "--trainer.experiment=my run"]
+    options = ["--config", str(tmp_path / "own.yaml"), "--trainer.max_epochs=2", "--trainer.limit_train_batches=4"]
+    options += ["--trainer.experiment=my run"]
     status, out, err = command("fit", *digits, *options)
     assert status == 0, err
     run = Run.find(logs / "my run")
