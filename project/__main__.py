@@ -4,7 +4,6 @@ import itertools
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +13,8 @@ def main() -> None:
     from project.logger import setup_logging
 
     setup_logging()
-    warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")
+    if (folder := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
+        sys.path.insert(0, folder)  # as `python -m project` does: a class_path may name a file of one's own
     try:
         if sys.argv[1:2] == ["unpack"] or _names_model_file(sys.argv[1:]):
             _use_model_file(sys.argv[1], sys.argv[2:])
@@ -22,14 +22,32 @@ def main() -> None:
             from project.cli import CLI
 
             CLI()
-    except (ValueError, OSError) as error:
-        if os.environ.get("PROJECT_DEBUG"):
+    except Exception as error:
+        if os.environ.get("PROJECT_DEBUG") or not _is_users(error):
             raise
         from project.parser import one_sentence
 
         if not _first_process_tells():
             sys.stderr.write(f"error: {one_sentence(str(error))}\n")
         sys.exit(2)
+    except (KeyboardInterrupt, SystemExit) as error:
+        sys.exit(_status(error))
+
+
+def _is_users(error: Exception) -> bool:
+    """Whether the user can mend it, such as a ``monitor`` that nothing logs (Lightning's, known by name: importing
+    it takes a second).
+    """
+    return isinstance(error, ValueError | OSError) or type(error).__name__ == "MisconfigurationException"
+
+
+def _status(error: BaseException) -> int | str | None:
+    """The exit status: 130 after Ctrl-C (SIGINT), 143 after SIGTERM, as shells have it; else that of ``error``."""
+    if isinstance(error, KeyboardInterrupt) or isinstance(error.__context__, KeyboardInterrupt):
+        return 130  # Lightning exits with 1 when it has caught a KeyboardInterrupt
+    if type(error).__name__ == "SIGTERMException":  # Lightning's
+        return 143
+    return error.code if isinstance(error, SystemExit) else 1
 
 
 def _first_process_tells() -> bool:

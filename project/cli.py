@@ -11,12 +11,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from project.data import ImageDataModule
 from project.models import Classifier
 from project.models.checkpoints import check_checkpoint
 from project.parser import Parser
-from project.paths import Run, write_whole
+from project.paths import Run, as_argument, write_whole
 from project.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class CLI(LightningCLI):
         if self.subcommand != "predict" or config.images is None:
             super().instantiate_classes()
             return
-        path = config.ckpt_path or Run.find(config.run).best_checkpoint
+        path = config.ckpt_path or Run.find(config.run).weights()
         check_checkpoint(path)
         self.config_init = self.config
         self.datamodule = None
@@ -117,12 +118,15 @@ class CLI(LightningCLI):
         if not trainer.is_global_zero or trainer.run is None:
             return
         accuracy = trainer.callback_metrics.get("test/accuracy")
-        folder = _relative(trainer.run.folder)
+        folder = as_argument(trainer.run.folder)
         log.info("")
         if accuracy is not None:
             log.info("test accuracy  %.2f %%", 100 * float(accuracy))
         log.info("run            %s", folder)
-        log.info("look           tensorboard --logdir %s", folder.parent)
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            log.info("look           tensorboard --logdir %s", as_argument(trainer.run.folder.parent))
+        if not trainer.run.best_or_last.is_file():
+            return  # trainer.enable_checkpointing is false: no verb could load the net
         log.info("test           project test --run %s", folder)
         log.info("predict        project predict --run %s --images PATH", folder)
         log.info("export         project export --run %s --format onnx-int8", folder)
@@ -175,8 +179,3 @@ def _with_lists(args: list[str]) -> list[str]:
         else:
             done += values[1:] if equals else values
     return done
-
-
-def _relative(path: Path) -> Path:
-    """``path`` as seen from the working directory, when it lies below it."""
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -3,6 +3,7 @@
 import csv
 import logging
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -71,9 +72,21 @@ class MetricsCSV(Logger):
         write_whole(self.path, write)
 
 
+class _Stdout(logging.StreamHandler[Any]):
+    """Writes to what ``sys.stdout`` is at that moment: progress bars put their own stream in its place."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stdout
+
+    @stream.setter
+    def stream(self, stream: Any) -> None:
+        """Nothing: see above."""
+
+
 def setup_logging(level: int = logging.INFO) -> None:
     """The package's log lines to standard output, bare, of the first process alone; Lightning's from warnings on."""
-    handler = logging.StreamHandler(sys.stdout)
+    handler = _Stdout()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("project")
     logger.handlers = [handler]
@@ -81,3 +94,4 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")  # Lightning's own call

@@ -17,6 +17,7 @@ _UNKNOWN = (
     re.compile(r"Subcommand '(?P<verb>\w+)' does not accept option '(?P<key>[\w.]+)'"),
     re.compile(r"[Uu]nrecognized arguments: --(?P<key>[\w.]+)"),
 )
+_NO_MODULE = re.compile(r"No module named '(\w+)'")
 _BULLET = re.compile(r"^\s*- ", re.MULTILINE)
 _OTHER_KINDS = ("Expected a <class 'NoneType'>", "Expected a path but")
 _NESTED = ("Does not validate against any of the Union subtypes", "Not a valid subclass of")
@@ -41,6 +42,8 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         near = self._nearest(message)
         hint = f" Did you mean {near!r}?" if near else ""
+        if (absent := _NO_MODULE.search(message)) is not None:
+            hint = f" Run the command in the folder that holds {absent[1]}.py, or install {absent[1]}."
         sys.stderr.write(f"error: {one_sentence(message).rstrip('.')}.{hint} (--help lists all options)\n")
         sys.exit(2)
 

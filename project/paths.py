@@ -9,6 +9,7 @@
 """
 
 import os
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,6 +166,12 @@ def _root() -> Path:
 
 def _runs(parent: Path) -> list[Run]:
     return [run for folder in parent.glob("version_*") if (run := Run(folder)).number >= 0]
+
+
+def as_argument(path: Path) -> str:
+    """``path`` as one types it in a shell: from the working directory if it lies below it, quoted if it must be."""
+    here = Path.cwd()
+    return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -101,6 +101,8 @@ class RunTrainer(pl.Trainer):
         """Values that a study has chosen for this run."""
         self._wanted_loggers = logger
         self._csv: MetricsCSV | None = None
+        checkpoints = [c for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        self._without_folder = [c for c in checkpoints if c.dirpath is None]
         tune_process()
 
     # -- verbs ---------------------------------------------------------------------------------------------------
@@ -272,8 +274,8 @@ class RunTrainer(pl.Trainer):
             loggers = [wanted] if isinstance(wanted, Logger) else list(wanted)
         self._csv = MetricsCSV(self.run.metrics)
         self.loggers = [*loggers, self._csv]
-        for callback in self.checkpoint_callbacks:
-            callback.dirpath = str(self.run.checkpoints)  # type: ignore[attr-defined]
+        for callback in self._without_folder:
+            callback.dirpath = str(self.run.checkpoints)
 
     def _discard_run(self, new: bool) -> None:
         """A new run that failed before its first step leaves no folder behind."""
@@ -288,6 +290,8 @@ class RunTrainer(pl.Trainer):
             self.run = Run.find(run)
             ckpt_path = ckpt_path or str(self.run.weights())
             self._open_loggers()
+        # Measuring needs the weights alone, not the state of the callbacks that were there when they were trained.
+        warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
         check_checkpoint(ckpt_path)
         return ckpt_path
 

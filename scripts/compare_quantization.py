@@ -114,7 +114,7 @@ def load(run: Run) -> tuple[torch.nn.Module, ImageDataModule]:
     data.prepare_data()
     data.setup("validate")
     data.setup("test")
-    return load_net(cli.model, run.best_checkpoint), data
+    return load_net(cli.model, run.weights()), data
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """What all tests share: quiet threads, and runs and data in a folder of the test's own."""
 
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -60,6 +61,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         before = (logger.handlers, logger.level, logger.propagate)
         levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
         monkeypatch.setattr("sys.argv", ["project", *map(str, args)])
+        monkeypatch.setattr("sys.path", [*sys.path])  # the console script adds the working directory
         capsys.readouterr()
         try:
             main()

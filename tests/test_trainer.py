@@ -36,7 +36,9 @@ def test_a_callback_of_a_defaults_class_takes_its_place():
     own = [StopOnNaN(every_n_steps=7), ModelCheckpoint(monitor="val/loss")]
     trainer = Trainer(callbacks=own, **{**QUIET, "observe": True})
     assert [c for c in trainer.callbacks if isinstance(c, StopOnNaN)] == own[:1]
-    assert not any(isinstance(c, BestAndLast) for c in trainer.callbacks)
+    assert isinstance(trainer.callbacks[-1], BestAndLast)  # it follows the user's own, so it comes after it
+    own = [BestAndLast(monitor="val/loss"), ModelCheckpoint(monitor="val/accuracy")]
+    assert Trainer(callbacks=own, **QUIET).checkpoint_callbacks == own[::-1]
     assert sum(isinstance(c, TestReport) for c in trainer.callbacks) == 1
     assert sum(isinstance(c, WriteSummary) for c in Trainer(**QUIET).callbacks) == 1
 

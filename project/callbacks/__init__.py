@@ -13,6 +13,8 @@ from project.callbacks.packing import Packing
 from project.callbacks.progress import ProgressLines, default_progress_bar
 from project.callbacks.pruning import IterativeMagnitudePruning
 from project.callbacks.quantization import PostTrainingQuantization, QuantizationAwareTraining
+from project.callbacks.start_lines import StartLines
+from project.callbacks.stopping import TellHowToResume
 from project.callbacks.summary import WriteSummary
 from project.callbacks.ternary import TernaryWeights
 from project.callbacks.test_report import TestReport
@@ -34,7 +36,9 @@ __all__ = [
     "PostTrainingQuantization",
     "ProgressLines",
     "QuantizationAwareTraining",
+    "StartLines",
     "StopOnNaN",
+    "TellHowToResume",
     "TernaryWeights",
     "TestReport",
     "WeightHistograms",

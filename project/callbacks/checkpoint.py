@@ -1,5 +1,6 @@
 """Best and last checkpoint, under names that do not change: ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``."""
 
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -15,6 +16,9 @@ from project.paths import Run, write_whole
 
 class BestAndLast(ModelCheckpoint):
     """Keeps the best epoch by ``monitor`` and the last one; without validation data, the last one alone.
+
+    If the run has another ``ModelCheckpoint`` that has a ``monitor`` and keeps files, that one decides what is best:
+    ``best.ckpt`` is a copy of its ``best_model_path``, and ``monitor`` here is not used.
 
     Args:
         monitor: logged metric; names that end in ``loss`` are to fall, all others to rise.
@@ -32,16 +36,29 @@ class BestAndLast(ModelCheckpoint):
             enable_version_counter=False,
             every_n_epochs=every_n_epochs,
         )
+        self.followed: ModelCheckpoint | None = None
+        """The user's own callback that decides what is best; ``None`` if this one does."""
+        self._copied: tuple[Path, int] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         with warnings.catch_warnings():  # a resumed run writes where it has written before
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
+        others = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c is not self]
+        for other in others:
+            _check_filename(other, str(self.dirpath))
+        self.followed = next((c for c in others if c.monitor is not None and c.save_top_k != 0), None)
+        if self.followed is not None:
+            self.monitor, self.mode, self.save_top_k = self.followed.monitor, self.followed.mode, 0
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Of a run whose folder was moved or named differently, the best score is still the best score."""
-        best = Path(str(self.dirpath)) / Path(state_dict["best_model_path"]).name
-        super().load_state_dict({**state_dict, "dirpath": self.dirpath, "best_model_path": str(best)})
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """The best score of a run whose folder was moved is still the best; that of another run is not."""
+        states = checkpoint.get("callbacks", {})
+        for callback in trainer.checkpoint_callbacks:
+            if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
+                states[callback.state_key] = _in_folder(states[callback.state_key], Path(str(callback.dirpath)))
 
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Lightning 2.6 writes the last checkpoint only in epochs that wrote another: every epoch counts as one."""
@@ -50,19 +67,29 @@ class BestAndLast(ModelCheckpoint):
 
     def forget_best(self) -> None:
         """What comes now is compared with nothing before it; ``best.ckpt`` stays until the next is saved."""
-        self.best_model_score = self.current_score = None
-        self.kth_value = torch.tensor(torch.inf if self.mode == "min" else -torch.inf)
-        self.best_k_models, self.kth_best_model_path, self.best_model_path = {}, "", ""
+        _forget_best(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.enable_validation or not any(trainer.num_val_batches):
+        if self.followed is None and (not trainer.enable_validation or not any(trainer.num_val_batches)):
             self.monitor = None
+        if self.followed is not None:  # a resumed run has copied it already, unless it was killed just before
+            best, named = _version(str(self._best)), _version(self.followed.best_model_path)
+            self._copied = named if best and named and best[1] >= named[1] else None
         super().on_train_start(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_validation_end(trainer, pl_module)
+        self._follow(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_epoch_end(trainer, pl_module)
+        self._follow(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Lightning 2.6 writes a last checkpoint of ``fast_dev_run`` too, into the working directory."""
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().on_train_end(trainer, pl_module)
+            self._follow(trainer)
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
         """Whether ``current`` is at least as good as the best: of equal epochs the later one has learned for longer."""
@@ -71,12 +98,33 @@ class BestAndLast(ModelCheckpoint):
             return bool(trainer.strategy.reduce_boolean_decision(bool(better)))
         return super().check_monitor_top_k(trainer, current)
 
+    @property
+    def _best(self) -> Path:
+        return Path(str(self.dirpath)) / "best.ckpt"
+
+    def _follow(self, trainer: pl.Trainer) -> None:
+        """Copy the file that the followed callback names as the best; until it names one, the last checkpoint."""
+        if self.followed is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        version = _version(self.followed.best_model_path or self.last_model_path)
+        if version is None or version == self._copied:
+            return
+        source, self._copied = version[0], version
+        if trainer.is_global_zero and source != self._best:
+            write_whole(self._best, lambda part: shutil.copyfile(source, part))
+        self.best_model_path, self.best_model_score = str(self._best), self.followed.best_model_score
+
 
 def forget_best(trainer: pl.Trainer) -> None:
-    """A new level begins: see :meth:`BestAndLast.forget_best`."""
+    """A new level begins: see :meth:`BestAndLast.forget_best`. A callback that it follows begins anew too."""
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, BestAndLast):
             callback.forget_best()
+            if callback.followed is not None:
+                if callback.followed.save_top_k > 0:
+                    for path in callback.followed.best_k_models:
+                        trainer.strategy.remove_checkpoint(path)
+                _forget_best(callback.followed)
 
 
 def keep_best_as(run: Run, level: int) -> None:
@@ -87,3 +135,42 @@ def keep_best_as(run: Run, level: int) -> None:
     kept = run.level_checkpoint(level)
     if source.is_file() and not kept.is_file():
         write_whole(kept, lambda part: shutil.copyfile(source, part))
+
+
+def _forget_best(callback: ModelCheckpoint) -> None:
+    callback.best_model_score = callback.current_score = None
+    callback.kth_value = torch.tensor(torch.inf if callback.mode == "min" else -torch.inf)
+    callback.best_k_models, callback.kth_best_model_path, callback.best_model_path = {}, "", ""
+
+
+def _version(path: str) -> tuple[Path, int] | None:
+    """A file and when it was written, which tells apart what was written to one name; ``None`` without a file."""
+    return (Path(path), Path(path).stat().st_mtime_ns) if path and Path(path).is_file() else None
+
+
+def _in_folder(state: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The state of a checkpoint callback with its paths in ``folder``; empty if the best file is not there."""
+    before = Path(str(state["dirpath"]))
+
+    def moved(path: str) -> str:
+        inside = Path(path).is_relative_to(before)
+        return str(folder / Path(path).relative_to(before)) if path and inside else path
+
+    if before == folder:
+        return state
+    paths = {key: moved(state[key]) for key in ("best_model_path", "kth_best_model_path", "last_model_path")}
+    best = Path(paths["best_model_path"])
+    if not best.is_file() or not best.is_relative_to(folder):
+        return {}
+    models = {moved(path): score for path, score in state["best_k_models"].items()}
+    return {**state, **paths, "dirpath": str(folder), "best_k_models": models}
+
+
+def _check_filename(callback: ModelCheckpoint, folder: str) -> None:
+    name = callback.filename or ""
+    taken = re.fullmatch(r"last|level_\d+", name) or (name == "best" and callback.save_top_k != 1)
+    if taken and callback.dirpath == folder:
+        raise ValueError(
+            f"filename of {type(callback).__name__} is {name!r}, but the run itself writes checkpoints/{name}.ckpt: "
+            "choose another filename, such as '{epoch}'."
+        )

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 
 from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.hparams import HParams
@@ -10,6 +10,8 @@ from project.callbacks.log_graph import LogGraph
 from project.callbacks.look_at_batch import LookAtBatch
 from project.callbacks.nan_guard import StopOnNaN
 from project.callbacks.progress import default_progress_bar
+from project.callbacks.start_lines import StartLines
+from project.callbacks.stopping import TellHowToResume
 from project.callbacks.summary import WriteSummary
 from project.callbacks.test_report import TestReport
 from project.callbacks.weight_histograms import WeightHistograms
@@ -26,15 +28,16 @@ def default_callbacks(
         checkpoint: add the best and the last checkpoint.
         progress: add a progress bar or lines.
     """
-    kinds: list[type[Callback]] = [StopOnNaN, WriteSummary]
+    kinds: list[type[Callback]] = [StartLines, StopOnNaN, WriteSummary]
     if observe:
         kinds += [LookAtBatch, LogGraph, WeightHistograms, TestReport, HParams]
     callbacks = [*own, *(kind() for kind in kinds if not _has(own, kind))]
     if progress and not _has(own, ProgressBar):
         callbacks.insert(0, default_progress_bar())  # an epoch's line comes before what the others say of the next
-    if checkpoint and not _has(own, ModelCheckpoint):
+    callbacks.insert(0, TellHowToResume())
+    if checkpoint and not _has(own, BestAndLast):
         callbacks.append(BestAndLast())
-    return callbacks
+    return sorted(callbacks, key=lambda callback: isinstance(callback, BestAndLast))  # after one that it follows
 
 
 def _has(callbacks: Sequence[Callback], kind: type[Callback]) -> bool:

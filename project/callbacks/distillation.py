@@ -59,7 +59,7 @@ class DistillFrom(Callback):
                 f"the model is a {type(pl_module).__name__}, but what learns from a teacher is a Classifier."
             )
         if self.teacher is not None:
-            self._net = _net_of(Run.find(self.teacher, "teacher").best_checkpoint, pl_module)
+            self._net = _net_of(Run.find(self.teacher, "teacher").weights("teacher"), pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """The own dense net is there once a round has begun; give this callback after the pruning."""

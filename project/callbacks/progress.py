@@ -1,6 +1,7 @@
-"""Progress: a rich bar on a terminal, one plain line for each epoch elsewhere (a log file, a scheduler's output)."""
+"""Progress: bars on a terminal, one plain line for each epoch elsewhere (a log file, a scheduler's output)."""
 
 import logging
+import os
 import sys
 from typing import Any
 
@@ -13,11 +14,11 @@ log = logging.getLogger(__name__)
 
 
 def default_progress_bar() -> ProgressBar:
-    """What suits the output: a rich bar when it is a terminal, else :class:`ProgressLines`."""
-    if sys.stdout.isatty():
-        from lightning.pytorch.callbacks import RichProgressBar
+    """What suits the output: :class:`ProgressBars` if it is a terminal that can move its cursor, else lines."""
+    if sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        from project.callbacks.progress_bars import ProgressBars
 
-        return RichProgressBar()
+        return ProgressBars()
     return ProgressLines()
 
 
@@ -76,6 +77,6 @@ class ProgressLines(ProgressBar):
 
 
 def _metrics(trainer: Trainer) -> list[tuple[str, Any]]:
-    """Train before val; names such as ``val/loss``, not those of a step or of test."""
-    metrics = trainer.callback_metrics.items()
-    return sorted((name, value) for name, value in metrics if name.startswith(("train/", "val/")))
+    """Train before val, loss before the others; names such as ``val/loss``, not those of a step or of test."""
+    metrics = [(name, value) for name, value in trainer.callback_metrics.items() if name.startswith(("train/", "val/"))]
+    return sorted(metrics, key=lambda metric: (metric[0].split("/")[0], not metric[0].endswith("/loss"), metric[0]))

@@ -7,6 +7,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.clock import Clock
 from project.callbacks.places import run_of
 from project.metrics import count_parameters, describe_environment
@@ -72,7 +73,8 @@ class WriteSummary(Callback):
 
     def _measured(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         net = getattr(module, "net", module)
-        checkpoint = trainer.checkpoint_callback
+        checkpoints = trainer.checkpoint_callbacks
+        checkpoint = next((c for c in checkpoints if isinstance(c, BestAndLast)), trainer.checkpoint_callback)
         best: str = getattr(checkpoint, "best_model_path", "")
         score: Tensor | None = getattr(checkpoint, "best_model_score", None)
         seconds = self._train.seconds

@@ -129,6 +129,12 @@ class ImageDataModule(LightningDataModule):
         if stage in ("fit", None):
             self._check_batch_size()
 
+    def count_test_images(self) -> int:
+        """The number of test images; loads them, as the test after a fit does."""
+        self.setup("test")
+        assert self.test_data is not None
+        return len(self.test_data)
+
     def train_dataloader(self) -> DataLoader[Batch]:
         assert self.train_data is not None, "call setup('fit') first"
         trainer = self.trainer

@@ -122,6 +122,10 @@ class ImageFolder(ImageDataModule):
             train.random_crop = self.random_crop
         return train, val
 
+    def count_test_images(self) -> int:
+        """The number of test files; none is decoded."""
+        return len(self._files(train=False))
+
     def _dataset(self, files: ImageFiles) -> BatchDataset:
         size_mb = len(files) * torch.Size(self.image_shape).numel() / 1e6
         fits = self.random_crop is None and size_mb <= self.memory_limit_mb

@@ -177,10 +177,15 @@ class Classifier(LightningModule):
             torch.get_device_module(self.device).manual_seed(seed)
 
     def on_train_epoch_end(self) -> None:
-        if self._train_sums is not None:
-            loss, correct, count = self._train_sums
-            values = {"train/loss": loss / count, "train/accuracy": correct / count}
-            self._log(values)
+        if means := self.train_means():
+            self._log(means)
+
+    def train_means(self) -> dict[str, Tensor]:
+        """Training loss and accuracy over this process's images of the epoch so far; empty before the first batch."""
+        if self._train_sums is None:
+            return {}
+        loss, correct, count = self._train_sums
+        return {"train/loss": loss / count, "train/accuracy": correct / count}
 
     def _log(self, values: dict[str, Tensor]) -> None:
         """Means over the processes; of a metric that has collected from all of them, the same value."""

@@ -6,7 +6,6 @@ import multiprocessing.connection
 import os
 import signal
 import sys
-import warnings
 from typing import Any
 
 from optuna.exceptions import StorageInternalError
@@ -59,7 +58,6 @@ def _start(context: Any, plan: Plan, number: int) -> Any:
 
 def _worker(plan: Plan) -> None:
     setup_logging()
-    warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trial is given back
     try:
         work(plan)

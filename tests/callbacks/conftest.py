@@ -82,11 +82,11 @@ def tiny(tmp_path):
     def make_trainer(callbacks=(), *, tensorboard=False, with_run=True, **options):
         logger = TensorBoardLogger(tmp_path, name="", version="run", default_hp_metric=False) if tensorboard else False
         options = {"max_epochs": 2, "enable_checkpointing": False, "log_every_n_steps": 1} | options
+        options.setdefault("enable_progress_bar", False)
         trainer = TrainerOfRun(
             accelerator="cpu",
             callbacks=list(callbacks),
             logger=logger,
-            enable_progress_bar=False,
             enable_model_summary=False,
             **options,
         )

@@ -4,9 +4,10 @@ import sys
 
 import pytest
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar
 
 from project.callbacks import ProgressLines, default_progress_bar
+from project.callbacks.progress_bars import ProgressBars
 
 
 def test_one_line_for_each_epoch_with_all_its_metrics(tiny, caplog, capsys):
@@ -30,7 +31,7 @@ def test_one_line_for_each_epoch_with_all_its_metrics(tiny, caplog, capsys):
         trainer.fit(tiny.classifier(), tiny.data())
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("project")]
     pattern = (
-        r"epoch {}/2: train/accuracy \S+, train/loss \S+, val/accuracy \S+, val/loss {:.4f} \(\S+ s, \d+ images/s\)"
+        r"epoch {}/2: train/loss \S+, train/accuracy \S+, val/loss {:.4f}, val/accuracy \S+ \(\S+ s, \d+ images/s\)"
     )
     assert len(lines) == 2
     for number, (line, value) in enumerate(zip(lines, values, strict=True), 1):
@@ -38,8 +39,9 @@ def test_one_line_for_each_epoch_with_all_its_metrics(tiny, caplog, capsys):
     assert capsys.readouterr().out == ""
 
 
-@pytest.mark.parametrize(("terminal", "kind"), [(True, RichProgressBar), (False, ProgressLines)])
+@pytest.mark.parametrize(("terminal", "kind"), [(True, ProgressBars), (False, ProgressLines)])
 def test_the_output_chooses(monkeypatch, terminal, kind):
+    monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     bar = default_progress_bar()
     assert type(bar) is kind and isinstance(bar, ProgressBar)

@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM during a fit: the first ends the run in order and says how to resume it, the second kills it."""
+
+import logging
+import signal
+import threading
+from types import FrameType
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from project.callbacks.places import run_of
+from project.models.checkpoints import check_checkpoint
+from project.paths import as_argument
+
+log = logging.getLogger(__name__)
+
+
+class TellHowToResume(Callback):
+    """Says what a stopped run has kept, and the command that resumes it."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lightning waits for the end of the batch after a SIGTERM, and for ever after further ones."""
+        if threading.current_thread() is not threading.main_thread():
+            return  # only the main thread may set handlers
+        handler = signal.getsignal(signal.SIGTERM)
+
+        def stop(signum: int, frame: FrameType | None) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if callable(handler):
+                handler(signum, frame)
+
+        signal.signal(signal.SIGTERM, stop)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            return
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Lightning ignores it from here on
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        run = run_of(trainer)
+        if run is None or trainer.state.fn not in ("fit", "test"):
+            return
+        log.info("")  # the terminal has written ^C
+        if trainer.state.fn == "test":
+            log.info("Stopped. To test again: project test --run %s", as_argument(run.folder))
+            return
+        checkpoint = check_checkpoint(run.last_checkpoint) if run.last_checkpoint.is_file() else None
+        if checkpoint is None and trainer.global_step == 0:
+            log.info("Stopped before the first step: nothing is kept.")
+            return
+        kept = "no checkpoint yet" if checkpoint is None else f"epochs 1 to {checkpoint['epoch'] + 1}"
+        log.info("Stopped. Kept: %s, in %s", kept, as_argument(run.folder))
+        log.info("resume         project fit --resume %s", as_argument(run.folder))
