@@ -305,6 +305,9 @@ class Classifier(LightningModule):
         keys.
         """
         self._follow_surgeries(checkpoint.get("surgeries", []))
+        described = checkpoint.get("hyper_parameters", {}).get("net")
+        if described is not None:  # Lightning hands over the net that it has built from this, and not the description
+            self.hparams.setdefault("net", described)
         problem = mismatch(self.state_dict(), checkpoint.get("state_dict", {}))
         if problem:
             raise ValueError(
