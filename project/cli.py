@@ -11,11 +11,12 @@ from pathlib import Path
 import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
+from torch import nn
 
 from project.data import ImageDataModule
 from project.models import Classifier
 from project.models.checkpoints import check_checkpoint
-from project.net_arguments import give_
+from project.net_arguments import give_, leave_out_defaults_
 from project.parser import Parser
 from project.paths import Run, write_whole
 from project.trainer import Trainer
@@ -109,20 +110,37 @@ class CLI(LightningCLI):
 
     def _instantiate_data_first(self, config: Namespace) -> None:
         """The data say what the net is built with, and the whole configuration is written down before it is built."""
-        only_data = Namespace(data=config.data)
-        if self.subcommand:
-            only_data = Namespace({"subcommand": self.subcommand, self.subcommand: only_data})
-        data = self._get(self.parser.instantiate_classes(only_data, instantiate_groups=False), "data")
+        if isinstance(config.model.net, Namespace):
+            leave_out_defaults_(config.model.net)
+        data = self._instantiate_only(Namespace(data=config.data)).data
+        described = config.model.net, config.data
         if isinstance(config.model.net, Namespace):
             give_(config.model.net, config.net_arguments, data)
-        vars(self).pop("config_dump", None)
+        vars(self).pop("config_dump", None)  # Lightning's, from before
         self._dump_config()
-        described = config.data
-        config.data = data
         try:
+            config.data = data
+            config.model.net = self._net(config)
             super().instantiate_classes()
         finally:
-            config.data = described
+            config.model.net, config.data = described
+
+    def _net(self, config: Namespace) -> nn.Module:
+        path = getattr(config.model.net, "class_path", "")
+        try:
+            return self._instantiate_only(Namespace(data=config.data, model=Namespace(net=config.model.net))).model.net
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"model.net is {path}, and it cannot be built with the arguments given ({error}): correct "
+                "model.net.init_args or net_arguments; PROJECT_DEBUG=1 shows where."
+            ) from error
+
+    def _instantiate_only(self, part: Namespace) -> Namespace:
+        """Build one part of the configuration of the verb."""
+        if not self.subcommand:
+            return self.parser.instantiate_classes(part, instantiate_groups=False)
+        whole = Namespace({"subcommand": self.subcommand, self.subcommand: part})
+        return self.parser.instantiate_classes(whole, instantiate_groups=False)[self.subcommand]
 
     def before_tune(self) -> None:
         assert isinstance(self.trainer, Trainer)

@@ -51,6 +51,10 @@ class Parser(LightningArgumentParser):
             help="Argument of the net -> the value of the data that it gets: num_classes, image_shape, num_channels, "
             "height or width; null gives it none. Arguments named num_classes and image_shape get theirs unasked.",
         )
+        self.take_any_arguments_of(key)
+
+    def take_any_arguments_of(self, key: str) -> None:
+        """Require no argument of the net at ``key``, and take all that its ``**kwargs`` may take."""
         action = next(action for action in self._actions if action.dest == key)
         action.sub_add_kwargs["of_net"] = True  # type: ignore[attr-defined]
 
@@ -93,6 +97,8 @@ class Parser(LightningArgumentParser):
             super().error(message, ex)
         near = self._nearest(message)
         hint = f" Did you mean {near!r}?" if near else ""
+        if "does not correspond to a subclass of Module" in message:
+            hint = " A function that makes a net must say `-> torch.nn.Module`."
         sys.stderr.write(f"error: {one_sentence(message).rstrip('.')}.{hint} (--help lists all options)\n")
         sys.exit(2)
 
