@@ -16,7 +16,7 @@ from torch import nn
 from project.data import ImageDataModule
 from project.models import Classifier
 from project.models.checkpoints import check_checkpoint
-from project.net_arguments import give_, leave_out_defaults_
+from project.net_arguments import give_
 from project.parser import Parser
 from project.paths import Run, write_whole
 from project.trainer import Trainer
@@ -110,8 +110,6 @@ class CLI(LightningCLI):
 
     def _instantiate_data_first(self, config: Namespace) -> None:
         """The data say what the net is built with, and the whole configuration is written down before it is built."""
-        if isinstance(config.model.net, Namespace):
-            leave_out_defaults_(config.model.net)
         data = self._instantiate_only(Namespace(data=config.data)).data
         described = config.model.net, config.data
         if isinstance(config.model.net, Namespace):

@@ -5,8 +5,6 @@ The command line writes these values into the net's part of the configuration be
 """
 
 import difflib
-import inspect
-import pkgutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +12,7 @@ from jsonargparse import Namespace
 from torch import nn
 
 from project.data import ImageDataModule
-from project.models.signature import parameters, required, takes_any
+from project.models.signature import find, parameters, required, takes_any
 from project.parser import Parser
 
 BY_NAME = ("num_classes", "image_shape")
@@ -34,7 +32,7 @@ def give_(net: Namespace, names: Mapping[str, str | None] | None, data: ImageDat
         ValueError: for a value that data do not have, an argument that the net does not have, and when an argument
             that the net needs is missing.
     """
-    maker = pkgutil.resolve_name(net.class_path)
+    maker = find(net.class_path)
     known, any_name = parameters(maker), takes_any(maker)
     wanted: dict[str, str | None] = {name: name for name in BY_NAME if name in known}
     if any_name:
@@ -54,42 +52,12 @@ def give_(net: Namespace, names: Mapping[str, str | None] | None, data: ImageDat
     net["dict_kwargs"] = {name: value for name, value in arguments.items() if name not in known}
 
 
-def leave_out_defaults_(net: Namespace) -> None:
-    """Remove arguments that are as the net's own code has them, where writing them down could go wrong.
-
-    These are values that are no text, such as a ``partial``, and all that ``**kwargs`` hands on: a function may put
-    another value in the place of the default that is found.
-    """
-    maker = pkgutil.resolve_name(net.class_path)
-    known, own = parameters(maker), inspect.signature(maker).parameters
-    for name, value in list(vars(net.get("init_args") or Namespace()).items()):
-        default = known[name].default if name in known else inspect.Parameter.empty
-        plain = isinstance(value, bool | int | float | str | list | tuple | dict | Namespace | None)
-        if _same(value, default) and not (plain and name in own):
-            del net.init_args[name]
-
-
 def build_net(described: Mapping[str, Any]) -> nn.Module:
     """The net that a checkpoint's hyperparameters describe, built as the command line builds it."""
     parser = Parser(exit_on_error=False)
     parser.add_argument("--net", type=nn.Module)
     parser.take_any_arguments_of("net")
-    config = parser.parse_object({"net": dict(described)})
-    leave_out_defaults_(config.net)
-    return parser.instantiate_classes(config).net
-
-
-def _same(value: Any, default: Any) -> bool:
-    """Whether a parsed value stands for a default of the code."""
-    if isinstance(value, Namespace) and "class_path" in value and inspect.isclass(default):
-        arguments = vars(value.get("init_args") or Namespace())
-        defaults = parameters(default)
-        return pkgutil.resolve_name(value.class_path) is default and all(
-            name in defaults and _same(item, defaults[name].default) for name, item in arguments.items()
-        )
-    if isinstance(value, str) and callable(default):
-        return value.rpartition(".")[2] == getattr(default, "__name__", None)
-    return type(value) is type(default) and repr(value) == repr(default)
+    return parser.instantiate_classes(parser.parse_object({"net": dict(described)})).net
 
 
 def _checked(

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from project.models.signature import takes_any
+from project.models.signature import left_to_code, takes_any
 
 _UNKNOWN = (
     re.compile(r"class_path '(?P<path>[\w.]+)':\s+Option '(?P<key>[\w.]+)' is not accepted"),
@@ -56,7 +56,7 @@ class Parser(LightningArgumentParser):
     def take_any_arguments_of(self, key: str) -> None:
         """Require no argument of the net at ``key``, and take all that its ``**kwargs`` may take."""
         action = next(action for action in self._actions if action.dest == key)
-        action.sub_add_kwargs["of_net"] = True  # type: ignore[attr-defined]
+        action.sub_add_kwargs |= {"of_net": True, "fail_untyped": False}  # type: ignore[attr-defined]
 
     def add_class_arguments(self, theclass: Any, *args: Any, of_net: bool = False, **kwargs: Any) -> list[str]:
         added = super().add_class_arguments(theclass, *args, **kwargs)
@@ -72,8 +72,11 @@ class Parser(LightningArgumentParser):
         """Of the net's own arguments none is required yet, for the data may give it, and ``**kwargs`` takes all."""
         if not of_net:
             return
+        left_out = left_to_code(maker)
         for action in self._actions:
             action.required = False
+            if action.dest in left_out:
+                action.default = SUPPRESS
         self._takes_any = takes_any(maker)
 
     def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Namespace:

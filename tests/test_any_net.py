@@ -141,7 +141,7 @@ def test_a_fresh_process_needs_the_checkpoint_alone(net, command, configuration,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["wide_resnet50_2", "swin_t", "vit_b_16", "mobilenet_v3_small"])
+@pytest.mark.parametrize("name", ["wide_resnet50_2", "swin_t", "vit_b_16", "shufflenet_v2_x0_5", "alexnet"])
 def test_a_functions_own_defaults_win(name, monkeypatch, logs):
     """These put other values in the place of those that a look at the code finds, or have defaults that are no text."""
     from project.cli import CLI

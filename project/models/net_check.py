@@ -1,7 +1,6 @@
 """Whether a net and the data fit together, found out before the first step and told in one sentence."""
 
 import copy
-import pkgutil
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from project.models.signature import parameters, takes_any
+from project.models.signature import find, parameters, takes_any
 
 _NAMES = {
     "num_classes": (
@@ -131,13 +130,13 @@ def _hint(value: str, described: Mapping[str, Any] | None) -> str | None:
     """The line of YAML that gives a value of the data to the net, where the net seems to have an argument for it."""
     pattern, usual = _NAMES[value]
     name = next(filter(pattern.fullmatch, _arguments(described)), None)
-    if name is None and described and takes_any(pkgutil.resolve_name(described["class_path"])):
+    if name is None and described and takes_any(find(described["class_path"])):
         name = usual
     return name and f"add `net_arguments: {{{name}: {value}}}` to the configuration"
 
 
 def _arguments(described: Mapping[str, Any] | None) -> list[str]:
-    return list(parameters(pkgutil.resolve_name(described["class_path"]))) if described else []
+    return list(parameters(find(described["class_path"]))) if described else []
 
 
 def _name(net: nn.Module, described: Mapping[str, Any] | None) -> str:

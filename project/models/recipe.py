@@ -7,7 +7,6 @@ arguments that ask for a huge net ask for no memory.
 """
 
 import inspect
-import pkgutil
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +19,7 @@ from torch import nn
 
 import project.models as own
 from project.compression import replay_
-from project.models.signature import parameters, returns_net
+from project.models.signature import find, parameters, returns_net
 
 _TORCH = (nn.modules.activation, nn.modules.dropout, nn.modules.batchnorm, nn.modules.instancenorm)
 _TORCH_NAMES = {"Identity", "GroupNorm", "LayerNorm"}.union(*(module.__all__ for module in _TORCH))
@@ -96,7 +95,7 @@ def _find(path: str, trust: tuple[str, ...]) -> Callable[..., Any]:
     module, _, name = str(path).rpartition(".")
     if _is_trusted(path, trust):
         try:
-            return pkgutil.resolve_name(path)
+            return find(path)
         except (ImportError, AttributeError, ValueError):
             raise ValueError(f"there is no {path}") from None
     if module.startswith(own.__name__) and name in own.__all__ and name != "Classifier":
