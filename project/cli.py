@@ -12,20 +12,22 @@ import lightning.pytorch as pl
 import yaml
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
 
 from project.data import ImageDataModule
 from project.models import Classifier
 from project.models.checkpoints import check_checkpoint
+from project.net_arguments import give_
 from project.parser import Parser
 from project.paths import Run, as_argument, write_whole
 from project.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
-_FROM_DATA_TO_NET = ("num_classes", "image_shape")
 _FROM_DATA_TO_CLASSIFIER = ("num_classes", "image_shape", "class_names", "mean", "std")
 _ON_FILES = "On a model file alone: project {predict,test,unpack} --model FILE."
 _WITHOUT_WEIGHTS = ("fit", "tune", "find_lr", "find_batch_size")
+_OF_A_RUN = ("seed_everything", "trainer", "model", "net_arguments", "data")
 _RUN_OPTIONS = ("--run", "--resume")
 _LIST_OPTIONS = ("--compare", "--engines")
 
@@ -63,8 +65,8 @@ class CLI(LightningCLI):
         return {**LightningCLI.subcommands(), **dict.fromkeys(verbs, own)}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        for key in _FROM_DATA_TO_NET:
-            parser.link_arguments(f"data.{key}", f"model.net.init_args.{key}", apply_on="instantiate")
+        assert isinstance(parser, Parser)
+        parser.add_net_arguments("model.net")
         for key in _FROM_DATA_TO_CLASSIFIER:
             parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
 
@@ -98,7 +100,7 @@ class CLI(LightningCLI):
         """Predicting on image files needs the checkpoint alone: the data set need not be there."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if self.subcommand != "predict" or config.images is None:
-            super().instantiate_classes()
+            self._instantiate_data_first(config)
             return
         path = config.ckpt_path or Run.find(config.run).weights()
         check_checkpoint(path)
@@ -106,6 +108,38 @@ class CLI(LightningCLI):
         self.datamodule = None
         self.model = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
         self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False)
+
+    def _instantiate_data_first(self, config: Namespace) -> None:
+        """The data say what the net is built with, and the whole configuration is written down before it is built."""
+        data = self._instantiate_only(Namespace(data=config.data)).data
+        described = config.model.net, config.data
+        if isinstance(config.model.net, Namespace):
+            give_(config.model.net, config.net_arguments, data)
+        vars(self).pop("config_dump", None)  # Lightning's, from before
+        self._dump_config()
+        try:
+            config.data = data
+            config.model.net = self._net(config)
+            super().instantiate_classes()
+        finally:
+            config.model.net, config.data = described
+
+    def _net(self, config: Namespace) -> nn.Module:
+        path = getattr(config.model.net, "class_path", "")
+        try:
+            return self._instantiate_only(Namespace(data=config.data, model=Namespace(net=config.model.net))).model.net
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"model.net is {path}, and it cannot be built with the arguments given ({error}): correct "
+                "model.net.init_args or net_arguments; PROJECT_DEBUG=1 shows where."
+            ) from error
+
+    def _instantiate_only(self, part: Namespace) -> Namespace:
+        """Build one part of the configuration of the verb."""
+        if not self.subcommand:
+            return self.parser.instantiate_classes(part, instantiate_groups=False)
+        whole = Namespace({"subcommand": self.subcommand, self.subcommand: part})
+        return self.parser.instantiate_classes(whole, instantiate_groups=False)[self.subcommand]
 
     def before_tune(self) -> None:
         assert isinstance(self.trainer, Trainer)
@@ -146,7 +180,9 @@ class SaveConfig(SaveConfigCallback):
 def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:
     """A run's configuration as YAML, defaults included, without the verb's own arguments."""
     config = config.clone()
-    for key in [key for key in config.__dict__ if key not in ("seed_everything", "trainer", "model", "data")]:
+    for key in [
+        key for key in config.__dict__ if key not in ("seed_everything", "trainer", "model", "data", "net_arguments")
+    ]:
         del config[key]
     return parser.dump(config, skip_none=False, skip_validation=True)
 

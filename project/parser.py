@@ -5,10 +5,14 @@ import importlib
 import inspect
 import re
 import sys
-from argparse import ArgumentParser
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Iterable
 from typing import Any, NoReturn
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
+
+from project.models.signature import left_to_code, takes_any
 
 _UNKNOWN = (
     re.compile(r"class_path '(?P<path>[\w.]+)':\s+Option '(?P<key>[\w.]+)' is not accepted"),
@@ -34,8 +38,63 @@ class Parser(LightningArgumentParser):
     Abbreviated options are refused: a typo in an option and the same typo in YAML get the same answer.
     """
 
+    _takes_any = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def add_net_arguments(self, key: str) -> None:
+        """Let the data give arguments of the net at ``key``, and let ``net_arguments`` say which."""
+        self.add_argument(
+            "--net_arguments",
+            type=dict[str, str | None] | None,
+            default=None,
+            help="Argument of the net -> the value of the data that it gets: num_classes, image_shape, num_channels, "
+            "height or width; null gives it none. Arguments named num_classes and image_shape get theirs unasked.",
+        )
+        self.take_any_arguments_of(key)
+
+    def take_any_arguments_of(self, key: str) -> None:
+        """Require no argument of the net at ``key``, and take all that its ``**kwargs`` may take."""
+        action = next(action for action in self._actions if action.dest == key)
+        action.sub_add_kwargs |= {"of_net": True, "fail_untyped": False}  # type: ignore[attr-defined]
+
+    def add_class_arguments(self, theclass: Any, *args: Any, of_net: bool = False, **kwargs: Any) -> list[str]:
+        added = super().add_class_arguments(theclass, *args, **kwargs)
+        self._ask_no_more_than_data(theclass, of_net)
+        return added
+
+    def add_function_arguments(self, function: Any, *args: Any, of_net: bool = False, **kwargs: Any) -> list[str]:
+        added = super().add_function_arguments(function, *args, **kwargs)
+        self._ask_no_more_than_data(function, of_net)
+        return added
+
+    def _ask_no_more_than_data(self, maker: Any, of_net: bool) -> None:
+        """Of the net's own arguments none is required yet, for the data may give it, and ``**kwargs`` takes all."""
+        if not of_net:
+            return
+        left_out = left_to_code(maker)
+        for action in self._actions:
+            action.required = False
+            if action.dest in left_out:
+                action.default = SUPPRESS
+        self._takes_any = takes_any(maker)
+
+    def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Namespace:
+        self._learn(dict(cfg_obj or {}))
+        return super().parse_object(cfg_obj, *args, **kwargs)
+
+    def parse_args(self, args: Any = None, *further: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
+        if self._takes_any:
+            self._learn(arg.removeprefix("--").partition("=")[0] for arg in args or ())
+        return super().parse_args(args, *further, **kwargs)
+
+    def _learn(self, names: Iterable[str]) -> None:
+        """Make arguments of names that only a net's ``**kwargs`` takes."""
+        known = {action.dest for action in self._actions}
+        for name in names if self._takes_any else ():
+            if name not in known:
+                self.add_argument(f"--{name}", type=Any, default=SUPPRESS)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
@@ -44,6 +103,8 @@ class Parser(LightningArgumentParser):
         hint = f" Did you mean {near!r}?" if near else ""
         if (absent := _NO_MODULE.search(message)) is not None:
             hint = f" Run the command in the folder that holds {absent[1]}.py, or install {absent[1]}."
+        if "does not correspond to a subclass of Module" in message:
+            hint = " A function that makes a net must say `-> torch.nn.Module`."
         sys.stderr.write(f"error: {one_sentence(message).rstrip('.')}.{hint} (--help lists all options)\n")
         sys.exit(2)
 

@@ -18,6 +18,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from project.callbacks import default_callbacks
 from project.logger import MetricsCSV
 from project.models.checkpoints import check_checkpoint
+from project.models.classifier import Classifier
 from project.paths import Paths, Run
 from project.process import fastest_precision, tune_process
 from project.whole_batch import WholeBatch
@@ -128,6 +129,8 @@ class RunTrainer(pl.Trainer):
             weights_only: load checkpoints of plain values alone; null is true.
             resume: a run's folder (or an experiment's, for its newest run) to go on with, in the same folder.
         """
+        if isinstance(model, Classifier):
+            model.check_fit(mixed=getattr(datamodule, "mix", None) is not None)
         new = resume is None
         if resume is not None:
             self.run = Run.find(resume)

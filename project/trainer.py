@@ -190,6 +190,7 @@ class Trainer(RunTrainer):
         """
         from project.tuning.finders import find_lr
 
+        model.check_fit(mixed=getattr(datamodule, "mix", None) is not None)  # type: ignore[operator]
         folder = Paths(logs=self.logs_dir).logs / (self.experiment or "default")
         return find_lr(self, model, datamodule, folder, min_lr=min_lr, max_lr=max_lr, num_steps=num_steps)
 
@@ -212,4 +213,5 @@ class Trainer(RunTrainer):
         """
         from project.tuning.finders import find_batch_size
 
+        model.check_fit(mixed=getattr(datamodule, "mix", None) is not None)  # type: ignore[operator]
         return find_batch_size(self, model, datamodule, mode=mode, first=first, largest=largest)

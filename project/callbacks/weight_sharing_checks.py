@@ -40,7 +40,7 @@ def check_sharing(trainer: Trainer, module: LightningModule, sharing: Callback, 
     _check_callbacks(trainer, sharing)
     best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
     every = 1 if best is None else math.lcm(best._every_n_epochs, trainer.check_val_every_n_epoch or 1)
-    if epochs < every and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+    if epochs < every and not trainer.fast_dev_run:
         raise ValueError(
             f"checkpoints are written every {every} epochs, but weight sharing trains for {epochs}: write them more "
             "often, or raise its epochs."

@@ -22,7 +22,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from project.compression import Surgery, replay_, to_plain
 from project.losses import CrossEntropy, Distillation, MaxNorm, Penalties
-from project.models.checkpoints import mismatch
+from project.models.checkpoints import check_checkpoint, mismatch
+from project.models.net_check import build_lazy_, check_loss, check_net
 from project.schedules import Schedule
 
 log = logging.getLogger(__name__)
@@ -54,9 +55,11 @@ class Classifier(LightningModule):
         image_shape: (C, H, W) that the net takes.
         class_names: K names, in the order of the logits; ``None`` numbers them.
         mean, std: per channel, of pixels in [0, 1]; what ``predict`` normalises with.
-        loss: of training.
-        penalties: added to the loss; see :class:`project.losses.Penalties`.
-        max_norm: bound on every unit's weights, kept after each step; see :class:`project.losses.MaxNorm`.
+        loss: module of (logits ``[N, K]``, targets) -> scalar, for training; ``None`` is
+            :class:`project.losses.CrossEntropy`. Targets are class numbers ``[N]``, with MixUp or CutMix ``[N, K]``.
+        penalties: module of the net -> scalar or ``None``, added to the loss; such as
+            :class:`project.losses.Penalties`.
+        max_norm: module that is called with the net after each step; such as :class:`project.losses.MaxNorm`.
         optimizer: parameters -> optimizer. Its ``weight_decay`` acts on weights alone, never on norms or biases.
         schedule: see :mod:`project.schedules`; ``None`` keeps the rate constant.
         base_batch_size: the batch size that the optimizer's ``lr`` is meant for: the rate is multiplied by
@@ -65,7 +68,7 @@ class Classifier(LightningModule):
         compile: run the net through ``torch.compile``; checkpoints stay those of the plain net.
 
     Raises:
-        ValueError: for a base batch size below 1.
+        ValueError: for a base batch size below 1, and for lazily built layers that cannot take the images.
     """
 
     def __init__(
@@ -76,9 +79,9 @@ class Classifier(LightningModule):
         class_names: tuple[str, ...] | None = None,
         mean: tuple[float, ...] = (0.5,),
         std: tuple[float, ...] = (0.5,),
-        loss: CrossEntropy | None = None,
-        penalties: Penalties | None = None,
-        max_norm: MaxNorm | None = None,
+        loss: nn.Module | None = None,
+        penalties: nn.Module | None = None,
+        max_norm: nn.Module | None = None,
         optimizer: OptimizerCallable = lambda parameters: torch.optim.SGD(
             parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
         ),
@@ -90,14 +93,15 @@ class Classifier(LightningModule):
         super().__init__()
         if base_batch_size is not None and base_batch_size < 1:
             raise ValueError(f"base_batch_size is {base_batch_size}: choose 1 or more, or null to take lr as it is.")
+        channels, height, width = image_shape  # YAML gives a list
+        self.image_shape = (channels, height, width)
+        build_lazy_(net, self.image_shape)  # first: what waits for its shape cannot be copied, as hyperparameters are
         with warnings.catch_warnings():  # Lightning's advice to leave the net out would break loading from a checkpoint
             warnings.filterwarnings("ignore", "Attribute '.*' is an instance of `nn.Module`")
             self.save_hyperparameters(logger=False)
         _keep_plain_(self.hparams)
         self.net = net
         self.num_classes = num_classes
-        channels, height, width = image_shape  # YAML gives a list
-        self.image_shape = (channels, height, width)
         self.class_names = tuple(class_names or map(str, range(num_classes)))
         self.mean = tuple(mean)
         self.std = tuple(std)
@@ -127,6 +131,7 @@ class Classifier(LightningModule):
         )
         self.distillation: Distillation | None = None
         """A teacher beside the labels, of training alone."""
+        self._is_checked = False
         self._train_sums: Tensor | None = None
         self.phase: Phase | None = None
         """What part of the run the next optimizer is for; ``None`` for all of it."""
@@ -137,6 +142,21 @@ class Classifier(LightningModule):
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
         return self.net(images)
+
+    def check_fit(self, mixed: bool = False) -> None:
+        """Try net and loss on two images, once.
+
+        Args:
+            mixed: targets are distributions ``[N, K]`` instead of class numbers ``[N]``.
+
+        Raises:
+            ValueError: when the net does not take the data's images or does not give a logit for each of their
+                classes, and when the loss does not take these.
+        """
+        if not self._is_checked:
+            check_net(self.net, self.image_shape, self.num_classes, self.hparams.get("net"))
+            check_loss(self.loss, self.num_classes, mixed)
+        self._is_checked = True
 
     def setup(self, stage: str) -> None:
         if self.channels_last:
@@ -301,6 +321,21 @@ class Classifier(LightningModule):
         self.surgeries = list(wanted)
 
     # -- checkpoint ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Classifier":
+        """As Lightning's; the net is built as the command line built it, unless ``net`` is given."""
+        described = None
+        if "net" not in kwargs and isinstance(checkpoint_path, str | os.PathLike):
+            checkpoint = check_checkpoint(checkpoint_path)
+            described = checkpoint and checkpoint.get("hyper_parameters", {}).get("net")
+        if not described:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        from project.net_arguments import build_net
+
+        module = super().load_from_checkpoint(checkpoint_path, *args, net=build_net(described), **kwargs)
+        module.hparams["net"] = described
+        return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["surgeries"] = self.surgeries

@@ -6,7 +6,6 @@ trusts by name; nothing else is looked up, let alone imported. The net is built 
 arguments that ask for a huge net ask for no memory.
 """
 
-import importlib
 import inspect
 import types
 import typing
@@ -20,6 +19,7 @@ from torch import nn
 
 import project.models as own
 from project.compression import replay_
+from project.models.signature import find, parameters, returns_net
 
 _TORCH = (nn.modules.activation, nn.modules.dropout, nn.modules.batchnorm, nn.modules.instancenorm)
 _TORCH_NAMES = {"Identity", "GroupNorm", "LayerNorm"}.union(*(module.__all__ for module in _TORCH))
@@ -36,7 +36,7 @@ class Recipe:
     """A net's class, arguments and surgeries, as plain values.
 
     Args:
-        net: ``{"class_path": …, "init_args": {…}}``, as in a configuration.
+        net: ``{"class_path": …, "init_args": {…}, "dict_kwargs": {…}}``, as in a configuration.
         surgeries: of :func:`project.compression.to_plain`, in their order.
     """
 
@@ -52,7 +52,7 @@ class Recipe:
         """The net on the meta device, in eval mode: shapes without values.
 
         Args:
-            trust: packages and modules, by name, whose classes may be imported and called.
+            trust: packages and modules, by name, whose classes and functions may be imported and called.
 
         Raises:
             ValueError: for a class or a function from elsewhere, and for what does not make a net.
@@ -73,28 +73,30 @@ def _make(value: Any, trust: tuple[str, ...], hint: Any = None) -> Any:
     if wants_function and isinstance(value, str):
         return _find(value, trust)
     if isinstance(value, list | tuple):
-        return [_make(item, trust) for item in value]
+        items = next(iter(typing.get_args(hint)), None)
+        return [_make(item, trust, items) for item in value]
     if not isinstance(value, dict):
         return value
     if "class_path" not in value:
         return {key: _make(item, trust) for key, item in value.items()}
-    kind = _find(value["class_path"], trust)
-    if not inspect.isclass(kind):
-        raise ValueError(f"{value['class_path']!r} is no class")
-    hints = _hints(kind)
-    arguments = {key: _make(item, trust, hints.get(key)) for key, item in value.get("init_args", {}).items()}
+    maker = _find(value["class_path"], trust)
+    if not inspect.isclass(maker) and not returns_net(maker):
+        raise ValueError(f"{value['class_path']!r} is neither a class nor a function that says `-> nn.Module`")
+    known = parameters(maker)
+    given = {**value.get("init_args", {}), **value.get("dict_kwargs", {})}
+    arguments = {key: _make(item, trust, _hint(known.get(key))) for key, item in given.items()}
     if arguments.get("device") is not None:
         raise ValueError("its description chooses a device, which is the reader's choice")
-    return partial(kind, **arguments) if wants_function else kind(**arguments)
+    return partial(maker, **arguments) if wants_function else maker(**arguments)
 
 
 def _find(path: str, trust: tuple[str, ...]) -> Callable[..., Any]:
     """The class or function at a dotted path, if it may be used."""
     module, _, name = str(path).rpartition(".")
-    if any(module == known or module.startswith(f"{known}.") for known in trust):
+    if _is_trusted(path, trust):
         try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
+            return find(path)
+        except (ImportError, AttributeError, ValueError):
             raise ValueError(f"there is no {path}") from None
     if module.startswith(own.__name__) and name in own.__all__ and name != "Classifier":
         return getattr(own, name)
@@ -108,13 +110,17 @@ def _find(path: str, trust: tuple[str, ...]) -> Callable[..., Any]:
     )
 
 
-def _hints(kind: type) -> dict[str, Any]:
-    """Types of a class's arguments, those that it hands on to its bases included."""
-    hints: dict[str, Any] = {}
-    for base in reversed(inspect.getmro(kind)):
-        if "__init__" in vars(base) and base is not object:
-            hints |= typing.get_type_hints(base.__init__)  # type: ignore[misc]
-    return hints
+def _hint(parameter: Any) -> Any:
+    """The type of an argument; where the code has none and the default is a class, that of such a class."""
+    if parameter is None or parameter.annotation is not inspect.Parameter.empty:
+        return parameter and parameter.annotation
+    return Callable[..., Any] if callable(parameter.default) and parameter.default is not parameter.annotation else None
+
+
+def _is_trusted(path: str, trust: tuple[str, ...]) -> bool:
+    """Whether the caller trusts the module, or a package above it, that holds what ``path`` names."""
+    module = str(path).rpartition(".")[0]
+    return any(module == known or module.startswith(f"{known}.") for known in trust)
 
 
 def _is_callable(hint: Any) -> bool:

@@ -28,3 +28,31 @@ def test_loss_of_a_mixture_is_the_mixture_of_losses(smoothing):
 def test_refuses_a_share_outside_0_to_1(smoothing):
     with pytest.raises(ValueError, match="label_smoothing is"):
         CrossEntropy(smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("targets", [LABELS, torch.tensor([[0.3, 0.7, 0, 0], [0, 0, 0, 1], [0.25] * 4])])
+def test_class_weights_are_those_of_torch(smoothing, targets):
+    weights = [0.5, 2.0, 0.0, 3.0]
+    loss = CrossEntropy(smoothing, class_weights=weights)
+    expected = F.cross_entropy(LOGITS, targets, weight=torch.tensor(weights), label_smoothing=smoothing)
+    torch.testing.assert_close(loss(LOGITS, targets), expected)
+    torch.testing.assert_close(
+        loss.double()(LOGITS.double(), targets if targets.dim() == 1 else targets.double()).float(), expected
+    )
+    assert not loss.state_dict(), "checkpoints are those of a run without weights"
+
+
+def test_class_weights_divide_as_the_docstring_says():
+    weights = torch.tensor([0.5, 2.0, 0.0, 3.0])
+    terms = weights[LABELS] * F.cross_entropy(LOGITS, LABELS, reduction="none")
+    one_hot = F.one_hot(LABELS, 4).float()
+    loss = CrossEntropy(class_weights=weights.tolist())
+    torch.testing.assert_close(loss(LOGITS, LABELS), terms.sum() / weights[LABELS].sum())
+    torch.testing.assert_close(loss(LOGITS, one_hot), terms.mean())
+
+
+@pytest.mark.parametrize("weights", [[1.0, -1.0], [0.0, 0.0], [], [float("nan"), 1.0]])
+def test_refuses_class_weights_that_are_none(weights):
+    with pytest.raises(ValueError, match="class_weights is"):
+        CrossEntropy(class_weights=weights)
