@@ -15,7 +15,7 @@ Three rules keep the graph fast and small:
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -290,8 +290,9 @@ class _Writer:
             values = values.astype(helper.tensor_dtype_to_np_dtype(TensorProto.INT4))  # two in a byte
         name = layer.weight if f"{layer.weight}_dq" not in self.weight_of.values() else f"{layer.weight}_{layer.output}"
         names = [f"{name}_q", f"{name}_s", f"{name}_z"]
-        constants = (values, steps, np.zeros(len(steps), values.dtype))
-        self.tensors += [numpy_helper.from_array(*pair) for pair in zip(constants, names, strict=True)]
+        constants: tuple[NDArray[Any], ...] = (values, steps, np.zeros(len(steps), values.dtype))
+        for constant, constant_name in zip(constants, names, strict=True):
+            self.tensors.append(numpy_helper.from_array(constant, constant_name))
         self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{name}_dq"], axis=layer.axis))
         self.weight_of[layer.output] = f"{name}_dq"
 
