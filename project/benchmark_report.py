@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING
 
-from project.metrics.benchmark import BenchmarkRow, to_markdown, to_short_table
+from project.metrics.benchmark import BenchmarkRow, slow_files, to_markdown, to_short_table
 from project.metrics.engines import unavailable
 from project.metrics.environment import describe_environment
 from project.metrics.table import write_csv
@@ -38,7 +38,8 @@ def publish(rows: Sequence[BenchmarkRow], run: Run, command: str, writer: "Summa
 
     title = f"Benchmark of {', '.join(dict.fromkeys(row.run for row in rows))}"
     left_out = "; ".join(f"{name} ({reason})" for name, reason in unavailable().items())
-    text = to_markdown(rows, title, _facts(rows, command), [f"Not on this machine: {left_out}."] if left_out else [])
+    notes = [*slow_files(rows), *([f"Not on this machine: {left_out}."] if left_out else [])]
+    text = to_markdown(rows, title, _facts(rows, command), notes)
     pixels = figure_to_image(plot_benchmark(rows), dpi=130)
     write_whole(run.benchmark("csv"), lambda part: write_csv(rows, BenchmarkRow, part))
     write_whole(run.benchmark("md"), lambda part: part.write_text(text, encoding="utf-8"))
@@ -48,6 +49,8 @@ def publish(rows: Sequence[BenchmarkRow], run: Run, command: str, writer: "Summa
         writer.add_image("benchmark", pixels, dataformats="HWC")
         writer.flush()
     _show(rows)
+    for sentence in slow_files(rows):
+        log.info(sentence)
     log.info("written        %s (also .csv, .png)", run.benchmark("md"))
 
 
@@ -68,7 +71,7 @@ def _facts(rows: Sequence[BenchmarkRow], command: str) -> dict[str, str]:
     threads, cores = _count(measured.num_threads, "thread"), _count(environment["num_cores"], "core")
     gpus = f"; {', '.join(environment['gpus'])}" if environment["gpus"] else ""
     return {
-        "machine": f"{environment['cpu']}, {threads} on {cores}{gpus}",
+        "machine": f"{environment['cpu']} ({environment['cpu_abilities']}), {threads} on {cores}{gpus}",
         "packages": ", ".join(f"{name} {version}" for name, version in packages.items()),
         "date": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
         "rounds": f"{measured.num_rounds}, engines interleaved, after a warm-up",

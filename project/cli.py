@@ -14,6 +14,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
+from project.callbacks.fastest_file import read_result
 from project.data import ImageDataModule
 from project.models import Classifier
 from project.models.checkpoints import check_checkpoint
@@ -157,6 +158,8 @@ class CLI(LightningCLI):
         if accuracy is not None:
             log.info("test accuracy  %.2f %%", 100 * float(accuracy))
         log.info("run            %s", folder)
+        if (result := read_result(trainer.run)) is not None:
+            log.info("result         %s, the fastest accurate file here, in %s", result.file, result.engine)
         if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
             log.info("look           tensorboard --logdir %s", as_argument(trainer.run.folder.parent))
         if not trainer.run.best_or_last.is_file():

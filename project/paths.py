@@ -103,6 +103,11 @@ class Run:
         return self.folder / "report.csv"
 
     @property
+    def result(self) -> Path:
+        """Which model file is the fastest of those that are accurate enough."""
+        return self.folder / "result.json"
+
+    @property
     def predictions(self) -> Path:
         return self.folder / "predictions.csv"
 

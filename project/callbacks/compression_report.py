@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor, nn
 
+from project.callbacks.fastest_file import read_result
 from project.callbacks.places import run_of, show_figure, tensorboard
 from project.data import ImageDataModule
 from project.metrics.engines import Engine, engines
@@ -151,7 +152,8 @@ def _publish(trainer: Trainer, rows: list[ReportRow], new: list[ReportRow]) -> N
     """Write the report, show it in TensorBoard, and say what is new."""
     run = run_of(trainer)
     assert run is not None
-    write_report(rows, run.folder)
+    result = read_result(run)
+    write_report(rows, run.folder, result.sentence() if result else None)
     if any(row.test_accuracy is not None for row in rows):
         show_figure(trainer, "report", plot_report(rows))
     if (writer := tensorboard(trainer)) is not None:

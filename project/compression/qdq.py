@@ -289,7 +289,7 @@ class _Writer:
         if self.num_bits == 4:
             values = values.astype(helper.tensor_dtype_to_np_dtype(TensorProto.INT4))  # two in a byte
         name = layer.weight if f"{layer.weight}_dq" not in self.weight_of.values() else f"{layer.weight}_{layer.output}"
-        names = [f"{name}_q", f"{name}_s", f"{name}_z"]
+        names = [f"{name}_q", f"{name}_s", f"z{len(self.tensors)}"]
         constants: tuple[NDArray[Any], ...] = (values, steps, np.zeros(len(steps), values.dtype))
         for constant, constant_name in zip(constants, names, strict=True):
             self.tensors.append(numpy_helper.from_array(constant, constant_name))

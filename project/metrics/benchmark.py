@@ -90,6 +90,23 @@ def with_speedups(rows: Sequence[BenchmarkRow]) -> list[BenchmarkRow]:
     ]
 
 
+def slow_files(rows: Sequence[BenchmarkRow]) -> list[str]:
+    """A sentence for each file that is smaller than the net in fp32 and no faster in the same engine."""
+    nets = {(row.run, row.engine): row for row in rows if not row.file}
+    sentences = []
+    for row in rows:
+        net = nets.get((row.run, row.engine))
+        if not (row.file and net and row.file_bytes and net.file_bytes and row.file_bytes < 0.9 * net.file_bytes):
+            continue
+        if row.latency_ms_batch64 and net.latency_ms_batch64 and net.latency_ms_batch64 < 1.05 * row.latency_ms_batch64:
+            sentences.append(
+                f"{row.run}, {row.label}: no faster than fp32 in the same engine on this processor "
+                f"({net.latency_ms_batch64 / row.latency_ms_batch64:.2f} times its speed at batch 64); it saves bytes "
+                "alone."
+            )
+    return sentences
+
+
 def to_markdown(rows: Sequence[BenchmarkRow], title: str, facts: Mapping[str, str], notes: Sequence[str] = ()) -> str:
     """What was measured on what, the table, and remarks.
 

@@ -24,6 +24,7 @@ def describe_environment() -> dict[str, Any]:
         else None,
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": cpu_model(),
+        "cpu_abilities": cpu_abilities(),
         "num_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "num_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
@@ -41,6 +42,23 @@ def cpu_model() -> str | None:
             if line.lower().startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or None
+
+
+def cpu_abilities() -> str:
+    """What decides how fast a processor computes with small numbers, such as ``AVX-512, no VNNI, no bfloat16``.
+
+    VNNI multiplies bytes and adds the products in 32 bits: without it int8 is hardly faster than fp32. On other
+    processors than x86 the kind of processor alone is known.
+    """
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return platform.machine()
+    found: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    avx512 = found.get("avx512_f", torch.cpu._is_avx512_supported())
+    avx2 = found.get("avx2", torch.cpu._is_avx2_supported())
+    vnni = found.get("avx512_vnni", torch.cpu._is_vnni_supported()) or found.get("avx_vnni") or found.get("amx_int8")
+    bfloat16 = found.get("avx512_bf16", torch.cpu._is_avx512_bf16_supported()) or found.get("amx_bf16")
+    vectors = "AVX-512" if avx512 else "AVX2" if avx2 else "no AVX2"
+    return f"{vectors}, {'VNNI' if vnni else 'no VNNI'}, {'bfloat16' if bfloat16 else 'no bfloat16'}"
 
 
 def _version(package: str) -> str | None:

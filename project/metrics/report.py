@@ -118,10 +118,17 @@ def describe(
     )
 
 
-def write_report(rows: Sequence[ReportRow], folder: str | os.PathLike[str]) -> None:
-    """Write ``report.csv`` and ``report.md`` into ``folder``; each is the old file or the new one, never a half."""
+def write_report(rows: Sequence[ReportRow], folder: str | os.PathLike[str], note: str | None = None) -> None:
+    """Write ``report.csv`` and ``report.md`` into ``folder``; each is the old file or the new one, never a half.
+
+    Args:
+        rows: of the table.
+        folder: of the run.
+        note: a sentence below the table.
+    """
+    end = f"\n{note}\n" if note else ""
     write_whole(Path(folder) / "report.csv", lambda part: write_csv(rows, ReportRow, part))
-    write_whole(Path(folder) / "report.md", lambda part: part.write_text(to_markdown(rows), encoding="utf-8"))
+    write_whole(Path(folder) / "report.md", lambda part: part.write_text(to_markdown(rows) + end, encoding="utf-8"))
 
 
 def read_report(path: str | os.PathLike[str]) -> list[ReportRow]:

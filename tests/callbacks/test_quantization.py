@@ -1,5 +1,6 @@
 """After a fit: an int8 file, measured as what it is; and training that gets used to rounding."""
 
+import itertools
 from pathlib import Path
 
 import onnx
@@ -10,10 +11,18 @@ from lightning.pytorch.callbacks import EarlyStopping
 from tests_pruning_run import STEPS, DigitsOnce, differences, fit, state_of, weights_of
 from tests_stop_after import StopAfter
 
-from project.callbacks import IterativeMagnitudePruning, PostTrainingQuantization, QuantizationAwareTraining
+from project.callbacks import (
+    IterativeMagnitudePruning,
+    PostTrainingQuantization,
+    QuantizationAwareTraining,
+    quantization,
+)
 from project.callbacks.compression_report import accuracy
+from project.callbacks.fastest_file import read_result
 from project.compression import OneShot, Pruner, Quantizer
 from project.compression.fake_quantization import fake_weight
+from project.metrics.environment import cpu_abilities
+from project.metrics.latency import Latency
 from project.metrics.report import read_report
 from project.model_file import ModelFile
 
@@ -33,6 +42,30 @@ def test_a_fit_ends_with_a_measured_int8_file(tmp_path: Path) -> None:
     assert abs(row.test_accuracy - (dense.test_accuracy or 0)) < 0.05
     assert row.engine == "onnxruntime int8" and row.speedup_batch64 and row.latency_ms_batch1
     assert path.stat().st_size < 0.8 * run.model_file("onnx").stat().st_size  # of 1.5 k weights much is the graph
+
+
+@pytest.mark.parametrize(
+    ("int8_ms", "reached", "expected"),
+    [(1.0, 1.0, "model_int8.onnx"), (3.0, 1.0, "model.onnx"), (1.0, 0.9, "model.onnx")],
+)
+def test_the_result_is_the_fastest_file_that_is_accurate_enough(
+    int8_ms: float, reached: float, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Int8 where it is faster; fp32 where int8 is slower, as it may be without VNNI, and where it loses too much."""
+
+    def measure(engines: dict, shape: object, **_: object) -> dict:
+        return {(name, 64): Latency(int8_ms if "int8" in name else 2.0, 0, 9, 30, 1) for name in engines}
+
+    accuracies = itertools.chain([1.0], itertools.repeat(reached))  # of the fp32 file, then of each int8 file
+    monkeypatch.setattr(fastest_file, "measure", measure)
+    monkeypatch.setattr(quantization, "accuracy", lambda logits, data, split: next(accuracies))
+    run = fit(tmp_path, PostTrainingQuantization(max_drop=0.02), epochs=1).run
+    result = read_result(run)
+    assert result is not None and result.file == expected
+    assert result.latency_ms == min(result.latencies_ms.values()) and result.processor == cpu_abilities()
+    report = (run.folder / "report.md").read_text()
+    assert f"The result of this run is {expected}" in report and "another processor" in report
+    assert result.engine in report and result.processor in report
 
 
 def test_the_file_is_of_the_thinned_net_and_the_report_goes_on(tmp_path: Path) -> None:

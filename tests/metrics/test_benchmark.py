@@ -1,8 +1,10 @@
 """Speedups and tables of benchmark rows, from numbers that are known."""
 
+from dataclasses import replace
+
 import pytest
 
-from project.metrics.benchmark import BenchmarkRow, to_markdown, to_short_table, with_speedups
+from project.metrics.benchmark import BenchmarkRow, slow_files, to_markdown, to_short_table, with_speedups
 from project.metrics.latency import Latency
 
 
@@ -47,3 +49,12 @@ def test_short_table_names_runs_only_when_there_are_several():
     assert heads[:2] == ["run", "engine"] and {len(line) for line in cells} == {len(heads)}
     assert cells[0][:5] == ["a", "eager", "93.76 %", "1,604,449", "2.00 (3.00)"]
     assert to_short_table(ROWS[2:])[0][0] == "engine"
+
+
+def test_a_smaller_file_that_is_no_faster_says_so():
+    """Compared with the same engine: a file that beats fp32 in a slow engine alone gains nothing."""
+    small = replace(row("a", "onnxruntime", 0.5, 39.0, "model_int8.onnx"), file_bytes=400_000)
+    (sentence,) = slow_files([*ROWS, small])
+    assert sentence.startswith("a, model_int8.onnx, onnxruntime: no faster than fp32") and "1.03 times" in sentence
+    assert not slow_files([*ROWS, replace(small, latency_ms_batch64=20.0)])
+    assert not slow_files([*ROWS, replace(small, file_bytes=1_600_000)])
