@@ -15,6 +15,7 @@ from project.callbacks import (
     IterativeMagnitudePruning,
     PostTrainingQuantization,
     QuantizationAwareTraining,
+    fastest_file,
     quantization,
 )
 from project.callbacks.compression_report import accuracy
