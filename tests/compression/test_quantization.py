@@ -58,15 +58,16 @@ def test_runtimes_agree_on_a_valid_model(name: str, thinned: bool) -> None:
     onnx.checker.check_model(quantized, full_check=True)
     assert [layer.num_bits for layer in layers] == [8] * len(layers_of(model))
     exact, fused = run(model, images), run(quantized, images)
-    sensitive = 5 if name == "GoogLeNet-32" else 1  # deep nets of random weights are
+    chaotic = name == "GoogLeNet-32"  # a deep net of random weights makes much of every step of rounding
     full = run(quantize(model, images, replace(MIN_MAX, reduce_range=False))[0], images, optimize=False)
-    assert noise(full, exact) < 0.05 * sensitive
+    assert noise(full, exact) < (0.25 if chaotic else 0.05)
     # Reduced, a step is at most twice as large, and so are its errors: four times in the square.
-    assert noise(fused, exact) < min(4 * noise(full, exact), 0.06 * sensitive)
-    # Where rounding decides between two integers, runtimes differ by a step here and there.
-    assert noise(run(quantized, images, optimize=False), fused) < 0.01 * sensitive
+    assert noise(fused, exact) < (4 * noise(full, exact) if chaotic else 0.05)
+    # Where rounding decides between two integers, runtimes differ by a step here and there: less than rounding costs.
+    limit = noise(fused, exact) / 3 if chaotic else 0.01
+    assert noise(run(quantized, images, optimize=False), fused) < limit
     (reference,) = ReferenceEvaluator(quantized).run(None, {"images": images[:8]})
-    assert noise(reference, fused[:8]) < 0.01 * sensitive
+    assert noise(reference, fused[:8]) < limit
 
 
 def test_openvino_agrees(tmp_path: Path) -> None:
