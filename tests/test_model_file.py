@@ -42,7 +42,7 @@ def test_a_file_gives_the_nets_logits_at_every_batch(name: str, thinned: bool, f
     tolerance = 1.0 if format == "onnx-int8" else None  # of random weights; what int8 loses is measured elsewhere
     done = export(
         net, tmp_path / MODEL_FILES[format], metadata(shape), images, format=format, calibration=images,
-        quantizer=Quantizer(observer="min-max"), tolerance=tolerance, recipe=recipe,
+        quantizer=Quantizer(observer="min-max", weight_observer="mse"), tolerance=tolerance, recipe=recipe,
     )  # fmt: skip
     file = ModelFile(done.path)
     assert file.metadata == metadata(shape)

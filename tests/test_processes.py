@@ -6,6 +6,7 @@ In float64 that order is worth about 1e-14 here, so that any image, draw or stat
 import pytest
 import torch
 from tests_processes import NUM_VAL, distance, fit
+from torch import nn
 
 from project.callbacks import (
     EMA,
@@ -18,6 +19,7 @@ from project.callbacks import (
 from project.compression import Gradual, Iterative, Pruner
 from project.data import MixUp
 from project.losses import CrossEntropy, MaxNorm, Penalties
+from project.models.layers import MaxPool
 from project.optimizers import Muon
 
 ROUNDING = 1e-11
@@ -93,19 +95,25 @@ def test_two_processes_have_the_masks_of_one(tmp_path, options, num_masks):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "callbacks",
+    ("callbacks", "pool"),
     [
-        lambda: [pruning(pruner=Pruner(structure="units"), report=True, latency=False), DistillFrom(), EMA()],
-        lambda: [WeightSharing(epochs=1, num_images=300, latency=False)],
-        lambda: [TernaryWeights("ttq", begin_epoch=1, include=["conv.conv"])],
-        lambda: [TernaryWeights("bwn", freeze=[0.5, 1.0], include=["conv.conv"])],
-        lambda: [QuantizationAwareTraining(begin_epoch=1)],
+        (
+            lambda: [pruning(pruner=Pruner(structure="units"), report=True, latency=False), DistillFrom(), EMA()],
+            MaxPool,
+        ),
+        (lambda: [WeightSharing(epochs=1, num_images=300, latency=False)], MaxPool),
+        (lambda: [TernaryWeights("ttq", begin_epoch=1, include=["conv.conv"])], MaxPool),
+        (lambda: [TernaryWeights("bwn", freeze=[0.5, 1.0], include=["conv.conv"])], MaxPool),
+        (lambda: [QuantizationAwareTraining(begin_epoch=1)], nn.AvgPool2d),
     ],
     ids=["thinned, own teacher", "shared", "ttq", "frozen binary", "int8"],
 )
-def test_two_processes_make_the_same_net_small(tmp_path, callbacks):
-    (one,) = fit(tmp_path, 1, *callbacks())
-    assert_equal(fit(tmp_path, 2, *callbacks()), one)
+def test_two_processes_make_the_same_net_small(tmp_path, callbacks, pool):
+    """Sums of products of integers are often equal: which of two such pixels max pooling takes is up to the last bit of
+    each sum, and so to the size of the batch. Rounded nets are compared with average pooling for that.
+    """
+    (one,) = fit(tmp_path, 1, *callbacks(), pool=pool)
+    assert_equal(fit(tmp_path, 2, *callbacks(), pool=pool), one)
     files = [
         {str(path.relative_to(tmp_path / each)) for path in (tmp_path / each).rglob("*.*")} for each in ("one", "pair")
     ]

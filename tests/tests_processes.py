@@ -2,7 +2,7 @@
 
 import multiprocessing
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,9 +28,9 @@ EPOCHS = 3
 class Net(nn.Module):
     """Two convolutions with all that depends on the batch: ``[N, 1, 8, 8] -> [N, 10]``."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Callable[[int], nn.Module] = MaxPool) -> None:
         super().__init__()
-        self.stem = ConvNormAct(1, 8, 3, norm=BatchNorm, pool=lambda: MaxPool(2))
+        self.stem = ConvNormAct(1, 8, 3, norm=BatchNorm, pool=lambda: pool(2))
         self.spatial = nn.Dropout2d(0.1)
         self.conv = ConvNormAct(8, 16, 3, norm=BatchNorm)
         self.path = DropPath(0.1)
@@ -66,6 +66,7 @@ def fit(
     *callbacks: Callback,
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
+    pool: Callable[[int], nn.Module] = MaxPool,
     net: nn.Module | None = None,
     **options: Any,
 ) -> list[dict[str, Any]]:
@@ -73,7 +74,7 @@ def fit(
     place = folder / ("one" if processes == 1 else "pair")
     place.mkdir()
     torch.manual_seed(0)
-    classifier = Classifier(net or Net(), 10, (1, 8, 8), **{"schedule": Linear(), **(model or {})})
+    classifier = Classifier(net or Net(pool), 10, (1, 8, 8), **{"schedule": Linear(), **(model or {})})
     augment = [HorizontalFlip(), RandomAffine(degrees=10, translate=0.1)]
     loader = Digits(batch_size=BATCH // processes, eval_batch_size=50, augment=augment, seed=0, **(data or {}))
     loader.val_fraction = NUM_VAL / 1438

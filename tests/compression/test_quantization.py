@@ -54,17 +54,15 @@ def noise(rough: np.ndarray, exact: np.ndarray) -> float:
 @pytest.mark.parametrize("name", FAST)
 def test_runtimes_agree_on_a_valid_model(name: str, thinned: bool) -> None:
     model, images = model_of(name, thinned), images_of(name)
-    quantized, layers = quantize(model, images, MIN_MAX)
+    quantized, layers = quantize(model, images, replace(MIN_MAX, weight_observer="mse"))
     onnx.checker.check_model(quantized, full_check=True)
     assert [layer.num_bits for layer in layers] == [8] * len(layers_of(model))
     exact, fused = run(model, images), run(quantized, images)
-    chaotic = name == "GoogLeNet-32"  # a deep net of random weights makes much of every step of rounding
-    full = run(quantize(model, images, replace(MIN_MAX, reduce_range=False))[0], images, optimize=False)
-    assert noise(full, exact) < (0.25 if chaotic else 0.05)
-    # Reduced, a step is at most twice as large, and so are its errors: four times in the square.
-    assert noise(fused, exact) < (4 * noise(full, exact) if chaotic else 0.05)
-    # Where rounding decides between two integers, runtimes differ by a step here and there: less than rounding costs.
-    limit = noise(fused, exact) / 3 if chaotic else 0.01
+    sensitive = 5 if name == "GoogLeNet-32" else 1  # deep nets of random weights are
+    assert noise(fused, exact) < 0.05 * sensitive
+    # Where rounding decides between two integers, runtimes differ by a step here and there. A deep net of random weights
+    # makes as much of such a step as of any rounding: there the difference is held against what rounding costs.
+    limit = 0.01 if sensitive == 1 else noise(fused, exact) / 2
     assert noise(run(quantized, images, optimize=False), fused) < limit
     (reference,) = ReferenceEvaluator(quantized).run(None, {"images": images[:8]})
     assert noise(reference, fused[:8]) < limit
