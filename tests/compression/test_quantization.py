@@ -60,8 +60,8 @@ def test_runtimes_agree_on_a_valid_model(name: str, thinned: bool) -> None:
     exact, fused = run(model, images), run(quantized, images)
     sensitive = 5 if name == "GoogLeNet-32" else 1  # deep nets of random weights are
     assert noise(fused, exact) < 0.05 * sensitive
-    # Where rounding decides between two integers, runtimes differ by a step here and there. A deep net of random weights
-    # makes as much of such a step as of any rounding: there the difference is held against what rounding costs.
+    # Where rounding decides between two integers, runtimes differ by a step here and there. A deep net of random
+    # weights makes as much of such a step as of any rounding: there the difference is held against what rounding costs.
     limit = 0.01 if sensitive == 1 else noise(fused, exact) / 2
     assert noise(run(quantized, images, optimize=False), fused) < limit
     (reference,) = ReferenceEvaluator(quantized).run(None, {"images": images[:8]})
