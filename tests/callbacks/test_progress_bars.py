@@ -103,6 +103,11 @@ def test_a_terminal_shows_the_fit_and_ctrl_c_says_how_to_resume(digits, logs, tm
     fcntl, pty, termios = pytest.importorskip("fcntl"), pytest.importorskip("pty"), pytest.importorskip("termios")
     primary, secondary = pty.openpty()
     fcntl.ioctl(secondary, termios.TIOCSWINSZ, struct.pack("HHHH", 30, 130, 0, 0))
+
+    def own_terminal() -> None:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job, as this test may be, ignores it
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+
     process = subprocess.Popen(
         [sys.executable, "-m", "project", "fit", *digits, "--trainer.max_epochs=500", "--trainer.experiment=my run"],
         cwd=ROOT,
@@ -111,7 +116,7 @@ def test_a_terminal_shows_the_fit_and_ctrl_c_says_how_to_resume(digits, logs, tm
         stdout=secondary,
         stderr=secondary,
         start_new_session=True,
-        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+        preexec_fn=own_terminal,
     )
     os.close(secondary)
     shown = _read(primary, process, until=r"epoch 3/500: ")

@@ -14,8 +14,9 @@ from project.paths import Run
 
 @pytest.fixture(autouse=True)
 def handlers():
-    """The handlers of this process as they were."""
+    """The handlers of this process as they were; a shell's background job, as this may be, ignores Ctrl-C."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
