@@ -1,14 +1,20 @@
 """Int8 after training: this project's quantizer beside ONNX Runtime's ``quantize_static`` and NNCF's default.
 
 The same fp32 file, the same calibration images, the whole test set; each file runs in ONNX Runtime and, where it is
-installed, in OpenVINO. Times are medians of interleaved rounds.
+installed, in OpenVINO. Times are medians of interleaved rounds. ``--keep`` leaves the files for other machines.
 
     pip install -e '.[openvino]' nncf
     python scripts/compare_quantization.py --runs logs/fashion_mnist/version_0 logs/fashion_mnist/version_1
+
+OpenVINO runs as it would on a processor without VNNI with this variable; its times then are not those of such a one:
+
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE python scripts/compare_quantization.py --runs … --rounds 0
 """
 
 import argparse
 import importlib.util
+import math
+import shutil
 import statistics
 import tempfile
 import warnings
@@ -42,6 +48,7 @@ def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
     """An int8 file of each maker, beside the fp32 file."""
     files = {"fp32": fp32}
     quantizers = {observer: Quantizer(observer=observer) for observer in get_args(Method)}
+    quantizers["mse, full range"] = Quantizer(reduce_range=False)
     quantizers["bias correction"] = Quantizer(bias_correction=True)
     quantizers["mean-min-max, bias correction"] = Quantizer(observer="mean-min-max", bias_correction=True)
     quantizers["4-bit weights"] = Quantizer(activations=False, weight_bits=4, weight_observer="mse")
@@ -49,15 +56,16 @@ def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
     for name, quantizer in quantizers.items():
         files[f"project, {name}"] = fp32.with_name(f"{name}.onnx")
         onnx.save(quantize(onnx.load(fp32), calibration, quantizer)[0], files[f"project, {name}"])
-    files["quantize_static"] = fp32.with_name("quantize_static.onnx")
-    quantize_static(fp32, files["quantize_static"], calibration)
+    for name, reduce_range in (("quantize_static", False), ("quantize_static, reduce_range", True)):
+        files[name] = fp32.with_name(f"{name}.onnx")
+        quantize_static(fp32, files[name], calibration, reduce_range)
     if NNCF:
         files["NNCF"] = fp32.with_name("nncf.onnx")
         quantize_nncf(fp32, files["NNCF"], calibration)
     return files
 
 
-def quantize_static(source: Path, target: Path, calibration: np.ndarray) -> None:
+def quantize_static(source: Path, target: Path, calibration: np.ndarray, reduce_range: bool) -> None:
     """With the settings its documentation advises for convolutional nets on x86: QDQ, u8s8, per channel."""
     from onnxruntime import quantization
 
@@ -75,6 +83,7 @@ def quantize_static(source: Path, target: Path, calibration: np.ndarray) -> None
         Reader(),
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=True,
+        reduce_range=reduce_range,
         weight_type=quantization.QuantType.QInt8,
         activation_type=quantization.QuantType.QUInt8,
     )
@@ -121,7 +130,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", required=True)
     parser.add_argument("--images", type=int, default=512, help="calibration images")
-    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--rounds", type=int, default=30, help="rounds of timing; 0 times nothing")
+    parser.add_argument("--keep", type=Path, help="folder that the files of every run are kept in")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     right: dict[str, list[Tensor]] = {}
@@ -142,7 +152,9 @@ def main() -> None:
             sizes |= {name: path.stat().st_size for name, path in files.items()}
             for name, engine in engines.items():
                 right.setdefault(name, []).append(right_answers(engine, images, labels))
-            for slot, latency in measure(engines, data.image_shape, rounds=args.rounds).items():
+            if args.keep:
+                shutil.copytree(temporary, args.keep / Path(folder).name, dirs_exist_ok=True)
+            for slot, latency in measure(engines, data.image_shape, rounds=args.rounds).items() if args.rounds else ():
                 times.setdefault(slot, []).append(latency.median_ms)
     print(f"{len(args.runs)} runs, {args.images} calibration images, {torch.get_num_threads()} threads")  # noqa: T201
     print("| file | engine | test accuracy, % | each | bytes | ms, batch 1 | ms, batch 64 |")  # noqa: T201
@@ -151,7 +163,7 @@ def main() -> None:
         values = [100 * float(each.double().mean()) for each in answers]
         each = " ".join(f"{value:.2f}" for value in values)
         spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-        one, many = (statistics.median(times[name, batch]) for batch in (1, 64))
+        one, many = (statistics.median(times.get((name, batch), [math.nan])) for batch in (1, 64))
         size = sizes[name.partition(" | ")[0]]
         print(f"| {name} | {statistics.mean(values):.3f}{spread} | {each} | {size:,} | {one:.3f} | {many:.2f} |")  # noqa: T201
     compare_pairs(right)

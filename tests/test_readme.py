@@ -49,8 +49,8 @@ def test_classes_of_ones_own_in_the_working_directory(command, folder, logs):
     """A net, a data set, an augmentation and a loss, as the README has them, are found by class path."""
     from project.paths import Run
 
-    assert len(FILES) == 5
-    commands = [line for line in COMMANDS if "my" in line]
+    assert len(FILES) == 6
+    commands = [line for line in COMMANDS if re.search(r"my\.yaml|logs/my\b", line)]
     assert [line.split()[1] for line in commands] == ["fit", "predict", "export"]
     for line, options in ((commands[0], ["--trainer.observe=false"]), (commands[1], [])):
         status, _, err = command(*shlex.split(line)[1:], *options)

@@ -141,9 +141,9 @@ class ProgressBars(ProgressLines):
     def _open(self) -> None:
         if self._live is None and self._enabled:
             # No thread draws: it might hold a lock while the loader's workers are forked.
-            self._live = Live(
-                console=Console(), auto_refresh=False, transient=True, redirect_stderr=sys.stderr.isatty()
-            )
+            # The terminal wraps what is too long for it, so that a path or a command can be copied whole.
+            console = Console(soft_wrap=True)
+            self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=sys.stderr.isatty())
             self._live.start()
             self._drawn_at = -math.inf
 
