@@ -1,12 +1,15 @@
-"""For the tests of several processes: one fit, in one process or in two forks of this one, and what came of it."""
+"""For the tests of several processes: one fit, in one process or in two that are forked, and what came of it."""
 
 import multiprocessing
+import os
+import pickle
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import torch
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch import Trainer as LightningTrainer
@@ -60,19 +63,51 @@ class Keep(Callback):
         torch.save(content, self.folder / f"process_{trainer.global_rank}.pt")
 
 
-def fit(
-    folder: Path,
+def fit(folder: Path, processes: int, *callbacks: Callback, **options: Any) -> list[dict[str, Any]]:
+    """What :class:`Keep` wrote, by process; the trainer's folder is ``folder/pair`` or ``folder/one``.
+
+    Two processes are forked by a fresh one: torch cannot compute gradients in a fork of a process in which another test
+    has started autograd's threads.
+
+    Args:
+        folder: the test's own folder.
+        processes: 1 or 2.
+        callbacks: the trainer's callbacks.
+        options: ``data``, ``model``, ``pool`` and ``net`` as :func:`_fit` has them; all others are the trainer's.
+    """
+    place = folder / ("one" if processes == 1 else "pair")
+    place.mkdir()
+    if processes == 1:
+        _fit(place, processes, callbacks, **options)
+    else:
+        work = cloudpickle.dumps((place, processes, callbacks, options))
+        context = multiprocessing.get_context("forkserver")  # a process that has imported all this, and no more
+        context.set_forkserver_preload(["project.trainer", "project.callbacks", "project.data"])
+        fresh = context.Process(target=_fit_fresh, args=(work, dict(os.environ)))
+        fresh.start()
+        fresh.join()
+        assert fresh.exitcode == 0, "the error is printed above"
+    return [torch.load(place / f"process_{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def _fit_fresh(work: bytes, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    place, processes, callbacks, options = pickle.loads(work)
+    _fit(place, processes, callbacks, **options)
+
+
+def _fit(
+    place: Path,
     processes: int,
-    *callbacks: Callback,
+    callbacks: tuple[Callback, ...],
+    *,
     data: dict[str, Any] | None = None,
     model: dict[str, Any] | None = None,
     pool: Callable[[int], nn.Module] = MaxPool,
     net: nn.Module | None = None,
     **options: Any,
-) -> list[dict[str, Any]]:
-    """What :class:`Keep` wrote, by process; the trainer's folder is ``folder/pair`` or ``folder/one``."""
-    place = folder / ("one" if processes == 1 else "pair")
-    place.mkdir()
+) -> None:
     torch.manual_seed(0)
     classifier = Classifier(net or Net(pool), 10, (1, 8, 8), **{"schedule": Linear(), **(model or {})})
     augment = [HorizontalFlip(), RandomAffine(degrees=10, translate=0.1)]
@@ -92,7 +127,6 @@ def fit(
     )
     with deadline(180):
         trainer.fit(classifier, datamodule=loader)
-    return [torch.load(place / f"process_{rank}.pt", weights_only=True) for rank in range(processes)]
 
 
 @contextmanager
