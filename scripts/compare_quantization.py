@@ -131,7 +131,7 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", required=True)
     parser.add_argument("--images", type=int, default=512, help="calibration images")
     parser.add_argument("--rounds", type=int, default=30, help="rounds of timing; 0 times nothing")
-    parser.add_argument("--keep", type=Path, help="folder that the files of every run are kept in")
+    parser.add_argument("--keep", type=Path, help="folder that keeps the files, in a subfolder for each run: 1, 2 …")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     right: dict[str, list[Tensor]] = {}
@@ -153,7 +153,7 @@ def main() -> None:
             for name, engine in engines.items():
                 right.setdefault(name, []).append(right_answers(engine, images, labels))
             if args.keep:
-                shutil.copytree(temporary, args.keep / Path(folder).name, dirs_exist_ok=True)
+                shutil.copytree(temporary, args.keep / str(len(right["fp32 | ONNX Runtime"])), dirs_exist_ok=True)
             for slot, latency in measure(engines, data.image_shape, rounds=args.rounds).items() if args.rounds else ():
                 times.setdefault(slot, []).append(latency.median_ms)
     print(f"{len(args.runs)} runs, {args.images} calibration images, {torch.get_num_threads()} threads")  # noqa: T201
