@@ -10,7 +10,7 @@ from pathlib import Path
 
 def main() -> None:
     """Entry point of ``project`` and ``python -m project``."""
-    from project.logger import setup_logging
+    from project.frame.logger import setup_logging
 
     setup_logging()
     if (folder := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
@@ -19,13 +19,13 @@ def main() -> None:
         if sys.argv[1:2] == ["unpack"] or _names_model_file(sys.argv[1:]):
             _use_model_file(sys.argv[1], sys.argv[2:])
         else:
-            from project.cli import CLI
+            from project.frame.cli import CLI
 
             CLI()
     except Exception as error:
         if os.environ.get("PROJECT_DEBUG") or not _is_users(error):
             raise
-        from project.parser import one_sentence
+        from project.frame.parser import one_sentence
 
         if not _first_process_tells():
             sys.stderr.write(f"error: {one_sentence(str(error))}\n")
@@ -73,11 +73,11 @@ def _names_model_file(args: list[str]) -> bool:
 def _use_model_file(verb: str, args: list[str]) -> None:
     from jsonargparse import auto_cli
 
-    from project.model_file import predict, test
-    from project.packed_file import unpack
-    from project.parser import Parser
+    from project.frame.parser import Parser
+    from project.frame.rooms import needed
 
-    verbs: dict[str, Callable[..., object]] = {"predict": predict, "test": test, "unpack": unpack}
+    files = needed("deployment.model_file", "a model file")
+    verbs: dict[str, Callable[..., object]] = {"predict": files.predict, "test": files.test, "unpack": files.unpack}
     if verb not in verbs:
         raise ValueError(
             f"{verb} does not take a model file, but {', '.join(verbs)} do: project test --model FILE --config FILE; "

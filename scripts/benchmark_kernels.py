@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from project.cli import CLI
-from project.kernels import batch_norm_relu, batch_norm_relu_pool, first_layer, max_pool
+from project.frame.cli import CLI
+from project.models.kernels import batch_norm_relu, batch_norm_relu_pool, first_layer, max_pool
 from project.models.layers import ConvNormAct, MaxPool
 
 Operation = Callable[[Tensor], Tensor | None]

@@ -14,9 +14,10 @@ import time
 import torch
 from torch import nn
 
-from project.callbacks.held_masks import HeldMasks
-from project.cli import CLI
-from project.compression import Masks, Pruner, apply_masks_
+from project.compression.pruning.held_masks import HeldMasks
+from project.compression.pruning.masks import Masks, apply_masks_
+from project.compression.pruning.pruner import Pruner
+from project.frame.cli import CLI
 
 
 def main() -> None:

@@ -21,12 +21,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import mkldnn
 
-from project.compression import WinogradChooser, WinogradConv2d
-from project.compression.winograd import TILES, count_multiplications, why_not_winograd
-from project.compression.winograd_choice import relative_errors
-from project.metrics.engines import engines, why_missing
+from project.compression.winograd.choice import WinogradChooser, relative_errors
+from project.compression.winograd.convolution import TILES, WinogradConv2d, count_multiplications, why_not_winograd
+from project.deployment.engines import engines, why_missing
+from project.learning.process import tune_process
 from project.models import BNGoogLeNet, GoogLeNet, InceptionV3, SmallInception
-from project.process import tune_process
 
 NETS: dict[str, tuple[Callable[..., nn.Module], tuple[int, int, int]]] = {
     "SmallInception": (SmallInception, (1, 28, 28)),

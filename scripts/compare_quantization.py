@@ -30,15 +30,15 @@ import yaml
 from scipy.stats import binomtest
 from torch import Tensor
 
-from project.cli import CLI
-from project.compression import Quantizer, quantize
-from project.compression.ranges import Method
 from project.data import ImageDataModule
-from project.export import export_onnx
-from project.metrics.engines import Engine, onnx_engine, openvino_engine
-from project.metrics.latency import measure
-from project.models.checkpoints import load_net
-from project.paths import Run
+from project.deployment.engines import Engine, onnx_engine, openvino_engine
+from project.deployment.export import export_onnx
+from project.deployment.int8.observers import Method
+from project.deployment.int8.quantizer import Quantizer, quantize
+from project.deployment.latency import measure
+from project.frame.cli import CLI
+from project.frame.paths import Run
+from project.learning.checkpoints import load_net
 
 OPENVINO = importlib.util.find_spec("openvino") is not None
 NNCF = importlib.util.find_spec("nncf") is not None

@@ -23,16 +23,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from technique_report import TechniqueRow, plot_techniques, to_markdown
 
-from project.callbacks.compression_report import accuracy
-from project.cli import CLI
-from project.metrics.environment import describe_environment
-from project.metrics.table import write_csv
-from project.model_file import ModelFile
-from project.models.checkpoints import load_net
-from project.paths import Paths, Run
-from project.plots import figure_to_image
-from project.technique_report import TechniqueRow, plot_techniques, to_markdown
+from project.compression.report import accuracy
+from project.deployment.model_file import ModelFile
+from project.frame.cli import CLI
+from project.frame.environment import describe_environment
+from project.frame.paths import Paths, Run
+from project.frame.plots import figure_to_image
+from project.frame.table import write_csv
+from project.learning.checkpoints import load_net
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = "--trainer.callbacks.latency=false"

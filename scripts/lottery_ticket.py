@@ -19,8 +19,8 @@ from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from project.metrics.report import read_report
-from project.paths import Paths, Run
+from project.compression.report_rows import read_report
+from project.frame.paths import Paths, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 CALLBACK = "--trainer.callbacks"

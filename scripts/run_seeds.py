@@ -13,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from project.paths import Paths, Run
+from project.frame.paths import Paths, Run
 
 
 def main() -> None:

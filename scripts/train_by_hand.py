@@ -12,8 +12,8 @@ import time
 
 import torch
 
-from project.cli import CLI
 from project.data import BatchRandom
+from project.frame.cli import CLI
 
 
 def main() -> None:

@@ -22,8 +22,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, ToTensor
 
-from project.cli import CLI
 from project.data.mnist import FashionMNIST
+from project.frame.cli import CLI
 
 WARMUP = 10  # steps not counted: workers start, kernels are chosen
 

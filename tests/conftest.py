@@ -31,7 +31,7 @@ def one_thread() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def kernels() -> None:
     """Kernels where there is a compiler, which is nearly everywhere; a message where there is none."""
-    from project.kernels.build import library
+    from project.models.kernels.build import library
 
     if library(torch.float32) is None:
         pytest.skip("there is no C compiler with OpenMP here, so there are no kernels")

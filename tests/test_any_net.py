@@ -13,8 +13,8 @@ import torchvision
 import yaml
 from PIL import Image
 
-from project.models.recipe import Recipe
-from project.paths import Run
+from project.deployment.recipe import Recipe
+from project.frame.paths import Run
 
 NETS = {
     "a function of torchvision": {"class_path": "torchvision.models.squeezenet1_1"},
@@ -144,8 +144,8 @@ def test_a_fresh_process_needs_the_checkpoint_alone(net, command, configuration,
 @pytest.mark.parametrize("name", ["wide_resnet50_2", "swin_t", "vit_b_16", "shufflenet_v2_x0_5", "alexnet"])
 def test_a_functions_own_defaults_win(name, monkeypatch, logs):
     """These put other values in the place of those that a look at the code finds, or have defaults that are no text."""
-    from project.cli import CLI
-    from project.net_arguments import build_net
+    from project.frame.cli import CLI
+    from project.frame.net_arguments import build_net
 
     monkeypatch.setattr("sys.argv", ["project"])
     options = ["--data=tests_any_net.ColourDigits", f"--model.net=torchvision.models.{name}"]

@@ -13,12 +13,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from project.benchmark_subjects import _names, load_subjects
-from project.compression.thinning import plan_thinning, units_of
-from project.export import export_onnx
-from project.metrics.engines import FP32, available
+from project.compression.thinning.thin import plan_thinning, units_of
+from project.deployment.benchmark.subjects import _names, load_subjects
+from project.deployment.engines import FP32, available
+from project.deployment.export import export_onnx
+from project.frame.paths import Run
 from project.models import Classifier
-from project.paths import Run
 
 Command = Callable[..., tuple[int, str, str]]
 QUICK = ("--rounds", "2", "--memory", "false")
@@ -31,7 +31,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a run on digits, with an exported model beside the checkpoints. Tests take copies of it."""
     from conftest import ROOT, TINY
 
-    from project.cli import CLI
+    from project.frame.cli import CLI
 
     logs = tmp_path_factory.mktemp("trained")
     options = ["--trainer.max_epochs=1", "--trainer.precision=32-true", f"--trainer.logs_dir={logs}"]

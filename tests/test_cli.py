@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 
-from project.paths import Run
+from project.frame.paths import Run
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
@@ -175,7 +175,7 @@ def test_a_mistake_gets_one_sentence(name, command, digits, logs, tmp_path, monk
     options, expected = MISTAKES[name]
     (tmp_path / "LICENSE").write_text("not a checkpoint")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("project.paths.Paths.system_datasets", tmp_path / "none")
+    monkeypatch.setattr("project.frame.paths.Paths.system_datasets", tmp_path / "none")
     args = [arg for arg in digits if "width" not in arg] if "--model.net=" in options[0] else digits
     status, _, err = command("fit", *args, *options)
     lines = err.strip().splitlines()

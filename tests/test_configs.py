@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from project.cli import CLI
+from project.frame.cli import CLI
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "tune")

@@ -14,16 +14,16 @@ from tests_pruning_run import assert_same_runs, weights_of
 from torch import Tensor
 
 import project.callbacks  # noqa: F401  all that registers a surgery
-from project.callbacks.compression_report import accuracy
-from project.cli import CLI
 from project.compression import Quantizer
-from project.compression import surgery as surgery_module
+from project.compression.report import accuracy
 from project.data import Digits
-from project.export import export_checkpoint
-from project.model_file import ModelFile
+from project.deployment.export import export_checkpoint
+from project.deployment.model_file import ModelFile
+from project.frame.cli import CLI
+from project.frame.paths import Run
+from project.learning.checkpoints import load_net
 from project.models import Classifier
-from project.models.checkpoints import load_net
-from project.paths import Run
+from project.models import surgery as surgery_module
 
 ROWS = {
     "Thin": """
@@ -63,7 +63,7 @@ model:
     class_path: project.models.SmallInception
     init_args: {width: 0.5, stem: [16], stages: [[64]]}
   optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1, momentum: 0.9, nesterov: true}}
-  schedule: {class_path: project.schedules.Linear}
+  schedule: {class_path: project.learning.Linear}
 trainer:
   accelerator: cpu
   observe: false

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from project.data import Digits
-from project.export import export_onnx
+from project.deployment.export import export_onnx
 from project.models import SmallInception
 
 SHAPE = (1, 8, 8)

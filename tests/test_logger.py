@@ -3,7 +3,7 @@
 import csv
 from pathlib import Path
 
-from project.logger import MetricsCSV
+from project.frame.logger import MetricsCSV
 
 
 def rows(path: Path) -> list[dict[str, str]]:

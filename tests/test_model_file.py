@@ -12,11 +12,11 @@ from PIL import Image
 from tests_nets import NETS, images_for, masked_and_thinned, recipe_of
 
 from project.compression import Quantizer
-from project.export import Format, export, export_onnx
-from project.model_file import Metadata, ModelFile
+from project.deployment.export import Format, export, export_onnx
+from project.deployment.model_file import Metadata, ModelFile
+from project.deployment.recipe import Recipe
+from project.frame.paths import MODEL_FILES, Run
 from project.models import SmallInception
-from project.models.recipe import Recipe
-from project.paths import MODEL_FILES, Run
 
 FORMATS: tuple[Format, ...] = ("onnx", "onnx-int8", "pt2", "packed")
 QUICK = "SmallInception-28"
@@ -182,7 +182,7 @@ def test_three_runtimes_agree_on_real_images(command, digits, logs) -> None:  # 
     from onnx.reference import ReferenceEvaluator
 
     from project.data import Digits
-    from project.metrics.engines import openvino_engine
+    from project.deployment.engines import openvino_engine
 
     assert command("fit", *digits[:2], "--trainer.observe=false")[0] == 0  # a net that is sure of its images
     data = Digits()

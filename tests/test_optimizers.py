@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from project.optimizers import Muon, orthogonalize
+from project.learning.optimizers import Muon, orthogonalize
 
 
 @pytest.mark.parametrize("shape", [(16, 48), (48, 16), (24, 24)])

@@ -17,13 +17,14 @@ from PIL import Image
 from tests_nets import NETS, OTHERS, build, images_for, masked_and_thinned, recipe_of
 from torch import Tensor, nn
 
-from project.compression import packing, to_plain
-from project.export import export
-from project.model_file import Metadata, ModelFile
+from project.compression import to_plain
+from project.deployment.export import export
+from project.deployment.model_file import Metadata, ModelFile
+from project.deployment.packed import packing
+from project.deployment.packed.file import open_packed, write_packed
+from project.deployment.recipe import Recipe
+from project.frame.paths import Run
 from project.models import LeNet300100
-from project.models.recipe import Recipe
-from project.packed_file import open_packed, write_packed
-from project.paths import Run
 
 CLASSES = ("null", "eins", "zwei", "drei", "für")
 
@@ -189,7 +190,7 @@ def little_memory() -> Iterator[None]:
 
 def small_file(folder: Path) -> bytes:
     """A thinned net with norms, pruned and shared: every part of the format is in it."""
-    from project.compression.thinning import Thin
+    from project.compression.thinning.thin import Thin
 
     arguments = {"num_classes": 5, "image_shape": [1, 3, 3], "norm": {"class_path": "project.models.BatchNorm"}}
     kept = {"fc1": list(range(0, 300, 12)), "fc2": list(range(0, 100, 5))}

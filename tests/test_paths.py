@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from project.paths import Paths, Run, write_whole
+from project.frame.paths import Paths, Run, write_whole
 
 
 def test_argument_beats_environment_beats_default(tmp_path, monkeypatch):

@@ -3,7 +3,7 @@ import sys
 import pytest
 import torch
 
-from project.plots import (
+from project.frame.plots import (
     figure_to_image,
     plot_confusion_matrix,
     plot_curves,

@@ -18,9 +18,9 @@ from project.callbacks import (
 )
 from project.compression import Gradual, Iterative, Pruner
 from project.data import MixUp
+from project.learning.optimizers import Muon
 from project.losses import CrossEntropy, MaxNorm, Penalties
 from project.models.layers import MaxPool
-from project.optimizers import Muon
 
 ROUNDING = 1e-11
 """A thousand times what was measured, a ten-thousandth of what float32 does."""

@@ -47,7 +47,7 @@ def folder(tmp_path, monkeypatch):
 
 def test_classes_of_ones_own_in_the_working_directory(command, folder, logs):
     """A net, a data set, an augmentation and a loss, as the README has them, are found by class path."""
-    from project.paths import Run
+    from project.frame.paths import Run
 
     assert len(FILES) == 6
     commands = [line for line in COMMANDS if re.search(r"my\.yaml|logs/my\b", line)]

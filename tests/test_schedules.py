@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from project.schedules import Cosine, Linear, OneCycle, Plateau, Schedule, Steps
+from project.learning.schedules import Cosine, Linear, OneCycle, Plateau, Schedule, Steps
 
 
 def rates(schedule: Schedule, total: int, per_epoch: float, lr: float = 1.0, lr_scale: float = 1.0) -> list[float]:

@@ -5,8 +5,7 @@ from itertools import combinations
 
 import pytest
 from matplotlib.text import Text
-
-from project.technique_report import TechniqueRow, plot_techniques, to_markdown
+from technique_report import TechniqueRow, plot_techniques, to_markdown
 
 DENSE = TechniqueRow(
     *("dense", 0, 0.95, 0.94, 12_000_000, 400_000, 400_000, 1_400_000, 1_600_000, "onnxruntime"),

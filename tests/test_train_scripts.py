@@ -15,7 +15,7 @@ import pytest
 from conftest import ROOT
 from tests_pruning_run import assert_same_runs
 
-from project.paths import Run
+from project.frame.paths import Run
 
 pytestmark = pytest.mark.slow
 

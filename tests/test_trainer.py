@@ -14,9 +14,9 @@ from lightning.pytorch.loggers import CSVLogger
 
 from project.callbacks import BestAndLast, StopOnNaN, TestReport, WriteSummary
 from project.data import Digits
+from project.frame.verbs import Trainer
+from project.learning.checkpoints import check_checkpoint
 from project.models import Classifier, SmallInception
-from project.models.checkpoints import check_checkpoint
-from project.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = {
@@ -115,7 +115,7 @@ def test_the_command_line_imports_late_what_a_verb_does_not_need():
         code = f"import sys, {module}; print([name for name in {heavy} if name in sys.modules])"
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
-    assert loaded("project.cli") == loaded("lightning.pytorch.cli")
+    assert loaded("project.frame.cli") == loaded("lightning.pytorch.cli")
 
 
 def test_precision_auto_follows_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from project.compression import to_plain
-from project.compression.thinning import Thin, Units, plan_thinning, units_of
+from project.compression.thinning.thin import Thin, Units, plan_thinning, units_of
+from project.deployment.recipe import Recipe
 from project.models import (
     BatchNorm,
     BNGoogLeNet,
@@ -21,7 +22,6 @@ from project.models import (
     NoNorm,
     SmallInception,
 )
-from project.models.recipe import Recipe
 
 Shape = tuple[int, int, int]
 NETS: dict[str, tuple[Callable[..., nn.Module], Shape]] = {

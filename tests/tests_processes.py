@@ -16,10 +16,10 @@ from lightning.pytorch import Trainer as LightningTrainer
 from torch import Tensor, nn
 
 from project.data import Digits, HorizontalFlip, RandomAffine
+from project.frame.verbs import Trainer
+from project.learning.schedules import Linear
 from project.models import BatchNorm, Classifier, DropPath
 from project.models.layers import ConvNormAct, GlobalAvgPool, MaxPool
-from project.schedules import Linear
-from project.trainer import Trainer
 
 BATCH = 96
 """Images of a step, in all processes together."""
@@ -82,7 +82,7 @@ def fit(folder: Path, processes: int, *callbacks: Callback, **options: Any) -> l
     else:
         work = cloudpickle.dumps((place, processes, callbacks, options))
         context = multiprocessing.get_context("forkserver")  # a process that has imported all this, and no more
-        context.set_forkserver_preload(["project.trainer", "project.callbacks", "project.data"])
+        context.set_forkserver_preload(["project.frame.verbs", "project.callbacks", "project.data"])
         fresh = context.Process(target=_fit_fresh, args=(work, dict(os.environ)))
         fresh.start()
         fresh.join()

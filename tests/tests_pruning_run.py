@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from project.callbacks import BestAndLast, IterativeMagnitudePruning
 from project.data import Digits
+from project.frame.paths import Run
+from project.frame.verbs import Trainer
+from project.learning.schedules import Linear
 from project.models import Classifier
 from project.models.layers import ConvNormAct, GlobalAvgPool, init_weights_
-from project.paths import Run
-from project.schedules import Linear
-from project.trainer import Trainer
 
 STEPS = 6
 """Optimizer steps of an epoch."""

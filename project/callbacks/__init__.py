@@ -1,51 +1,38 @@
-"""When something happens. Each callback is thin; formulas live in ``losses``, ``metrics`` and ``compression``."""
+"""Every callback by its name, wherever it is defined: those of every run here, the others beside their technique."""
 
-from project.callbacks.checkpoint import BestAndLast
-from project.callbacks.defaults import default_callbacks
-from project.callbacks.distillation import DistillFrom
-from project.callbacks.ema import EMA
-from project.callbacks.hparams import HParams
-from project.callbacks.log_graph import LogGraph
-from project.callbacks.look_at_batch import LookAtBatch
-from project.callbacks.low_rank import LowRank
-from project.callbacks.nan_guard import StopOnNaN
-from project.callbacks.packing import Packing
-from project.callbacks.progress import ProgressLines, default_progress_bar
-from project.callbacks.pruning import IterativeMagnitudePruning
-from project.callbacks.quantization import PostTrainingQuantization, QuantizationAwareTraining
-from project.callbacks.start_lines import StartLines
-from project.callbacks.stopping import TellHowToResume
-from project.callbacks.summary import WriteSummary
-from project.callbacks.ternary import TernaryWeights
-from project.callbacks.test_report import TestReport
-from project.callbacks.weight_histograms import WeightHistograms
-from project.callbacks.weight_sharing import WeightSharing
-from project.callbacks.winograd import WinogradConvolutions
-from project.callbacks.xnor import XNORNet
+from project.frame.rooms import lazily
 
-__all__ = [
-    "EMA",
-    "BestAndLast",
-    "DistillFrom",
-    "HParams",
-    "IterativeMagnitudePruning",
-    "LogGraph",
-    "LookAtBatch",
-    "LowRank",
-    "Packing",
-    "PostTrainingQuantization",
-    "ProgressLines",
-    "QuantizationAwareTraining",
-    "StartLines",
-    "StopOnNaN",
-    "TellHowToResume",
-    "TernaryWeights",
-    "TestReport",
-    "WeightHistograms",
-    "WeightSharing",
-    "WinogradConvolutions",
-    "WriteSummary",
-    "XNORNet",
-    "default_callbacks",
-    "default_progress_bar",
-]
+_HOMES = {
+    "BestAndLast": "project.callbacks.checkpoint",
+    "DistillFrom": "project.callbacks.distillation",
+    "EMA": "project.callbacks.ema",
+    "HParams": "project.callbacks.hparams",
+    "IterativeMagnitudePruning": "project.compression.pruning.callback",
+    "LogGraph": "project.callbacks.log_graph",
+    "LookAtBatch": "project.callbacks.look_at_batch",
+    "LowRank": "project.compression.low_rank.callback",
+    "Packing": "project.deployment.packed.callback",
+    "PostTrainingQuantization": "project.deployment.int8.callback",
+    "ProgressLines": "project.callbacks.progress",
+    "QuantizationAwareTraining": "project.compression.qat.callback",
+    "StartLines": "project.callbacks.start_lines",
+    "StopOnNaN": "project.callbacks.nan_guard",
+    "TellHowToResume": "project.callbacks.stopping",
+    "TernaryWeights": "project.compression.low_bit.ternary_callback",
+    "TestReport": "project.callbacks.test_report",
+    "WeightHistograms": "project.callbacks.weight_histograms",
+    "WeightSharing": "project.compression.weight_sharing.callback",
+    "WinogradConvolutions": "project.compression.winograd.callback",
+    "WriteSummary": "project.callbacks.summary",
+    "XNORNet": "project.compression.low_bit.xnor_callback",
+    "default_callbacks": "project.callbacks.defaults",
+    "default_progress_bar": "project.callbacks.progress_bars",
+}
+"""The module that each name is defined in. It is imported when the name is first used."""
+
+__all__ = sorted(_HOMES)
+__getattr__ = lazily(_HOMES)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
-from project.paths import Run, write_whole
+from project.frame.paths import Run, write_whole
 
 
 class BestAndLast(ModelCheckpoint):

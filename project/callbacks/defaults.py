@@ -9,7 +9,7 @@ from project.callbacks.hparams import HParams
 from project.callbacks.log_graph import LogGraph
 from project.callbacks.look_at_batch import LookAtBatch
 from project.callbacks.nan_guard import StopOnNaN
-from project.callbacks.progress import default_progress_bar
+from project.callbacks.progress_bars import default_progress_bar
 from project.callbacks.start_lines import StartLines
 from project.callbacks.stopping import TellHowToResume
 from project.callbacks.summary import WriteSummary

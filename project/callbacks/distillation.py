@@ -11,10 +11,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from project.callbacks.places import run_of
+from project.frame.paths import Run
+from project.learning.checkpoints import load_net
+from project.learning.classifier import Classifier
 from project.losses.distillation import Distillation, check_distillation
-from project.models.checkpoints import load_net
-from project.models.classifier import Classifier
-from project.paths import Run
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,11 @@ class DistillFrom(Callback):
         self.weight = weight
         self.begin_epoch = begin_epoch
         self._net: nn.Module | None = None
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """How compression callbacks know it; see :mod:`project.compression.company`."""
+        return ("own teacher",) if self.teacher is None else ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":

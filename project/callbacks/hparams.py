@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from project.callbacks.clock import Clock
 from project.callbacks.places import tensorboard
-from project.metrics import count_macs, count_parameters
+from project.metrics.complexity import count_macs, count_parameters
 
 METRICS = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "fit_seconds")
 """Columns of the tab. It shows each scalar's last value, so those that the module logs need not be written again."""

@@ -6,7 +6,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from project.paths import Run, write_whole
+from project.frame.paths import Run, write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,7 +43,7 @@ def show_figure(trainer: Trainer, tag: str, figure: "Figure") -> None:
     """Put a figure into TensorBoard as ``tag`` and into the run's folder as ``<last part of tag>.png``, drawn once."""
     from PIL import Image
 
-    from project.plots import figure_to_image
+    from project.frame.plots import figure_to_image
 
     pixels = figure_to_image(figure)
     if (writer := tensorboard(trainer)) is not None:

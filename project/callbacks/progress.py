@@ -1,8 +1,6 @@
 """Progress: bars on a terminal, one plain line for each epoch elsewhere (a log file, a scheduler's output)."""
 
 import logging
-import os
-import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -11,15 +9,6 @@ from lightning.pytorch.callbacks import ProgressBar
 from project.callbacks.clock import Clock
 
 log = logging.getLogger(__name__)
-
-
-def default_progress_bar() -> ProgressBar:
-    """What suits the output: :class:`ProgressBars` if it is a terminal that can move its cursor, else lines."""
-    if sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-        from project.callbacks.progress_bars import ProgressBars
-
-        return ProgressBars()
-    return ProgressLines()
 
 
 class ProgressLines(ProgressBar):

@@ -1,18 +1,20 @@
 """Progress on a terminal: bars for the epoch and the fit, and above them one line for each epoch so far."""
 
 import math
+import os
 import sys
 import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar as Bar
 from rich.table import Table
 
 from project.callbacks.progress import ProgressLines
-from project.models.classifier import Classifier
+from project.learning.classifier import Classifier
 
 
 class ProgressBars(ProgressLines):
@@ -193,3 +195,10 @@ def _time_left(seconds: float) -> str:
     minutes, rest = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02} left" if hours else f"{minutes}:{rest:02} left"
+
+
+def default_progress_bar() -> ProgressBar:
+    """What suits the output: :class:`ProgressBars` if it is a terminal that can move its cursor, else lines."""
+    if sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        return ProgressBars()
+    return ProgressLines()

@@ -7,8 +7,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from project.callbacks.places import run_of
 from project.data import ImageDataModule
-from project.metrics.environment import cpu_model
-from project.paths import as_argument
+from project.frame.environment import cpu_model
+from project.frame.paths import as_argument
 
 log = logging.getLogger(__name__)
 

@@ -9,8 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from project.callbacks.places import run_of
-from project.models.checkpoints import check_checkpoint
-from project.paths import as_argument
+from project.frame.paths import as_argument
+from project.learning.checkpoints import check_checkpoint
 
 log = logging.getLogger(__name__)
 

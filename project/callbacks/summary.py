@@ -10,8 +10,9 @@ from torch import Tensor
 from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.clock import Clock
 from project.callbacks.places import run_of
-from project.metrics import count_parameters, describe_environment
-from project.paths import write_whole
+from project.frame.environment import describe_environment
+from project.frame.paths import write_whole
+from project.metrics.complexity import count_parameters
 
 
 class WriteSummary(Callback):

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from project.callbacks.look_at_batch import denormalize
 from project.callbacks.places import run_of, show_figure, tensorboard
-from project.paths import write_whole
-from project.whole_batch import gather
+from project.frame.paths import write_whole
+from project.learning.whole_batch import gather
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -80,7 +80,7 @@ class TestReport(Callback):
             log.info("Confusion matrix, mistakes and accuracy per class are in %s", run.folder)
 
     def _figures(self, module: Any) -> "dict[str, Figure]":
-        from project.plots import plot_confusion_matrix, plot_images
+        from project.frame.plots import plot_confusion_matrix, plot_images
 
         assert self.matrix is not None and self.mistakes is not None
         names = module.class_names

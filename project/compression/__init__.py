@@ -1,50 +1,47 @@
-"""The mathematics of efficient inference; nothing here knows Lightning."""
+"""Every technique of efficient inference, a folder each; here their public names."""
 
-from project.compression.low_rank import Factorizer
-from project.compression.masks import Group, Masks, apply_masks_, removed_units, sparsity
-from project.compression.pruning import Pruner
-from project.compression.quantization import QuantizedLayer, Quantizer, quantize
-from project.compression.sparsity_schedules import Gradual, Iterative, OneShot, QualityFactors, Rounds, Sparsities
-from project.compression.surgery import Surgery, from_plain, register_surgery, replay_, to_plain
-from project.compression.thin_layers import Factorize
-from project.compression.thinning import Thin, Units, plan_thinning, units_of, why_not
-from project.compression.weight_sharing import Codebook, Sharer
-from project.compression.winograd import Winograd, WinogradConv2d
-from project.compression.winograd_choice import WinogradChooser
-from project.compression.xnor import BinarizeInputs
+from project.frame.rooms import lazily
 
-__all__ = [
-    "BinarizeInputs",
-    "Codebook",
-    "Factorize",
-    "Factorizer",
-    "Gradual",
-    "Group",
-    "Iterative",
-    "Masks",
-    "OneShot",
-    "Pruner",
-    "QualityFactors",
-    "QuantizedLayer",
-    "Quantizer",
-    "Rounds",
-    "Sharer",
-    "Sparsities",
-    "Surgery",
-    "Thin",
-    "Units",
-    "Winograd",
-    "WinogradChooser",
-    "WinogradConv2d",
-    "apply_masks_",
-    "from_plain",
-    "plan_thinning",
-    "quantize",
-    "register_surgery",
-    "removed_units",
-    "replay_",
-    "sparsity",
-    "to_plain",
-    "units_of",
-    "why_not",
-]
+_HOMES = {
+    "BinarizeInputs": "project.compression.low_bit.xnor",
+    "Codebook": "project.compression.weight_sharing.codebook",
+    "Factorize": "project.compression.low_rank.thin_layers",
+    "Factorizer": "project.compression.low_rank.factorizer",
+    "Gradual": "project.compression.pruning.schedules",
+    "Group": "project.compression.pruning.masks",
+    "Iterative": "project.compression.pruning.schedules",
+    "Masks": "project.compression.pruning.masks",
+    "OneShot": "project.compression.pruning.schedules",
+    "Pruner": "project.compression.pruning.pruner",
+    "QualityFactors": "project.compression.pruning.schedules",
+    "QuantizedLayer": "project.deployment.int8.quantizer",
+    "Quantizer": "project.deployment.int8.quantizer",
+    "Rounds": "project.compression.pruning.schedules",
+    "Sharer": "project.compression.weight_sharing.codebook",
+    "Sparsities": "project.compression.pruning.schedules",
+    "Surgery": "project.models.surgery",
+    "Thin": "project.compression.thinning.thin",
+    "Units": "project.compression.thinning.thin",
+    "Winograd": "project.compression.winograd.convolution",
+    "WinogradChooser": "project.compression.winograd.choice",
+    "WinogradConv2d": "project.compression.winograd.convolution",
+    "apply_masks_": "project.compression.pruning.masks",
+    "from_plain": "project.models.surgery",
+    "plan_thinning": "project.compression.thinning.thin",
+    "quantize": "project.deployment.int8.quantizer",
+    "register_surgery": "project.models.surgery",
+    "removed_units": "project.compression.pruning.masks",
+    "replay_": "project.models.surgery",
+    "sparsity": "project.compression.pruning.masks",
+    "to_plain": "project.models.surgery",
+    "units_of": "project.compression.thinning.thin",
+    "why_not": "project.compression.thinning.thin",
+}
+"""The module that each name is defined in. It is imported when the name is first used."""
+
+__all__ = sorted(_HOMES)
+__getattr__ = lazily(_HOMES)
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -29,8 +29,8 @@ from project.data.mix import BatchMix
 from project.data.random import BatchRandom
 from project.data.split import check_fraction, stratified_split
 from project.data.transforms import BatchTransform, Normalize
-from project.paths import Paths
-from project.whole_batch import gather
+from project.frame.paths import Paths
+from project.learning.whole_batch import gather
 
 
 class ImageDataModule(LightningDataModule):

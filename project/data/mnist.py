@@ -16,7 +16,7 @@ from torch import Tensor
 from project.data.datamodule import ImageDataModule
 from project.data.download import download
 from project.data.idx import md5, parse_idx, read_bytes
-from project.paths import Paths
+from project.frame.paths import Paths
 
 log = logging.getLogger(__name__)
 

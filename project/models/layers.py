@@ -13,11 +13,13 @@ drop path, Larsson et al. 2017 (arXiv:1605.07648, sec. 3.1).
 from collections.abc import Callable
 from functools import partial
 from math import gcd
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from project.kernels import batch_norm_relu, batch_norm_relu_pool, computes_as, first_layer, max_pool
+kernels: Any = None
+"""The optional folder of C kernels, put here by :mod:`project.models`; ``None`` in a copy without it."""
 
 NormFactory = Callable[[int], nn.Module]
 """Number of channels -> a module that keeps the shape ``[N, C, H, W]``."""
@@ -27,7 +29,6 @@ WeightInit = Callable[[Tensor], Tensor]
 """Fills a weight in place, such as ``torch.nn.init.kaiming_normal_``."""
 
 
-@computes_as(nn.BatchNorm2d)
 class BatchNorm(nn.BatchNorm2d):
     """Batch norm over ``[N, C, H, W]`` (Ioffe & Szegedy 2015, Alg. 1)."""
 
@@ -74,7 +75,6 @@ class NoNorm(nn.Identity):
         super().__init__()
 
 
-@computes_as(nn.ReLU)
 class ReLU(nn.ReLU):
     """ReLU in place: the norm before it does not need its output for the gradient, so one copy per map is saved."""
 
@@ -82,12 +82,11 @@ class ReLU(nn.ReLU):
         super().__init__(inplace=True)
 
 
-@computes_as(nn.MaxPool2d)
 class MaxPool(nn.MaxPool2d):
     """Max pooling; in training on a CPU by a kernel that remembers a window's winner in one byte instead of eight."""
 
     def forward(self, input: Tensor) -> Tensor:
-        y = max_pool(input, self) if self.training else None
+        y = kernels.max_pool(input, self) if self.training and kernels is not None else None
         return super().forward(input) if y is None else y
 
 
@@ -184,14 +183,17 @@ class ConvNormAct(nn.Sequential):
         images.
         """
         pool = getattr(self, "pool", None)
-        y = first_layer(x, self.conv, self.norm, self.act, pool)
+        if kernels is None:
+            y = self.act(self.norm(self.conv(x)))
+            return y if pool is None else pool(y)
+        y = kernels.first_layer(x, self.conv, self.norm, self.act, pool)
         if y is not None:
             return y
         x = self.conv(x)
-        y = None if pool is None else batch_norm_relu_pool(x, self.norm, self.act, pool)
+        y = None if pool is None else kernels.batch_norm_relu_pool(x, self.norm, self.act, pool)
         if y is not None:
             return y
-        y = batch_norm_relu(x, self.norm, self.act)
+        y = kernels.batch_norm_relu(x, self.norm, self.act)
         y = self.act(self.norm(x)) if y is None else y
         return y if pool is None else pool(y)
 

@@ -20,7 +20,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.tuner import Tuner
 
-from project.paths import write_whole
+from project.frame.paths import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
-from project.paths import write_whole
+from project.frame.paths import write_whole
 from project.tuning.plan import Plan
 
 log = logging.getLogger(__name__)

@@ -11,8 +11,8 @@ import yaml
 from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
-from project.paths import write_whole
-from project.report_plots import round_ticks
+from project.frame.paths import write_whole
+from project.frame.report_plots import round_ticks
 from project.tuning.plan import Plan
 from project.tuning.progress import (
     FINISHED,

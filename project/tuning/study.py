@@ -16,8 +16,8 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
-from project.parser import Parser, one_sentence
-from project.paths import Paths
+from project.frame.parser import Parser, one_sentence
+from project.frame.paths import Paths
 from project.tuning.plan import Plan, check_objectives
 from project.tuning.progress import FINISHED, best_trials, duration
 from project.tuning.report import publish
@@ -49,7 +49,7 @@ def tune(
     heartbeat_s: int = 15,
 ) -> optuna.Study:
     """Search, and leave table, best configuration and pictures in ``<logs>/<study>``; see
-    :meth:`project.trainer.Trainer.tune`.
+    :meth:`project.frame.verbs.Trainer.tune`.
 
     Raises:
         ValueError: for what cannot be searched, before the first trial.

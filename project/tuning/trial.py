@@ -1,5 +1,6 @@
 """One trial: an ordinary run of the configuration with the trial's values, in this process, as ``project fit`` does."""
 
+import csv
 import gc
 import logging
 import statistics
@@ -11,14 +12,13 @@ from typing import Any
 import optuna
 import torch
 
-from project.callbacks.report_trial import ReportTrial
 from project.callbacks.summary import read_summary
-from project.cli import CLI
-from project.metrics import count_macs, count_parameters, parameter_bytes
-from project.metrics.report import read_report
-from project.parser import one_sentence
-from project.paths import Run
+from project.frame.cli import CLI
+from project.frame.parser import one_sentence
+from project.frame.paths import Run
+from project.metrics.complexity import count_macs, count_parameters, parameter_bytes
 from project.tuning.plan import Plan
+from project.tuning.report_trial import ReportTrial
 
 
 def run_trial(trial: optuna.Trial, plan: Plan) -> list[float]:
@@ -102,8 +102,9 @@ def sentence(error: BaseException) -> str:
 def _costs(model: Any, run: Run, plan: Plan) -> dict[str, float]:
     costs: dict[str, float] = {"num_parameters": count_parameters(model.net), "bytes": parameter_bytes(model.net)}
     if run.report.is_file():  # after a compression: of the file that it wrote
-        rows = [row for row in read_report(run.report) if row.file_bytes]
-        costs |= {"bytes": rows[-1].file_bytes or 0} if rows else {}
+        with run.report.open(newline="", encoding="utf-8") as file:
+            sizes = [int(row["file_bytes"]) for row in csv.DictReader(file) if row["file_bytes"]]
+        costs |= {"bytes": sizes[-1]} if sizes else {}
     if "macs" in plan.objectives:
         costs["macs"] = count_macs(model.net, model.image_shape)
     return costs

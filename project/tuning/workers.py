@@ -10,8 +10,8 @@ from typing import Any
 
 from optuna.exceptions import StorageInternalError
 
-from project.logger import setup_logging
-from project.parser import one_sentence
+from project.frame.logger import setup_logging
+from project.frame.parser import one_sentence
 from project.tuning.plan import Plan
 from project.tuning.work import work
 

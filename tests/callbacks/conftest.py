@@ -10,8 +10,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from project.frame.paths import Run
 from project.models import Classifier
-from project.paths import Run
 
 # Lightning's own: no workers are wanted here, LeafSpec is about its use of torch, the others come with a resume
 IGNORED = (

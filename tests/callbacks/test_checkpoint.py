@@ -13,9 +13,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from project.callbacks import BestAndLast
 from project.callbacks.checkpoint import forget_best
 from project.data import Digits
+from project.frame.paths import Run
+from project.frame.verbs import Trainer
 from project.models import Classifier, SmallInception
-from project.paths import Run
-from project.trainer import Trainer
 
 
 def weights_of(path: str | Path) -> dict:

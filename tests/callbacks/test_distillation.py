@@ -8,9 +8,9 @@ from tests_pruning_run import STEPS, TinyNet, differences, fit, pruning, weights
 
 from project.callbacks import DistillFrom
 from project.compression import OneShot
+from project.frame.paths import Run
 from project.losses import Distillation
 from project.models import Classifier
-from project.paths import Run
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -32,12 +32,12 @@ from torch import nn
 
 from project.callbacks import EMA, DistillFrom, LowRank, PostTrainingQuantization
 from project.compression import Factorizer, Pruner, Quantizer, Sparsities
+from project.frame.paths import Run
+from project.frame.verbs import Trainer
+from project.learning.checkpoints import load_net
+from project.learning.schedules import Linear
 from project.metrics.complexity import count_macs
 from project.models import Classifier
-from project.models.checkpoints import load_net
-from project.paths import Run
-from project.schedules import Linear
-from project.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -180,8 +180,12 @@ def test_factorised_then_pruned_then_factorised_again(tmp_path):
     [
         (lambda: [low_rank(3)], {"epochs": 3}, "begin_epoch is 3, but training ends after 3 epochs"),
         (lambda: [low_rank()], {"epochs": None, "max_steps": 9}, "set trainer.max_epochs, and leave max_steps out"),
-        (lambda: [low_rank(), pruning()], {}, "hold LowRank and pruning.*run of its own.*--ckpt_path"),
-        (lambda: [low_rank(), EarlyStopping("val/loss")], {}, "hold EarlyStopping"),
+        (
+            lambda: [low_rank(), pruning()],
+            {},
+            "hold LowRank and IterativeMagnitudePruning.*run of its own.*--ckpt_path",
+        ),
+        (lambda: [low_rank(), EarlyStopping("val/loss")], {}, "hold LowRank and EarlyStopping"),
         (lambda: [low_rank(round_to=64)], {"epochs": 4}, "lower round_to"),
     ],
 )
@@ -222,7 +226,7 @@ data:
   init_args: {batch_size: 64}
 model:
   net: tests_pruning_run.TinyNet
-  schedule: {class_path: project.schedules.Linear}
+  schedule: {class_path: project.learning.Linear}
 trainer:
   max_epochs: 4
   limit_train_batches: 6

@@ -29,7 +29,7 @@ def test_names_the_first_bad_step(tiny, every_n_steps, epoch, batch):
 
 
 def test_names_the_rate_of_that_step_not_of_the_next(tiny):
-    from project.schedules import Cosine
+    from project.learning.schedules import Cosine
 
     rates = []
 

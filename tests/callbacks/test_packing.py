@@ -13,10 +13,10 @@ from tests_process import Process
 from tests_pruning_run import STEPS, fit, pruning, weights_of
 
 from project.callbacks import Packing, PostTrainingQuantization, TernaryWeights, WeightSharing
-from project.cli import CLI
-from project.metrics.report import read_report
-from project.model_file import ModelFile
-from project.paths import Run
+from project.compression.report_rows import read_report
+from project.deployment.model_file import ModelFile
+from project.frame.cli import CLI
+from project.frame.paths import Run
 
 CHAIN = """
 data:
@@ -24,7 +24,7 @@ data:
   init_args: {batch_size: 64}
 model:
   net: tests_pruning_run.TinyNet
-  schedule: {class_path: project.schedules.Linear}
+  schedule: {class_path: project.learning.Linear}
 trainer:
   max_epochs: 2
   limit_train_batches: 6

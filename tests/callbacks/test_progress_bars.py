@@ -16,8 +16,8 @@ from rich.console import Console
 
 from project.callbacks import TellHowToResume
 from project.callbacks.progress_bars import ProgressBars
+from project.frame.paths import Run
 from project.models import Classifier
-from project.paths import Run
 
 ROOT = Path(__file__).resolve().parents[2]
 ESCAPE = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")

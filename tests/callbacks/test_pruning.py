@@ -29,11 +29,11 @@ from tests_pruning_run import (
 
 from project.callbacks import EMA, BestAndLast, IterativeMagnitudePruning
 from project.compression import Gradual, Iterative, OneShot, Pruner, QualityFactors, Sparsities, plan_thinning
-from project.compression.sparsity_schedules import share_to_take
+from project.compression.pruning.schedules import share_to_take
+from project.frame.verbs import Trainer
+from project.learning.checkpoints import load_net
 from project.metrics.complexity import count_macs
 from project.models import Classifier
-from project.models.checkpoints import load_net
-from project.trainer import Trainer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

@@ -15,7 +15,7 @@ from tests_stop_after import StopAfter
 
 from project.callbacks import EMA
 from project.compression import Gradual, Iterative, Pruner
-from project.paths import Run
+from project.frame.paths import Run
 
 # -- stopped after an epoch ------------------------------------------------------------------------------------------
 
@@ -80,7 +80,7 @@ data:
   init_args: {batch_size: 64}
 model:
   net: tests_pruning_run.TinyNet
-  schedule: {class_path: project.schedules.Linear}
+  schedule: {class_path: project.learning.Linear}
 trainer:
   max_epochs: 2
   limit_train_batches: 6

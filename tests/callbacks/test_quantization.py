@@ -11,21 +11,17 @@ from lightning.pytorch.callbacks import EarlyStopping
 from tests_pruning_run import STEPS, DigitsOnce, differences, fit, state_of, weights_of
 from tests_stop_after import StopAfter
 
-from project.callbacks import (
-    IterativeMagnitudePruning,
-    PostTrainingQuantization,
-    QuantizationAwareTraining,
-    fastest_file,
-    quantization,
-)
-from project.callbacks.compression_report import accuracy
-from project.callbacks.fastest_file import read_result
+from project.callbacks import IterativeMagnitudePruning, PostTrainingQuantization, QuantizationAwareTraining
 from project.compression import OneShot, Pruner, Quantizer
-from project.compression.fake_quantization import fake_weight
-from project.metrics.environment import cpu_abilities
-from project.metrics.latency import Latency
-from project.metrics.report import read_report
-from project.model_file import ModelFile
+from project.compression.qat.fake_quantization import fake_weight
+from project.compression.report import accuracy
+from project.compression.report_rows import read_report
+from project.deployment import fastest_file
+from project.deployment.fastest_file import read_result
+from project.deployment.int8 import callback as quantization
+from project.deployment.latency import Latency
+from project.deployment.model_file import ModelFile
+from project.frame.environment import cpu_abilities
 
 
 def int8(**options: object) -> PostTrainingQuantization:
@@ -92,7 +88,7 @@ def test_a_resumed_run_writes_its_row_once(tmp_path: Path) -> None:
 
 def test_layers_stay_float_while_too_much_is_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A net of three layers: at most one stays, and the user is told what to do."""
-    from project.callbacks import quantization
+    from project.deployment.int8 import callback as quantization
 
     def lossy(logits_of: object, data: object, split: str) -> float:
         return 0.9 if str(getattr(logits_of, "path", "")).endswith("int8.onnx") else 1.0
@@ -236,7 +232,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path) -> None:
         fit(tmp_path / "half", QuantizationAwareTraining(begin_epoch=1), Stop(), epochs=4)
     (folder,) = (tmp_path / "half" / "pruning").iterdir()
     (folder / "config.yaml").touch()
-    from project.paths import Run
+    from project.frame.paths import Run
 
     half = fit(tmp_path / "half", QuantizationAwareTraining(begin_epoch=1), epochs=4, resume=Run(folder))
     assert not differences(weights_of(whole.run.last_checkpoint), weights_of(half.run.last_checkpoint))

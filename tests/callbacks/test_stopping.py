@@ -9,7 +9,7 @@ import sys
 import pytest
 from tests_signal import SignalAt
 
-from project.paths import Run
+from project.frame.paths import Run
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +61,7 @@ from lightning.pytorch import Callback
 from project.callbacks import TellHowToResume
 from project.data import Digits
 from project.models import Classifier, SmallInception
-from project.trainer import Trainer
+from project.frame.verbs import Trainer
 class Hang(Callback):
     def on_train_batch_start(self, *_):
         sys.stdout.write("hangs\\n"); sys.stdout.flush()

@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project.callbacks import WriteSummary
 from project.callbacks.clock import Clock
-from project.paths import write_whole
+from project.frame.paths import write_whole
 
 
 class Slow(Callback):

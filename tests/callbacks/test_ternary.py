@@ -17,9 +17,9 @@ from project.callbacks import (
     TernaryWeights,
     WeightSharing,
 )
-from project.callbacks.compression_report import accuracy
-from project.metrics.report import read_report
-from project.models.checkpoints import load_net
+from project.compression.report import accuracy
+from project.compression.report_rows import read_report
+from project.learning.checkpoints import load_net
 
 LAYER = "conv2.conv.weight"
 """What is left when the first and the last layer stay float."""
@@ -88,7 +88,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, options: dict[str, 
         fit(tmp_path / "half", TernaryWeights(begin_epoch=1, **options), Stop(), epochs=4)
     (folder,) = (tmp_path / "half" / "pruning").iterdir()
     (folder / "config.yaml").touch()
-    from project.paths import Run
+    from project.frame.paths import Run
 
     half = fit(tmp_path / "half", TernaryWeights(begin_epoch=1, **options), epochs=4, resume=Run(folder))
     for name in ("best_checkpoint", "last_checkpoint"):

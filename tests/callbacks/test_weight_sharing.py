@@ -35,14 +35,14 @@ from project.callbacks import (
     QuantizationAwareTraining,
     WeightSharing,
 )
-from project.callbacks.compression_report import _accuracy
-from project.callbacks.weight_sharing_checks import check_sharing
 from project.compression import Codebook, Gradual, Iterative, Pruner, Sharer
+from project.compression.report import _accuracy
+from project.compression.report_rows import read_report
+from project.compression.weight_sharing.checks import check_sharing
+from project.frame.paths import Run
+from project.learning.checkpoints import load_net
 from project.losses import MaxNorm
-from project.metrics.report import read_report
 from project.models import Classifier
-from project.models.checkpoints import load_net
-from project.paths import Run
 
 SHARED = ("conv1.conv.weight", "conv2.conv.weight", "fc.weight")
 
@@ -205,7 +205,7 @@ def test_a_thinned_net_is_shared_at_once(tmp_path):
 def share_from(trained: Outcome, folder: Path, epochs: int, checkpoint: Path | None = None) -> Outcome:
     from tests_pruning_run import TinyNet, sgd
 
-    from project.trainer import Trainer
+    from project.frame.verbs import Trainer
 
     model = Classifier(TinyNet(), 10, (1, 8, 8), optimizer=sgd)
     options: dict[str, Any] = {"accelerator": "cpu", "logger": False, "observe": False, "enable_progress_bar": False}
@@ -288,7 +288,7 @@ def test_killed_and_resumed_is_never_killed(tmp_path, moment, monkeypatch):
     }
     with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no power"):
         if moment == "finishing":  # best.ckpt is finished, its copy is not there yet
-            patch.setattr("project.callbacks.weight_sharing.keep_best_as", _fail_at_level(2))
+            patch.setattr("project.compression.weight_sharing.callback.keep_best_as", _fail_at_level(2))
         fit(tmp_path / "resumed", *make(), *killers[moment], epochs=1)
     run = Run(tmp_path / "resumed/pruning/version_0")
     run.config.touch()
@@ -374,7 +374,7 @@ def test_a_fast_dev_run_shares_nothing(tmp_path):
     torch.manual_seed(0)
     from tests_pruning_run import TinyNet
 
-    from project.trainer import Trainer
+    from project.frame.verbs import Trainer
 
     trainer = Trainer(fast_dev_run=True, callbacks=[callback], accelerator="cpu", logger=False, observe=False)
     trainer.fit(Classifier(TinyNet(), 10, (1, 8, 8)), datamodule=DigitsOnce(batch_size=64, seed=0))

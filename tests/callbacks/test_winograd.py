@@ -11,15 +11,15 @@ from tests_pruning_run import DigitsOnce, TinyNet, fit, pruning, weights_of
 from torch import nn
 
 from project.callbacks import LowRank, PostTrainingQuantization, WinogradConvolutions
-from project.callbacks import winograd as module
 from project.compression import OneShot, WinogradConv2d
-from project.kernels.build import library
-from project.metrics.report import read_report
-from project.model_file import ModelFile
+from project.compression.report_rows import read_report
+from project.compression.winograd import callback as module
+from project.deployment.model_file import ModelFile
+from project.frame.paths import Run
+from project.frame.verbs import Trainer
+from project.learning.checkpoints import load_net
 from project.models import Classifier, LeNet300100
-from project.models.checkpoints import load_net
-from project.paths import Run
-from project.trainer import Trainer
+from project.models.kernels.build import library
 
 
 def winograd(algorithm: Any = "f4", **options: Any) -> WinogradConvolutions:
@@ -34,7 +34,7 @@ def tiles_of(run: Run) -> dict[str, int]:
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("latency", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_the_best_net_is_written_again_with_it(tmp_path: Path, caplog: pytest.LogCaptureFixture, latency: bool) -> None:
-    with caplog.at_level(logging.INFO, "project.callbacks.winograd"):
+    with caplog.at_level(logging.INFO, "project.compression.winograd.callback"):
         outcome = fit(tmp_path, winograd(latency=latency))
     run = outcome.run
     assert tiles_of(run) == {"conv2.conv": 4}

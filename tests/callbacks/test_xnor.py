@@ -29,14 +29,14 @@ from project.callbacks import (
     WeightSharing,
     XNORNet,
 )
-from project.callbacks.compression_report import accuracy
-from project.compression.xnor import BinaryInput, count_sign_macs
+from project.compression.low_bit.xnor import BinaryInput, count_sign_macs
+from project.compression.report import accuracy
+from project.compression.report_rows import read_report
+from project.frame.paths import Run
+from project.frame.verbs import Trainer
+from project.learning.checkpoints import load_net
 from project.metrics.complexity import count_macs
-from project.metrics.report import read_report
 from project.models import Classifier
-from project.models.checkpoints import load_net
-from project.paths import Run
-from project.trainer import Trainer
 
 LAYER = "conv2.conv.layer.weight"
 """What is left when the first and the last layer stay float."""

@@ -8,7 +8,7 @@ import torch
 from scipy.stats import entropy
 
 from project.compression import Codebook, Sharer
-from project.compression.bit_budget import BITS, Option, choose_bits, estimated_bytes, measure_options
+from project.compression.weight_sharing.bit_budget import BITS, Option, choose_bits, estimated_bytes, measure_options
 from project.models import SmallInception
 
 

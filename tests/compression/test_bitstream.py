@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from project.compression.bitstream import (
+from project.deployment.packed.bitstream import (
     Array,
     Decoder,
     Encoder,

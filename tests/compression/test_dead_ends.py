@@ -8,7 +8,7 @@ from tests_nets import build, images_for
 from torch import Tensor, nn
 
 from project.compression import Iterative, Pruner, apply_masks_, sparsity
-from project.compression.dead_ends import without_dead_ends
+from project.compression.pruning.dead_ends import without_dead_ends
 
 NAMES = ["SmallInception-28", "BNGoogLeNet-48", "InceptionV3-75", "LeNet300100-9x5", "LeNet5-28x19", "normed vectors"]
 CAUTIOUS = ["BNGoogLeNet-48", "InceptionV3-75", "residual"]

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from project.compression.factors import errors_of, factors_of, kinds_of, largest_ranks, matrix_of, product_of
-from project.compression.thin_layers import thin_layers
+from project.compression.low_rank.factors import errors_of, factors_of, kinds_of, largest_ranks, matrix_of, product_of
+from project.compression.low_rank.thin_layers import thin_layers
 
 SHAPES = {"linear": (12, 20), "1x1": (12, 20, 1, 1), "3x3": (10, 6, 3, 3), "5x3": (6, 8, 5, 3), "1x7": (9, 4, 1, 7)}
 CASES = [(shape, kind) for shape in SHAPES for kind in kinds_of(torch.empty(SHAPES[shape]))]

@@ -5,8 +5,8 @@ import pytest
 import torch
 from torch import nn
 
-from project.compression.fake_quantization import FakeQuantization, fake_activation, fake_weight
-from project.compression.ranges import Scale, round_weight
+from project.compression.qat.fake_quantization import FakeQuantization, fake_activation, fake_weight
+from project.deployment.int8.observers import Scale, round_weight
 from project.models import SmallInception
 
 SHAPE = (1, 12, 12)

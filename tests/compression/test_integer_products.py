@@ -19,9 +19,9 @@ from tests_int8_nets import IMAGE_SHAPE, NETS, small_images, small_net
 from tests_saturating import run_exactly, run_saturating, saturating_product
 from torch import nn
 
-from project.compression.quantization import Quantizer, quantize
-from project.export import _to_onnx
-from project.metrics.engines import onnx_engine, openvino_engine
+from project.deployment.engines import onnx_engine, openvino_engine
+from project.deployment.int8.quantizer import Quantizer, quantize
+from project.deployment.onnx_file import to_onnx
 
 FAST = {"linear", "inception", "depthwise", "one layer twice", "attention of torch"}
 EVERY = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in NETS]
@@ -37,7 +37,7 @@ sum lies between two integers, they may choose the other one."""
 
 @cache
 def net_as_onnx(name: str) -> onnx.ModelProto:
-    return _to_onnx(small_net(name, small_images(256)), IMAGE_SHAPE)
+    return to_onnx(small_net(name, small_images(256)), IMAGE_SHAPE)
 
 
 def quantized(name: str, quantizer: Quantizer) -> onnx.ModelProto:
@@ -112,7 +112,7 @@ def test_openvino_without_vnni_gives_the_exact_answer(tmp_path: Path) -> None:
             np.save(tmp_path / f"{name}, {reduce_range}.npy", run_exactly(model, images))
     script = (
         "import sys, pathlib, numpy, torch\n"
-        "from project.metrics.engines import openvino_engine\n"
+        "from project.deployment.engines import openvino_engine\n"
         "folder = pathlib.Path(sys.argv[1])\n"
         "images = torch.from_numpy(numpy.load(folder / 'images.npy'))\n"
         "for path in sorted(folder.glob('*.onnx')):\n"
@@ -157,7 +157,7 @@ def test_an_emptied_filter_keeps_its_bias(dead: int, tmp_path: Path) -> None:
         net[0].bias[:dead] = torch.linspace(0.5, 3, dead)  # type: ignore[index]
         net[0].weight[dead] *= 1e-6  # type: ignore[index]
     images = small_images(64).numpy()
-    model, _ = quantize(_to_onnx(net, IMAGE_SHAPE), images, Quantizer())
+    model, _ = quantize(to_onnx(net, IMAGE_SHAPE), images, Quantizer())
     exact = run_exactly(model, images)
     with torch.no_grad():
         assert difference(exact, net(torch.from_numpy(images)).numpy()) < 0.02

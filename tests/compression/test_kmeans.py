@@ -8,7 +8,7 @@ import pytest
 from sklearn.cluster import KMeans
 from sklearn.datasets import load_digits
 
-from project.compression.kmeans import Start, assign, kmeans, squared_error
+from project.compression.weight_sharing.kmeans import Start, assign, kmeans, squared_error
 
 STARTS = get_args(Start)
 
@@ -62,7 +62,7 @@ def test_bins_cost_next_to_nothing(num_clusters, monkeypatch):
     """Of 10,000 values 4096 bins against all of them."""
     values = numbers(10_000, seed=1)
     rough = squared_error(values, kmeans(values, num_clusters, "optimal"))
-    monkeypatch.setattr("project.compression.kmeans._MAX_POINTS", 10_000)
+    monkeypatch.setattr("project.compression.weight_sharing.kmeans._MAX_POINTS", 10_000)
     exact = squared_error(values, kmeans(values, num_clusters, "optimal"))
     assert exact * (1 - 1e-9) <= rough <= 1.01 * exact
 
@@ -72,7 +72,7 @@ def test_bins_cost_next_to_nothing(num_clusters, monkeypatch):
 def test_rounds_never_make_the_error_larger(start, num_clusters, monkeypatch):
     values, errors = numbers(2000), []
     for rounds in range(1, 40):
-        monkeypatch.setattr("project.compression.kmeans._MAX_ROUNDS", rounds)
+        monkeypatch.setattr("project.compression.weight_sharing.kmeans._MAX_ROUNDS", rounds)
         errors.append(squared_error(values, kmeans(values, num_clusters, start)))
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(errors))
     assert errors[-1] < errors[0]

@@ -8,9 +8,9 @@ from tests_nets import NETS, build, enliven_, images_for
 from torch import Tensor, nn
 
 from project.compression import Factorize, Factorizer, from_plain, plan_thinning, replay_, to_plain, units_of
-from project.compression.factors import largest_ranks, matrix_of
-from project.compression.layer_responses import positions_of, second_moments
-from project.compression.low_rank import load_
+from project.compression.low_rank.factorizer import load_
+from project.compression.low_rank.factors import largest_ranks, matrix_of
+from project.compression.low_rank.layer_responses import positions_of, second_moments
 from project.metrics.complexity import complexity_by_layer, count_macs
 
 LARGE = [pytest.param(name, marks=pytest.mark.slow) for name in ("GoogLeNet-32", "InceptionV3-75")]

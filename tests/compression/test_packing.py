@@ -9,8 +9,8 @@ import torch
 from tests_nets import NETS, build, masked_and_thinned
 from torch import Tensor, nn
 
-from project.compression.packing import Packed, PackedTensors, pack
-from project.compression.ternary import LowBitWeights, Method
+from project.compression.low_bit.ternary import LowBitWeights, Method
+from project.deployment.packed.packing import Packed, PackedTensors, pack
 from project.models import SmallInception
 
 State = dict[str, Tensor]
@@ -198,7 +198,7 @@ OLD = (
 def test_what_the_format_has_no_place_for_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"w holds torch.complex64"):
         pack({"w": torch.zeros(3, dtype=torch.complex64)}, {})
-    monkeypatch.setattr("project.compression.packing.max_values", lambda num_bytes: 10 * num_bytes)
+    monkeypatch.setattr("project.deployment.packed.packing.max_values", lambda num_bytes: 10 * num_bytes)
     state = {"w": torch.zeros(100, 100)}
     with pytest.raises(ValueError, match="beyond what the packed format allows"):
         pack(state, {})

@@ -18,10 +18,10 @@ from project.compression import (
     plan_thinning,
     removed_units,
     sparsity,
-    thinning,
 )
-from project.compression.saliency import saliency_of_units, saliency_of_weights
-from project.compression.sparsity_schedules import share_to_take
+from project.compression.pruning.saliency import saliency_of_units, saliency_of_weights
+from project.compression.pruning.schedules import share_to_take
+from project.compression.thinning import thin as thinning
 from project.models import SmallInception
 
 SHAPE = (1, 8, 8)

@@ -14,10 +14,10 @@ from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from tests_nets import NETS, images_for, masked_and_thinned
 
-from project.compression.qdq import layers_of
-from project.compression.quantization import Quantizer, quantize, sensitivity
-from project.export import _to_onnx
-from project.metrics.engines import _only_weights_are_integers, onnx_engine, openvino_engine
+from project.deployment.engines import onnx_engine, openvino_engine
+from project.deployment.int8.qdq import layers_of
+from project.deployment.int8.quantizer import Quantizer, quantize, sensitivity
+from project.deployment.onnx_file import _only_weights_are_integers, to_onnx
 
 MIN_MAX = Quantizer(observer="min-max")
 FAST = ["SmallInception-28", "LeNet5-28x19", pytest.param("GoogLeNet-32", marks=pytest.mark.slow)]
@@ -26,7 +26,7 @@ FAST = ["SmallInception-28", "LeNet5-28x19", pytest.param("GoogLeNet-32", marks=
 @cache
 def model_of(name: str, thinned: bool = False) -> onnx.ModelProto:
     _, *pair = (None, *masked_and_thinned(name, 0.5)[:2])
-    return _to_onnx(pair[thinned], NETS[name][1])
+    return to_onnx(pair[thinned], NETS[name][1])
 
 
 @cache

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from project.compression.ranges import Observer, Scale, round_weight
+from project.deployment.int8.observers import Observer, Scale, round_weight
 
 
 def observe(values: np.ndarray, batches: int = 4) -> Observer:

@@ -5,8 +5,8 @@ from itertools import product
 
 import pytest
 
-from project.compression import rank_budget
-from project.compression.rank_budget import Option, choose_within
+from project.compression.low_rank import rank_budget
+from project.compression.low_rank.rank_budget import Option, choose_within
 
 
 def layers(seed: int, num_layers: int = 4, unit: int = 1) -> dict[str, list[Option]]:

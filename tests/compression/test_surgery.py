@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-import project.compression.surgery as surgery_module
-from project.compression.surgery import from_plain, register_surgery, replay_, to_plain
+import project.models.surgery as surgery_module
+from project.models.surgery import from_plain, register_surgery, replay_, to_plain
 
 
 @pytest.fixture(autouse=True)

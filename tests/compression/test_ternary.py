@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from project.compression.ternary import (
+from project.compression.low_bit.ternary import (
     Freezing,
     LowBitWeights,
     binary_weight,

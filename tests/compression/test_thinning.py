@@ -20,8 +20,7 @@ from tests_nets import (
 )
 from torch import Tensor, nn
 
-from project.compression.surgery import replay_, to_plain
-from project.compression.thinning import Thin, Units, plan_thinning, units_of, why_not
+from project.compression.thinning.thin import Thin, Units, plan_thinning, units_of, why_not
 from project.metrics.complexity import count_macs, count_parameters
 from project.models import (
     GroupNorm,
@@ -31,6 +30,7 @@ from project.models import (
 )
 from project.models.inception_blocks import Branches, NaiveInception
 from project.models.layers import GlobalAvgPool
+from project.models.surgery import replay_, to_plain
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from project.compression.masks import Group, Masks, apply_masks_, removed_units, thinned_macs
-from project.compression.pruning import Pruner
-from project.compression.thinning import plan_thinning
-from project.compression.unit_budget import Macs, least_units, take_cheapest
+from project.compression.pruning.masks import Group, Masks, apply_masks_, removed_units, thinned_macs
+from project.compression.pruning.pruner import Pruner
+from project.compression.pruning.unit_budget import Macs, least_units, take_cheapest
+from project.compression.thinning.thin import plan_thinning
 from project.metrics.complexity import count_macs
 from project.models import BNGoogLeNet, InceptionV3, LeNet5, SmallInception
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from project.compression.vbmf import vbmf, vbmf_rank
+from project.compression.low_rank.vbmf import vbmf, vbmf_rank
 
 
 def planted(rows: int, columns: int, rank: int, noise: float, seed: int = 0) -> np.ndarray:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from project.compression import Codebook, Sharer
-from project.compression.kmeans import Start
+from project.compression.weight_sharing.kmeans import Start
 from project.models import SmallInception
 
 

@@ -13,7 +13,8 @@ from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from project.compression import WinogradConv2d
-from project.compression.winograd import (
+from project.compression.winograd.choice import ERROR_LIMITS
+from project.compression.winograd.convolution import (
     MATRICES,
     TILES,
     count_multiplications,
@@ -21,7 +22,6 @@ from project.compression.winograd import (
     why_not_winograd,
     winograd_conv2d,
 )
-from project.compression.winograd_choice import ERROR_LIMITS
 from project.metrics.complexity import count_macs
 
 

@@ -10,10 +10,10 @@ from tests_nets import NETS, build, images_for
 from torch import nn
 
 from project.compression import Winograd, WinogradChooser, WinogradConv2d
-from project.compression.winograd import TILES
-from project.compression.winograd_choice import ERROR_LIMITS, relative_errors
-from project.kernels.build import library
+from project.compression.winograd.choice import ERROR_LIMITS, relative_errors
+from project.compression.winograd.convolution import TILES
 from project.models import LeNet300100
+from project.models.kernels.build import library
 
 
 def net_and_images() -> tuple[nn.Module, torch.Tensor]:

@@ -13,14 +13,14 @@ from tests_nets import NETS, build, enliven_, images_for, recipe_of
 from torch import Tensor, nn
 
 from project.compression import Factorizer, Quantizer, Winograd, WinogradConv2d, plan_thinning, replay_, to_plain
-from project.compression.winograd import TILES, why_not_winograd
-from project.compression.winograd_choice import ERROR_LIMITS, relative_errors
-from project.export import export
+from project.compression.winograd.choice import ERROR_LIMITS, relative_errors
+from project.compression.winograd.convolution import TILES, why_not_winograd
+from project.deployment.export import export
+from project.deployment.model_file import Metadata
+from project.deployment.packed.file import open_packed
+from project.deployment.recipe import Recipe
 from project.metrics.complexity import count_macs
-from project.model_file import Metadata
 from project.models import BNGoogLeNet, GoogLeNet, InceptionV3, LeNet5, SmallInception
-from project.models.recipe import Recipe
-from project.packed_file import open_packed
 
 
 def map_of(*shape: int) -> Tensor:

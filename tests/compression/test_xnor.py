@@ -10,12 +10,12 @@ from tests_nets import NETS, build, images_for
 from torch import Tensor, nn
 
 from project.compression import to_plain, why_not
-from project.compression.surgery import replay_
-from project.compression.ternary import LowBitWeights, binary_weight
-from project.compression.xnor import BinarizeInputs, BinaryInput, binary_sign, count_sign_macs
-from project.export import export
+from project.compression.low_bit.ternary import LowBitWeights, binary_weight
+from project.compression.low_bit.xnor import BinarizeInputs, BinaryInput, binary_sign, count_sign_macs
+from project.deployment.export import export
+from project.deployment.model_file import Metadata
 from project.metrics.complexity import complexity_by_layer, count_macs
-from project.model_file import Metadata
+from project.models.surgery import replay_
 
 NET = "SmallInception-8"
 

@@ -10,7 +10,7 @@ import torch
 
 from project.data import KMNIST, MNIST, FashionMNIST
 from project.data.mnist import IdxDataModule
-from project.paths import Paths
+from project.frame.paths import Paths
 
 
 def write_idx(path: Path, values: torch.Tensor, zipped: bool = True) -> None:

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from project.kernels import build
+from project.models.kernels import build
 
 build.FLAGS = (*build.FLAGS, "-fsanitize=address", "-fno-omit-frame-pointer", "-g")
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from project.compression.winograd import WinogradConv2d
-from project.kernels.build import library
+from project.compression.winograd.convolution import WinogradConv2d
+from project.models.kernels.build import library
 from project.models.layers import ConvNormAct, MaxPool
 
 PARTS = {
@@ -75,7 +75,8 @@ class Outcome:
 
 
 MODULES = [
-    sys.modules[f"project.kernels.{name}"] for name in ("maps", "batch_norm", "first_layer", "max_pool", "winograd")
+    sys.modules[f"project.models.kernels.{name}"]
+    for name in ("maps", "batch_norm", "first_layer", "max_pool", "winograd")
 ]
 FUNCTIONS = ("batch_norm_relu", "batch_norm_relu_pool", "first_layer", "max_pool", "winograd")
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from project.kernels import batch_norm_relu_pool
+from project.models.kernels import batch_norm_relu_pool
 from project.models.layers import BatchNorm, ConvNormAct, MaxPool
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -105,7 +105,7 @@ def test_a_layer_trains_the_same_with_and_without_the_kernel(monkeypatch: pytest
     y = fused(x)
     assert "BatchNormReLUPool" in type(y.grad_fn).__name__
     y.square().sum().backward()
-    monkeypatch.setattr("project.models.layers.batch_norm_relu_pool", lambda *_: None)
+    monkeypatch.setattr("project.models.kernels.batch_norm_relu_pool", lambda *_: None)
     expected = plain(x)
     assert "BatchNormReLUPool" not in type(expected.grad_fn).__name__
     expected.square().sum().backward()

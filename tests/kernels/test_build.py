@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from project.kernels import build
-from project.kernels.build import library
+from project.models.kernels import build
+from project.models.kernels.build import library
 from project.models.layers import ConvNormAct
 
 

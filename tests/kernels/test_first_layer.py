@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from project.kernels import first_layer
+from project.models.kernels import first_layer
 from project.models.layers import ConvNormAct, MaxPool
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -167,7 +167,7 @@ def test_a_layer_trains_the_same_with_and_without_the_kernel(monkeypatch: pytest
     y = fused(images)
     assert "_FirstLayer" in type(y.grad_fn).__name__
     y.square().sum().backward()
-    monkeypatch.setattr("project.models.layers.first_layer", lambda *_: None)
+    monkeypatch.setattr("project.models.kernels.first_layer", lambda *_: None)
     expected = plain(images)
     assert "_FirstLayer" not in type(expected.grad_fn).__name__
     expected.square().sum().backward()

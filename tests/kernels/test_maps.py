@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from project.kernels.known import is_known
-from project.kernels.maps import address, pointer
+from project.models.kernels.known import is_known
+from project.models.kernels.maps import address, pointer
 from project.models.layers import BatchNorm, MaxPool, ReLU
 
 LAST = torch.channels_last

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn.functional import conv2d
 
-from project.compression.winograd import TILES, transform_weight, winograd_conv2d
-from project.kernels import can_run_winograd, pack_panels, same_bits, winograd
+from project.compression.winograd.convolution import TILES, transform_weight, winograd_conv2d
+from project.models.kernels import can_run_winograd, pack_panels, same_bits, winograd
 
 pytestmark = pytest.mark.usefixtures("kernels")
 

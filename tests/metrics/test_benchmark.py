@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from project.metrics.benchmark import BenchmarkRow, slow_files, to_markdown, to_short_table, with_speedups
-from project.metrics.latency import Latency
+from project.deployment.benchmark.rows import BenchmarkRow, slow_files, to_markdown, to_short_table, with_speedups
+from project.deployment.latency import Latency
 
 
 def row(run: str, engine: str, batch1: float, batch64: float, file: str | None = None) -> BenchmarkRow:

@@ -10,8 +10,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from project.export import export_onnx
-from project.metrics.engines import FP32, available, engine, engines, onnx_engine, openvino_engine, unavailable
+from project.deployment.engines import (
+    FP32,
+    available,
+    engine,
+    engines,
+    onnx_engine,
+    openvino_engine,
+    unavailable,
+)
+from project.deployment.export import export_onnx
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = (2, 6, 6)
@@ -151,7 +159,7 @@ def test_signals_are_handled_after_engines_of_openvino_are_gone(tmp_path: Path) 
     export_onnx(make_net(), tmp_path / "net.onnx", SHAPE)
     code = """
 import gc, os, pathlib, signal, sys
-from project.metrics.engines import openvino_engine
+from project.deployment.engines import openvino_engine
 signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
 first, second = (openvino_engine(pathlib.Path(sys.argv[1])) for _ in range(2))
 del first; gc.collect()

@@ -4,8 +4,7 @@ import socket
 import pytest
 import torch
 
-from project.metrics import describe_environment
-from project.metrics.environment import cpu_abilities
+from project.frame.environment import cpu_abilities, describe_environment
 
 
 def test_environment_is_plain_and_names_no_host():

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from project.metrics.latency import Latency, best, measure
+from project.deployment.latency import Latency, best, measure
 
 SHAPE = (2, 6, 6)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from project.export import export_onnx
-from project.metrics.memory import peak_memory
+from project.deployment.benchmark.memory import peak_memory
+from project.deployment.export import export_onnx
 
 SHAPE = (16, 32, 32)
 

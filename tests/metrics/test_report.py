@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from project.metrics.latency import Latency
-from project.metrics.report import ReportRow, describe, read_report, to_markdown, weight_sparsity, write_report
+from project.compression.report_rows import ReportRow, describe, read_report, to_markdown, weight_sparsity, write_report
+from project.deployment.latency import Latency
 
 COLUMNS = (
     "step,val_accuracy,test_accuracy,num_parameters,num_nonzero,sparsity,macs,file,file_bytes,engine,"

@@ -9,10 +9,10 @@ from torch import nn
 
 from project.compression import plan_thinning
 from project.data import Digits, MixUp
+from project.frame.verbs import Trainer
+from project.learning.schedules import Linear
 from project.losses import CrossEntropy, MaxNorm, Penalties
 from project.models import Classifier, SmallInception
-from project.schedules import Linear
-from project.trainer import Trainer
 
 SHAPE = (1, 8, 8)
 

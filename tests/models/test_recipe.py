@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from project.compression import to_plain
-from project.compression.thinning import Thin
+from project.compression.thinning.thin import Thin
+from project.deployment.recipe import Recipe, UntrustedError
 from project.models import BatchNorm, LeNet300100, SmallInception
-from project.models.recipe import Recipe, UntrustedError
 
 LENET = {"class_path": "project.models.LeNet300100", "init_args": {"num_classes": 5, "image_shape": [1, 8, 8]}}
 
@@ -48,8 +48,8 @@ def test_surgeries_are_replayed() -> None:
 
 @pytest.mark.parametrize(
     "path", ["os.system", "builtins.eval", "subprocess.Popen", "torch.load", "torch.nn.Linear.load", "torch.nn.init._x",
-             "project.models.Classifier", "project.models.recipe.importlib", "project.export.export", "nowhere", "",
-             "."],
+             "project.models.Classifier", "project.deployment.recipe.importlib", "project.deployment.export.export",
+             "nowhere", "", "."],
 )  # fmt: skip
 def test_other_code_is_neither_imported_nor_called(path: str) -> None:
     before = set(sys.modules)

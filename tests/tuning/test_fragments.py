@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from project.cli import CLI
+from project.frame.cli import CLI
 from project.tuning.plan import Plan
 from project.tuning.study import check_space
 

@@ -9,7 +9,7 @@ import yaml
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
-from project.paths import Run
+from project.frame.paths import Run
 from project.tuning.plan import Plan
 from project.tuning.study import tune
 

@@ -1,0 +1,249 @@
+"""Binary and ternary weights: a net that is trained through the rounding and ends with two or three values a layer.
+
+The mathematics and its sources are in :mod:`project.compression.low_bit.ternary`.
+"""
+
+import logging
+import re
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+
+from project.callbacks.checkpoint import forget_best, keep_best_as
+from project.callbacks.places import run_of
+from project.compression.company import Company, check_company
+from project.compression.low_bit.ternary import Freezing, LowBitWeights, Method
+from project.compression.norm_folding import fold_norms_
+from project.compression.report import Step, add_step_row, report_steps
+from project.data import ImageDataModule
+from project.frame.paths import Run, write_whole
+from project.learning.checkpoints import fresh_checkpoint, with_weights
+from project.learning.classifier import Classifier
+
+log = logging.getLogger(__name__)
+
+_FINISHED = "ternary"
+"""Stands in a checkpoint whose weights are rounded: the method."""
+
+
+class TernaryWeights(Callback):
+    """Trains with binary or ternary weights in convolutions and linear layers; stem and head stay float.
+
+    The optimizer keeps float weights, and validation measures the rounded ones. At the end ``best.ckpt`` and
+    ``level_1.ckpt`` hold the rounded weights, norms as scale and shift: a net to test, export and pack. With
+    ``begin_epoch`` the net is trained in float up to there, and its best epoch stays as ``level_0.ckpt``.
+
+    Args:
+        method: ``bwn`` (binary), ``twn`` (ternary), or ``ttq`` (ternary with two learned values per layer).
+        begin_epoch: the first epoch, from 0, with rounded weights.
+        freeze: shares of each layer's weights that are rounded for good, the largest first, evenly over the epochs
+            from ``begin_epoch`` on, such as [0.5, 0.75, 0.875, 1]; the weights left are float until their turn. Null
+            rounds all from the beginning, and none for good.
+        include: regular expressions on layer names, searched as in ``re.search``; null is all layers.
+        exclude: likewise; null is the stem's first and the last layer.
+        lr: of Adam, which trains the values of ``ttq``; it follows the schedule of the run's learning rate.
+        report: add a row to ``report.csv`` and ``report.md``.
+
+    Raises:
+        ValueError: for arguments outside their range or that do not fit each other.
+    """
+
+    stages = ("low bit", "smaller net")
+    company = Company(
+        never={
+            "early stopping": "it would end the run before or amid the rounded epochs: leave one out",
+            "pruning": "ternary weights have zeros of their own, and binary ones cannot have any: leave one out",
+            "integer training": "both round the weights, and eight bits hold two or three values anyway: leave one out",
+            "shared weights": "a layer's two or three values are shared already: leave one out",
+            "low rank": "thin layers would take the place of rounded ones: leave one out",
+        },
+        before={"integer file": "it would quantize the float weights: give it after"},
+    )
+
+    def __init__(
+        self,
+        method: Method = "twn",
+        begin_epoch: int = 0,
+        freeze: list[float] | None = None,
+        include: list[str] | None = None,
+        exclude: list[str] | None = None,
+        lr: float = 1e-3,
+        report: bool = True,
+    ) -> None:
+        LowBitWeights(method, ["any"])
+        if begin_epoch < 0:
+            raise ValueError(f"begin_epoch is {begin_epoch}, but epochs count from 0: choose 0 or more.")
+        if lr <= 0:
+            raise ValueError(f"lr is {lr}, but it is a rate of learning: choose a number above 0.")
+        if freeze is not None:
+            if not freeze or sorted(set(freeze)) != list(freeze) or freeze[0] <= 0 or freeze[-1] != 1:
+                raise ValueError(f"freeze is {freeze}: give rising shares above 0 that end with 1.")
+            Freezing(LowBitWeights(method, ["any"]))
+        self.method: Method = method
+        self.step: str = method
+        self.begin_epoch, self.freeze = begin_epoch, freeze
+        self.include, self.exclude = include, exclude
+        self.lr, self.report = lr, report
+        self.low_bit: LowBitWeights | None = None
+        self.freezing: Freezing | None = None
+        self._optimizer: torch.optim.Adam | None = None
+        self._saved: dict[str, Any] = {}
+
+    # -- the course of a run -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Classifier):
+            raise ValueError(f"the model is a {type(pl_module).__name__}, but what is rounded is a Classifier's net.")
+        epochs = trainer.max_epochs or 0
+        parts = len(self.freeze or [])
+        if not trainer.fast_dev_run and 0 <= epochs < self.begin_epoch + max(parts, 1):  # type: ignore[attr-defined]
+            given = f"begin_epoch is {self.begin_epoch}{f' and freeze has {parts} parts' if parts else ''}"
+            raise ValueError(f"{given}, but training ends after {epochs} epochs: begin before, or train longer.")
+        check_company(trainer.callbacks, self)  # type: ignore[attr-defined]
+        self.low_bit = LowBitWeights(self.method, self._layers(pl_module.net))
+        self.freezing = None if self.freeze is None else Freezing(self.low_bit)
+        self._optimizer, self._saved = None, {}
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        epoch = trainer.current_epoch
+        if epoch == self.begin_epoch and epoch > 0:
+            if (run := run_of(trainer)) is not None:
+                keep_best_as(run, 0)
+            forget_best(trainer)
+        if self.freezing is not None and (portion := self._portion(trainer)) is not None:
+            self.freezing.freeze_(pl_module.net, portion)
+            forget_best(trainer)
+            log.info("%g %% of the weights are rounded for good", 100 * portion)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._attach(trainer, pl_module)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.training or trainer.validating:
+            self._attach(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Between epochs the net is a plain one, which other callbacks may copy."""
+        if self.low_bit is not None:
+            self.low_bit.detach_()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if self.low_bit is not None:
+            self.low_bit.detach_()
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if self._optimizer is None:
+            return
+        for group in self._optimizer.param_groups:
+            rate = optimizer.param_groups[0]
+            group["lr"] = self.lr * rate["lr"] / rate.get("initial_lr", rate["lr"])
+            for values in group["params"]:
+                values.grad = trainer.strategy.reduce(values.grad, reduce_op="mean")
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        for group in self._optimizer.param_groups:
+            for values in group["params"]:
+                values.data.clamp_(min=1e-8)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.freezing is not None:
+            assert isinstance(pl_module, Classifier)
+            self.freezing.hold_(pl_module.net)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        run = run_of(trainer)
+        if trainer.current_epoch < (trainer.max_epochs or 0):
+            log.warning("stopped before the rounded weights were trained: the finished net waits for fit --resume")
+            return
+        if run is None or not (run.best_checkpoint.is_file() or run.last_checkpoint.is_file()):
+            return
+        self._finish(pl_module, run)
+        keep_best_as(run, 1)
+        if self.report and isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
+            step = Step(self.step, run.level_checkpoint(1))
+            if run.level_checkpoint(0).is_file():
+                report_steps(trainer, pl_module, [Step("dense", run.level_checkpoint(0)), step], measured=[])
+            elif run.report.is_file():
+                add_step_row(trainer, pl_module, step, latency=False)
+            else:
+                report_steps(trainer, pl_module, [step], measured=[])
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        values = {} if self.low_bit is None else {name: each.detach() for name, each in self.low_bit.values.items()}
+        state: dict[str, Any] = {"values": values}
+        if self._optimizer is not None:
+            state["optimizer"] = self._optimizer.state_dict()
+        if self.freezing is not None:
+            state["freezing"] = self.freezing.state_dict()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        assert self.low_bit is not None
+        self.low_bit.values = {name: each.clone().requires_grad_() for name, each in state_dict["values"].items()}
+        self._saved = state_dict.get("optimizer", {})
+        if self.freezing is not None and "freezing" in state_dict:
+            self.freezing.load_state_dict(state_dict["freezing"])
+
+    # -- helpers -------------------------------------------------------------------------------------------------
+
+    def _layers(self, net: nn.Module) -> list[str]:
+        layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        exclude = [f"^{re.escape(name)}$" for name in (layers[0], layers[-1])] if self.exclude is None else self.exclude
+        for argument, patterns in (("include", self.include or []), ("exclude", self.exclude or [])):
+            for pattern in patterns:
+                if not any(re.search(pattern, name) for name in layers):
+                    raise ValueError(f"{argument} has {pattern!r}, which no layer's name matches: {', '.join(layers)}.")
+        return [
+            name
+            for name in layers
+            if any(re.search(pattern, name) for pattern in self.include or [".*"])
+            and not any(re.search(pattern, name) for pattern in exclude)
+        ]
+
+    def _portion(self, trainer: Trainer) -> float | None:
+        """The share to be frozen as this epoch begins, if it is one of those."""
+        assert self.freeze is not None
+        length = (trainer.max_epochs or 0) - self.begin_epoch
+        begins = [self.begin_epoch + number * length // len(self.freeze) for number in range(len(self.freeze))]
+        return dict(zip(begins, self.freeze, strict=True)).get(trainer.current_epoch)
+
+    def _attach(self, trainer: Trainer, module: LightningModule) -> None:
+        if self.low_bit is None or self.freezing is not None or trainer.current_epoch < self.begin_epoch:
+            return
+        assert isinstance(module, Classifier)
+        self.low_bit.attach_(module.net)
+        if self.low_bit.values and self._optimizer is None:
+            self._optimizer = torch.optim.Adam(self.low_bit.values.values(), lr=self.lr, betas=(0.9, 0.99))
+            if self._saved:
+                self._optimizer.load_state_dict(self._saved)
+
+    def _finish(self, module: Classifier, run: Run) -> None:
+        """The best checkpoint with rounded weights, by the values that were learned with them; once."""
+        source = run.best_or_last
+        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        if _FINISHED in checkpoint:
+            return
+        assert self.low_bit is not None
+        small = with_weights(module, checkpoint)
+        if self.freezing is None:
+            values: dict[str, Tensor] = checkpoint["callbacks"][self.state_key]["values"]
+            best = LowBitWeights(self.method, self.low_bit.layers)
+            best.values = dict(values)
+            weights = small.state_dict()
+            best.write_(weights, prefix="net.")
+            small.load_state_dict(weights)
+        fold_norms_(small.net)  # the fast recipe's file of 102 kB loses 6 by it
+        finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.step}
+        write_whole(run.best_checkpoint, lambda part: torch.save(finished, part))

@@ -1,0 +1,323 @@
+"""Iterative magnitude pruning: train, prune, train on, in one run; masks that survive everything.
+
+Han et al. 2015 (arXiv:1506.02626): prune and fine-tune at a tenth of the rate. Frankle & Carbin 2019
+(arXiv:1803.03635): rewind the weights to their start. Frankle et al. 2020 (arXiv:1912.05671): to step k. Renda et al.
+2020 (arXiv:2003.02389): rewind the learning rate alone. Zhu & Gupta 2017 (arXiv:1710.01878): gradually, in one
+training.
+"""
+
+import logging
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Timer
+from torch import Tensor
+
+from project.callbacks.checkpoint import BestAndLast, forget_best, keep_best_as
+from project.callbacks.ema import EMA
+from project.callbacks.places import run_of, show_figure, tensorboard
+from project.compression.pruning.checkpoint import thin_checkpoint
+from project.compression.pruning.checks import check_end, check_run, check_trainer
+from project.compression.pruning.held_masks import HeldMasks, mask_gradients_
+from project.compression.pruning.masks import Group, Masks, apply_masks_, removed_units, sparsity, thinned_macs
+from project.compression.pruning.pruner import Pruner
+from project.compression.pruning.round_lengths import After, RoundLengths, steps_per_epoch
+from project.compression.pruning.schedules import Gradual, Iterative, QualityFactors, Rounds, share_to_take
+from project.compression.report import Step, report_steps
+from project.data import ImageDataModule
+from project.frame.report_plots import plot_levels
+from project.learning.classifier import Classifier
+from project.metrics.complexity import count_macs
+from project.models.layers import reinit_
+
+log = logging.getLogger(__name__)
+
+
+class IterativeMagnitudePruning(Callback):
+    """Trains the dense net for ``trainer.max_epochs``, then prunes and trains on, round by round.
+
+    The optimizer and the learning-rate schedule begin anew with each round. Masks act after each optimizer step, on the
+    weights and on EMA's averages, and lie with the round in the run's checkpoints: ``fit --resume`` goes on bit for
+    bit. The best epoch of each level is kept as ``checkpoints/level_<round>.ckpt`` (level 0 is dense); ``best.ckpt``
+    is the best of the last level. A run that ``max_time`` or a callback ends early is one to resume: report and
+    thinning wait for its last epoch.
+
+    Args:
+        schedule: how much goes when; :class:`~project.compression.pruning.schedules.Gradual` prunes within
+            ``trainer.max_epochs`` and has no rounds.
+        pruner: what goes.
+        after: what follows a pruning. ``finetune``: the weights go on, at ``finetune_lr`` times the rate;
+            ``rewind_lr``: the weights go on, the rate starts anew; ``rewind``: weights and rate go back to
+            ``rewind_to``; ``reinit``: new random weights (a control).
+        epochs_per_round: null is the dense training's length, for ``rewind`` less the steps before ``rewind_to``.
+        rewind_to: ``0``, or a step ``500it`` or epoch ``2ep`` of the dense training; of ``rewind`` alone.
+        finetune_lr: factor on the learning rate, of ``finetune`` alone.
+        thin: remove pruned units for good at the end: ``best.ckpt`` then holds the smaller net, and a fit from it
+            (``--ckpt_path``) trains that, with a fresh optimizer from epoch 0.
+        report: write ``report.csv`` and ``report.md``: each level on validation and test images, and what it weighs.
+        latency: measure the speed of the dense and the last net for the report.
+
+    Raises:
+        ValueError: for arguments that do not fit each other.
+    """
+
+    def __init__(
+        self,
+        schedule: Rounds | Gradual | None = None,
+        pruner: Pruner | None = None,
+        after: After = "finetune",
+        epochs_per_round: int | None = None,
+        rewind_to: str = "0",
+        finetune_lr: float = 0.1,
+        thin: bool = True,
+        report: bool = True,
+        latency: bool = True,
+    ) -> None:
+        self.schedule = schedule or Iterative()
+        self.pruner = pruner or Pruner()
+        self.after = after
+        self.thin, self.report, self.latency = thin, report, latency
+        self._lengths = RoundLengths(after, epochs_per_round, rewind_to, finetune_lr)
+        if isinstance(self.schedule, Gradual) and (after, epochs_per_round, finetune_lr) != ("finetune", None, 0.1):
+            raise ValueError(
+                f"after is {after!r}, epochs_per_round {epochs_per_round} and finetune_lr {finetune_lr:g}, but the "
+                "schedule Gradual prunes while the net trains and has no rounds: leave them out, or choose Iterative "
+                "or Sparsities."
+            )
+        if (self.pruner.scope == "deviation") != isinstance(self.schedule, QualityFactors):
+            raise ValueError(
+                "scope: deviation and the schedule QualityFactors belong together: one gives the standard deviations, "
+                "the other the factors on them."
+            )
+        self.round = 0
+        self.masks: Masks = {}
+        self.rewound: dict[str, Tensor] = {}
+        """The net's state at ``rewind_to``."""
+        self.levels: list[dict[str, Any]] = []
+        """Of each finished level: sparsity and best score; with the budget ``macs`` also the share thinning saves."""
+        self._groups: list[Group] = []
+        self._amounts: list[float] = []
+        self._held = HeldMasks()
+
+    # -- the course of a run -------------------------------------------------------------------------------------
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        removed = self.pruner.structure == "units" and self.thin
+        return ("pruning", "smaller net", *(["units removed at the end"] if removed else []))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_trainer(trainer, pl_module)
+        assert isinstance(pl_module, Classifier)
+        fast = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+        self.round, self.masks, self.rewound, self.levels = 0, {}, {}, []
+        self._amounts = [] if isinstance(self.schedule, Gradual) or fast else self.schedule.amounts()
+        self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
+        check_end(self.schedule, self.pruner, self._groups, pl_module)
+        assert trainer.max_epochs is not None
+        self._lengths.dense_epochs = trainer.max_epochs
+        if fast:
+            log.info("fast_dev_run trains one batch and has no rounds: what would be pruned was looked up, no more")
+            return
+        check_run(trainer, self.schedule, self.pruner, self._lengths.dense_epochs, self._lengths.round_epochs)
+        trainer.fit_loop.max_epochs = self._lengths.dense_epochs + len(self._amounts) * self._lengths.round_epochs
+        pl_module.phase = self._lengths.phase(trainer, 0)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        if pl_module.surgeries:  # those of the checkpoint, which setup could not know: other widths, thin layers
+            self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
+        if (
+            self._amounts
+            and self.after == "rewind"
+            and self._lengths.rewind_step(trainer) >= self._lengths.dense_epochs * steps_per_epoch(trainer)
+        ):
+            raise ValueError(
+                f"rewind_to is {self._lengths.rewind_to}, but the dense training is over after "
+                f"{self._lengths.dense_epochs} epochs: rewind to an earlier step."
+            )
+        self.hold(trainer, pl_module)
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        epochs = trainer.current_epoch - self._lengths.dense_epochs
+        if self.round < len(self._amounts) and epochs == self.round * self._lengths.round_epochs:
+            self._begin_round(trainer, pl_module)
+        pl_module.log("pruning/sparsity", sparsity(self.masks, pl_module.net), sync_dist=trainer.world_size > 1)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        assert isinstance(pl_module, Classifier)
+        step = trainer.global_step
+        if self.after == "rewind" and not self.rewound and step == self._lengths.rewind_step(trainer):
+            self.rewound = {name: value.clone() for name, value in pl_module.net.state_dict().items()}
+        if isinstance(self.schedule, Gradual) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            target = self.schedule.sparsity_at(step, steps_per_epoch(trainer))
+            if target is not None:
+                self._prune(trainer, pl_module, share_to_take(self._share_gone(pl_module), target))
+                forget_best(trainer)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        assert isinstance(pl_module, Classifier)
+        mask_gradients_(pl_module.net, self.masks)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        self._held.release()
+        if trainer.current_epoch < (trainer.max_epochs or 0):
+            self._tell_that_it_stopped(trainer)
+            return
+        if len(self.levels) == self.round:  # else weight sharing has gone on from it, and best.ckpt is of that
+            self.keep_level(trainer, pl_module)
+        run = run_of(trainer)
+        if run is None or not run.level_checkpoint(self.round).is_file():
+            return
+        steps = [Step("dense", run.level_checkpoint(0))] if self._amounts else []
+        for number in range(bool(self._amounts), self.round + 1):
+            level = self.levels[number]
+            name = f"pruned {100 * level['sparsity']:.2f} %"
+            if "macs_gone" in level:
+                name = f"pruned {100 * level['macs_gone']:.2f} % of MACs"
+            steps.append(Step(name, run.level_checkpoint(number)))
+        if self.pruner.structure == "units" and self.thin:
+            removed = removed_units(self._groups, self.masks)
+            thin_checkpoint(pl_module, run.level_checkpoint(self.round), run.best_checkpoint, self.masks, removed)
+            steps.append(Step("thinned", run.best_checkpoint))
+        if self.report and isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
+            report_steps(trainer, pl_module, steps, measured=[step.name for step in steps[-2:]] if self.latency else [])
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(pl_module, Classifier):
+            trainer.fit_loop.max_epochs = self._lengths.dense_epochs
+            pl_module.phase = None
+            self._held.release()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._held.release()
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "masks": {name: mask != 0 for name, mask in self.masks.items()},
+            "rewound": self.rewound,
+            "levels": self.levels,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.round, self.masks = state_dict["round"], state_dict["masks"]
+        self.rewound, self.levels = state_dict["rewound"], list(state_dict["levels"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The optimizer that is made next is that of the checkpoint's round."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if trainer.training and state is not None and isinstance(pl_module, Classifier):
+            pl_module.phase = self._lengths.phase(trainer, state["round"])
+
+    # -- a round -------------------------------------------------------------------------------------------------
+
+    def _begin_round(self, trainer: Trainer, module: Classifier) -> None:
+        self.keep_level(trainer, module)
+        assert isinstance(self.schedule, Rounds)
+        amount = self._amounts[self.round]
+        if self.pruner.overshoots:  # as the round before may have
+            amount = self.schedule.amount(self.round, self._share_gone(module))
+        self._prune(trainer, module, amount)
+        self.round += 1
+        if self.after == "rewind":
+            module.net.load_state_dict(self.rewound)
+        elif self.after == "reinit":
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_seed(trainer) * 1_000_003 + self.round)
+                reinit_(module.net)
+        if self.after in ("rewind", "reinit"):
+            for ema in _emas(trainer):
+                ema.restart()
+        apply_masks_(module.net, self.masks)
+        module.phase = self._lengths.phase(trainer, self.round)
+        trainer.strategy.setup_optimizers(trainer)
+        self.hold(trainer, module)
+        forget_best(trainer)
+        share, counted = 100 * self._share_gone(module), self.pruner.counted
+        log.info("round %d of %d: %.2f %% of the %s pruned", self.round, len(self._amounts), share, counted)
+
+    def _share_gone(self, module: Classifier) -> float:
+        return self.pruner.share_gone(module.net, self._groups, self.masks, module.image_shape)
+
+    def _prune(self, trainer: Trainer, module: Classifier, amount: float) -> None:
+        """New masks, the same on every process, on the weights and their averages."""
+        images, labels = self._images(trainer, module) if self.pruner.needs_images else (None, None)
+        masks = self.pruner.prune(
+            module.net,
+            self._groups,
+            self.masks,
+            amount,
+            images=images,
+            labels=labels,
+            seed=_seed(trainer) + trainer.global_step,
+            image_shape=module.image_shape,
+        )
+        self.masks = trainer.strategy.broadcast(masks)
+        self.hold(trainer, module)
+        apply_masks_(module.net, self.masks)
+        for ema in _emas(trainer):
+            ema.mask_({f"net.{name}": mask for name, mask in self.masks.items()})
+        self._draw_sparsity(trainer, module)
+
+    def hold(self, trainer: Trainer, module: Classifier) -> None:
+        """Multiply by the masks after each step of the present optimizer."""
+        self.masks = self._held.hold(module.net, self.masks, trainer.optimizers[0])
+
+    def keep_level(self, trainer: Trainer, module: Classifier) -> None:
+        """The level's best checkpoint under its own name, once: a resumed run may already have begun the next."""
+        number = self.round
+        best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
+        score = None if best is None or best.best_model_score is None else float(best.best_model_score)
+        level: dict[str, Any] = {"sparsity": sparsity(self.masks, module.net), "score": score}
+        if self.pruner.budget == "macs":
+            thinned = thinned_macs(module.net, self._groups, self.masks, module.image_shape)
+            level["macs_gone"] = 1 - thinned / count_macs(module.net, module.image_shape)
+        self.levels = [*self.levels[:number], level]
+        if (run := run_of(trainer)) is None or best is None:
+            return
+        keep_best_as(run, number)
+        points = [(1 - level["sparsity"], level["score"]) for level in self.levels if level["score"] is not None]
+        if len(points) > 1:
+            show_figure(trainer, "pruning/score_by_weights_left", plot_levels(points, str(best.monitor)))
+
+    def _draw_sparsity(self, trainer: Trainer, module: Classifier) -> None:
+        if (writer := tensorboard(trainer)) is not None:
+            for group in self._groups:
+                share = sparsity({group.parameters[0]: self.masks[group.parameters[0]]}, module.net)
+                writer.add_scalar(f"sparsity/{group.layer}", share, trainer.global_step)
+
+    def _tell_that_it_stopped(self, trainer: Trainer) -> None:
+        timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+        log.warning(
+            "stopped after epoch %d of %s, before the pruning was over: report and thinned net wait until fit "
+            "--resume %s ends it%s",
+            trainer.current_epoch,
+            trainer.max_epochs,
+            "DIR" if (run := run_of(trainer)) is None else run.folder,
+            ", with a larger max_time, which counts the time so far" if timed else "",
+        )
+
+    def _images(self, trainer: Trainer, module: Classifier) -> tuple[Tensor, Tensor]:
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, ImageDataModule)
+        images, labels = data.sample(self.pruner.num_images)
+        return images.to(module.device), labels.to(module.device)
+
+
+def _emas(trainer: Trainer) -> list[EMA]:
+    return [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
+
+
+def _seed(trainer: Trainer) -> int:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return data.run_seed if isinstance(data, ImageDataModule) else 0

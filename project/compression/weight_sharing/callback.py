@@ -1,0 +1,317 @@
+"""Weight sharing after training and pruning: few values for each layer's weights, which go on learning.
+
+Han, Mao & Dally 2016, Deep Compression (arXiv:1510.00149, sec. 3); the mathematics is in
+:mod:`project.compression.weight_sharing.codebook`. While the shared values learn, batch norm takes the batch's
+statistics as in any training; afterwards, in the finished file, norms become scale and shift, and these and the biases
+are rounded (:mod:`project.compression.norm_folding`): folded before, it would train without the normalisation that it
+is used to.
+"""
+
+import logging
+import math
+from copy import deepcopy
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from project.callbacks.checkpoint import forget_best, keep_best_as
+from project.callbacks.ema import EMA
+from project.callbacks.places import run_of
+from project.compression.company import stages_of
+from project.compression.norm_folding import fold_norms_, reestimate_statistics_, round_vectors_
+from project.compression.report import Step, add_step_row, report_steps
+from project.compression.weight_sharing.bit_budget import choose_bits, estimated_bytes, measure_options
+from project.compression.weight_sharing.checks import COMPANY, check_sharing
+from project.compression.weight_sharing.codebook import Codebook, Sharer
+from project.data import ImageDataModule
+from project.frame.paths import Run, write_whole
+from project.learning.checkpoints import fresh_checkpoint, with_weights
+from project.learning.classifier import Classifier, Phase
+
+log = logging.getLogger(__name__)
+
+_FINISHED = "weight_sharing"
+"""Stands in a checkpoint whose weights are shared and whose norms are folded: bits by weight."""
+
+
+class WeightSharing(Callback):
+    """Trains ``trainer.max_epochs`` and the rounds of a pruning before it, then shares and trains on for ``epochs``.
+
+    A run that is trained already is shared at once by ``fit --ckpt_path`` with its ``last.ckpt`` and the same
+    ``max_epochs``, a thinned ``best.ckpt``, which is at epoch 0, with ``trainer.max_epochs`` 0.
+
+    Sharing begins with the best epoch of what was before, which stays as ``checkpoints/level_<n>.ckpt``. From there on
+    Adam trains the shared values by the sums of their weights' gradients, with half a cosine to nothing; norms, biases
+    and layers that are not shared go on with the run's optimizer and schedule, begun anew after its warm-up. Zeros stay
+    zeros. At the end the best of these epochs is finished: ``best.ckpt`` and ``level_<n+1>.ckpt`` hold weights of at
+    most ``2 ** bits`` values of float16 and 0, norms that are scale and shift, and both of them and biases of few bits.
+    A finished net is not meant to be trained on: batch norm would take the batches' statistics again.
+
+    Codebooks, their optimizer and the assignments lie in the run's checkpoints: ``fit --resume`` goes on bit for bit.
+    An :class:`~project.callbacks.EMA` begins anew with sharing and averages the shared values.
+
+    Args:
+        sharer: what is shared, and among how many values.
+        epochs: of training with shared weights, 1 or more, after all others.
+        lr: Adam's first rate for the shared values, relative to the root mean square of a layer's codebook.
+        finetune_lr: factor on the run's learning rate for what is not shared, above 0.
+        vector_bits: of norms' scales and shifts and of biases in the finished file, 2 to 16.
+        num_images: training images that batch norm's statistics are taken from anew at the end; 0 keeps those of
+            training.
+        report: add a row to ``report.csv`` and ``report.md``.
+        latency: measure the speed for it.
+
+    Raises:
+        ValueError: for numbers outside their range.
+    """
+
+    stages = ("shared weights", "smaller net")
+    company = COMPANY
+
+    def __init__(
+        self,
+        sharer: Sharer | None = None,
+        epochs: int = 2,
+        lr: float = 0.01,
+        finetune_lr: float = 1.0,
+        vector_bits: int = 8,
+        num_images: int = 2048,
+        report: bool = True,
+        latency: bool = True,
+    ) -> None:
+        if epochs < 1:
+            raise ValueError(f"epochs is {epochs}, but shared weights are saved after an epoch: choose 1 or more.")
+        for name, rate in (("lr", lr), ("finetune_lr", finetune_lr)):
+            if not rate > 0:
+                raise ValueError(f"{name} is {rate}, but it is a rate of learning: choose a number above 0.")
+        if not 2 <= vector_bits <= 16:
+            raise ValueError(f"vector_bits is {vector_bits}: choose 2 to 16, such as 8.")
+        if num_images < 0:
+            raise ValueError(f"num_images is {num_images}, but it is a count: choose 0 or more.")
+        self.sharer = sharer or Sharer()
+        self.epochs, self.lr, self.finetune_lr = epochs, lr, finetune_lr
+        self.vector_bits, self.num_images = vector_bits, num_images
+        self.report, self.latency = report, latency
+        self.codebook: Codebook | None = None
+        self.bits: dict[str, int] = {}
+        """By the names of shared weights."""
+        self._begin = 0  # the first epoch with shared weights
+        self._num_steps = 0  # taken by the codebook
+        self._optimizer: torch.optim.Adam | None = None
+        self._optimizer_state: dict[str, Any] = {}
+
+    # -- the course of a run -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        check_sharing(trainer, pl_module, self, self.epochs)
+        assert isinstance(pl_module, Classifier) and trainer.max_epochs is not None
+        self.sharer.layers(pl_module.net)
+        if (self.sharer.budget_bytes or self.num_images) and not isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
+            raise ValueError(
+                "budget_bytes and num_images take training images, but there is no ImageDataModule: give one, or set "
+                "bits and num_images: 0."
+            )
+        self.codebook, self.bits, self._optimizer, self._optimizer_state, self._num_steps = None, {}, None, {}, 0
+        self._begin = trainer.max_epochs
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            log.info("fast_dev_run trains one batch and shares no weights: the layers were looked up, no more")
+            return
+        trainer.fit_loop.max_epochs = self._begin + self.epochs
+        pl_module.phase = pl_module.phase or Phase(max(self._begin, 1))
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """The optimizer that is made next is that of the shared epochs, when the checkpoint is of one of them."""
+        state = checkpoint.get("callbacks", {}).get(self.state_key)
+        if trainer.training and state and state["bits"] and isinstance(pl_module, Classifier):
+            pl_module.phase = self._phase(trainer, pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        if self.codebook is not None:
+            self._optimize(self.codebook.to_(pl_module.device))
+        elif self._begin == 0 and trainer.ckpt_path is None:
+            raise ValueError(
+                "max_epochs is 0, but weights that were never trained are not worth sharing: give ckpt_path."
+            )
+        elif trainer.current_epoch > self._begin and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            raise ValueError(
+                f"trainer.max_epochs is {self._begin}, but the checkpoint has trained for {trainer.current_epoch} "
+                f"epochs: set trainer.max_epochs to {trainer.current_epoch} to share its weights at once."
+            )
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        fast = trainer.fast_dev_run  # type: ignore[attr-defined]
+        if self.codebook is None and trainer.current_epoch == self._begin and not fast:
+            self._share(trainer, pl_module)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """The codebook's step; the run's optimizer then finds no gradients of shared weights and leaves them alone."""
+        if self.codebook is None or self._optimizer is None:
+            return
+        assert isinstance(pl_module, Classifier)
+        total = self.epochs * trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1)
+        self._num_steps += 1
+        factor = (1 + math.cos(math.pi * min(self._num_steps / total, 1))) / 2
+        gradients = self.codebook.gradients(pl_module.net)
+        for group, name in zip(self._optimizer.param_groups, gradients, strict=True):
+            group["lr"] = self.lr * group["scale"] * factor
+            group["params"][0].grad = gradients[name]
+        self._optimizer.step()
+        self.codebook.write_(pl_module.net)
+        for name in gradients:
+            pl_module.net.get_parameter(name).grad = None
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        run = run_of(trainer)
+        if trainer.current_epoch < (trainer.max_epochs or 0):
+            log.warning("stopped before the shared weights were trained: the finished net waits for fit --resume")
+            return
+        if run is None or self.codebook is None or not (run.best_checkpoint.is_file() or run.last_checkpoint.is_file()):
+            return
+        self._finish(trainer, pl_module, run)
+        number = self._level(trainer)
+        keep_best_as(run, number + 1)
+        if self.report and isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
+            if not run.report.is_file():
+                report_steps(trainer, pl_module, [Step("dense", run.level_checkpoint(number))], measured=[])
+            add_step_row(
+                trainer, pl_module, Step("weight_sharing", run.level_checkpoint(number + 1)), latency=self.latency
+            )
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and isinstance(pl_module, Classifier):
+            trainer.fit_loop.max_epochs = min(trainer.max_epochs or 0, self._begin)  # pruning has restored its own
+            pl_module.phase = None
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        if self.codebook is None:
+            return {"bits": {}}
+        optimizer = self._optimizer.state_dict() if self._optimizer else self._optimizer_state
+        state = {"bits": self.bits, "num_steps": self._num_steps, "optimizer": optimizer}
+        return state | self.codebook.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if not state_dict["bits"]:
+            return
+        self.bits, self._num_steps = dict(state_dict["bits"]), state_dict["num_steps"]
+        self.codebook = Codebook.from_state_dict(state_dict)
+        self._optimizer_state = state_dict["optimizer"]
+
+    # -- sharing -------------------------------------------------------------------------------------------------
+
+    def _share(self, trainer: Trainer, module: Classifier) -> None:
+        self._keep_level(trainer, module)
+        self.bits = self._choose_bits(trainer, module)
+        self.codebook = Codebook.of(module.net, self.bits, self.sharer.start, _seed(trainer))
+        self.codebook.write_(module.net)
+        self._optimize(self.codebook)
+        module.phase = self._phase(trainer, module)
+        trainer.strategy.setup_optimizers(trainer)
+        if (pruning := self._pruning(trainer)) is not None:
+            pruning.hold(trainer, module)
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, EMA):
+                callback.restart()
+        forget_best(trainer)
+        centers, index = self.codebook.centers, self.codebook.index
+        size = sum(estimated_bytes(centers[name], index[name]) for name in centers)
+        log.info("the weights of %d layers are shared: about %.1f kB entropy coded", len(centers), size / 1000)
+
+    def _keep_level(self, trainer: Trainer, module: Classifier) -> None:
+        """The best epoch before sharing, under its own name, becomes the net that is shared."""
+        pruning, run = self._pruning(trainer), getattr(trainer, "run", None)
+        if pruning is not None:
+            pruning.keep_level(trainer, module)
+        if run is None:
+            return
+        number = self._level(trainer)
+        if trainer.is_global_zero:
+            keep_best_as(run, number)
+        trainer.strategy.barrier()
+        kept = run.level_checkpoint(number)
+        if kept.is_file():
+            checkpoint = torch.load(kept, map_location="cpu", weights_only=True)
+            module.load_state_dict(checkpoint["state_dict"])
+        elif trainer.checkpoint_callbacks:  # a fit that began with another run's checkpoint (--ckpt_path)
+            part = kept.with_name(f".{kept.name}")
+            trainer.save_checkpoint(part)
+            if trainer.is_global_zero:
+                part.replace(kept)
+            trainer.strategy.barrier()
+
+    def _choose_bits(self, trainer: Trainer, module: Classifier) -> dict[str, int]:
+        bits = self.sharer.layers(module.net)
+        if self.sharer.budget_bytes is None:
+            return bits
+        images = _images(trainer, self.sharer.num_images).to(module.device)
+        options = measure_options(deepcopy(module.net), list(bits), images, self.sharer.start, _seed(trainer))
+        chosen: dict[str, int] = trainer.strategy.broadcast(choose_bits(options, self.sharer.budget_bytes))
+        log.info("bits under the budget: %s", ", ".join(f"{name} {number}" for name, number in chosen.items()))
+        return chosen
+
+    def _optimize(self, codebook: Codebook) -> None:
+        """Adam for the centers: whole layers of unlike size and scale learn at one speed."""
+        scales = [float(centers[1:].square().mean().sqrt()) for centers in codebook.centers.values()]
+        groups = [
+            {"params": [centers], "scale": scale}
+            for centers, scale in zip(codebook.centers.values(), scales, strict=True)
+        ]
+        self._optimizer = torch.optim.Adam(groups, lr=self.lr, betas=(0.9, 0.99))
+        if self._optimizer_state:
+            self._optimizer.load_state_dict(self._optimizer_state)
+            self._optimizer_state = {}
+
+    def _finish(self, trainer: Trainer, module: Classifier, run: Run) -> None:
+        """The best checkpoint as a file of shared values alone; once, since folded statistics are gone."""
+        source = run.best_or_last
+        checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+        if _FINISHED in checkpoint:
+            return
+        assert self.codebook is not None
+        small, codebook = with_weights(module, checkpoint), self.codebook.to_("cpu")
+        codebook.gather_(small.net)  # EMA's weights are averages of the codebook over time
+        codebook.write_(small.net)
+        if self.num_images:
+            reestimate_statistics_(small.net, _images(trainer, self.num_images))
+        fold_norms_(small.net)
+        round_vectors_(small.net, self.vector_bits)
+        finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.bits}
+        write_whole(run.best_checkpoint, lambda part: torch.save(finished, part))
+
+    def _phase(self, trainer: Trainer, module: Classifier) -> Phase:
+        """The run's schedule over the shared epochs, but for its warm-up, which may be longer than these."""
+        warmup = math.ceil(module.schedule.warmup_epochs)
+        first = round(warmup * trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1))
+        return Phase(warmup + self.epochs, first, self.finetune_lr)
+
+    def _level(self, trainer: Trainer) -> int:
+        """The number of the level that is shared."""
+        pruning = self._pruning(trainer)
+        return 0 if pruning is None else pruning.round
+
+    @staticmethod
+    def _pruning(trainer: Trainer) -> Any | None:
+        callbacks = trainer.callbacks  # type: ignore[attr-defined]
+        return next((each for each in callbacks if "pruning" in stages_of(each)), None)
+
+
+def _images(trainer: Trainer, count: int) -> Tensor:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, ImageDataModule)
+    images: Tensor = data.sample(count)[0]
+    return images
+
+
+def _seed(trainer: Trainer) -> int:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    return data.run_seed if isinstance(data, ImageDataModule) else 0

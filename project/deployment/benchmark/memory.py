@@ -1,0 +1,123 @@
+"""How much memory an engine takes, each in a process of its own that does nothing else.
+
+Reported is the peak of the process's resident memory from loading the net to the end of one batch, less its resident
+memory just before, when the packages are imported: weights, the runtime's own copies and plans, activations, and the
+pages of libraries that are touched for the first time (some 10 MB). Of ``compiled`` it includes the compilation. What
+the packages themselves take (torch some 200 MB) is left out. On a GPU it is ``torch.cuda.max_memory_allocated``:
+weights and activations there. Repeated, it differs by a few percent.
+
+The packages are imported once, in a fresh process that computes nothing; it forks for every engine. So this needs a
+system with ``fork``.
+"""
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from project.deployment.engines import FILE_ENGINES, engine
+
+
+def peak_memory(
+    engines: Sequence[tuple[str, nn.Module | Path]], image_shape: tuple[int, int, int], batch_size: int = 64
+) -> list[int | str]:
+    """Bytes that each engine takes for one batch, as told above; where that failed, a sentence why.
+
+    Args:
+        engines: names of :mod:`project.deployment.engines`, each with its net (of a class that can be imported) or,
+            where the engine runs model files, with the file.
+        image_shape: (C, H, W).
+        batch_size: number of images.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        tasks = []
+        for index, (name, net) in enumerate(engines):
+            path, module = net, name.partition("-")[0]
+            if isinstance(net, nn.Module):
+                path, module = Path(folder) / f"{index}.pt", type(net).__module__
+                torch.save(net, path)
+            tasks.append({"name": name, "path": str(path), "module": module, "images": [batch_size, *image_shape]})
+        done = subprocess.run(
+            [sys.executable, "-c", "from project.deployment.benchmark.memory import main; main()"],
+            input=json.dumps({"num_threads": torch.get_num_threads(), "tasks": tasks}),
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(path or os.curdir for path in sys.path)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"the process ended with status {done.returncode}"])[-1]
+        return [reason] * len(tasks)
+    found: list[int | str] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def main() -> None:
+    """What the fresh process does: tasks from standard input, a list of results to standard output."""
+    work = json.loads(sys.stdin.read())
+    for module in dict.fromkeys(task["module"] for task in work["tasks"]):
+        importlib.import_module(module)
+    results = [_in_a_fork(partial(_measure, task, work["num_threads"])) for task in work["tasks"]]
+    sys.stdout.write(f"\n{json.dumps(results)}\n")
+
+
+def _measure(task: dict[str, Any], num_threads: int) -> int:
+    torch.set_num_threads(num_threads)
+    images = torch.zeros(task["images"])
+    before = _restart_peak()
+    if task["name"] in FILE_ENGINES:
+        run = FILE_ENGINES[task["name"]](Path(task["path"]))
+    else:
+        net = torch.load(task["path"], weights_only=False)  # written by the process that started this one
+        run = engine(task["name"], net, tuple(task["images"][1:]))
+        del net
+    run(images)
+    return torch.cuda.max_memory_allocated() if task["name"].startswith("cuda") else _peak() - before
+
+
+def _in_a_fork(function: Callable[[], int]) -> int | str:
+    read, write = os.pipe()
+    process = os.fork()
+    if process == 0:
+        try:
+            result: int | str = function()
+        except BaseException as error:
+            result = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        os.write(write, json.dumps(result).encode())
+        os._exit(0)
+    os.close(write)
+    os.waitpid(process, 0)
+    text = os.read(read, 1 << 16)
+    os.close(read)
+    return json.loads(text) if text else "its process was ended from outside"
+
+
+def _restart_peak() -> int:
+    """Resident memory now, in bytes; on Linux the peak is counted from here on, elsewhere from the process's start."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _peak()
+    return _status("VmRSS")
+
+
+def _peak() -> int:
+    if Path("/proc/self/status").is_file():
+        return _status("VmHWM")  # getrusage's would begin with that of the process which started this one
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _status(key: str) -> int:
+    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(f"{key}:"))
+    return 1024 * int(line.split()[1])

@@ -1,0 +1,333 @@
+"""The graph of a quantized ONNX model: which tensors become integers, and the nodes that say so.
+
+In the QDQ form (ONNX Runtime's and OpenVINO's common ground) an integer tensor is a pair of nodes: ``QuantizeLinear``
+where it is made and ``DequantizeLinear`` before whoever reads it. A runtime that meets dequantize, operation, quantize
+runs the operation on integers.
+
+Three rules keep the graph fast and small:
+
+- Tensors that an operation only moves about (max pooling, concatenation, reshaping) share one scale, so that nothing
+  is rescaled: the branches of an Inception block write with the scale of their concatenation.
+- A ReLU whose output's zero point is 0 is left out: clipping at 0 is what its quantization does.
+- Equal scales and zero points are stored once. They are always named: without a zero point ONNX Runtime 1.32 pools in
+  floating point.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from project.deployment.int8.observers import Array, Scale
+
+if TYPE_CHECKING:
+    from onnx import GraphProto, ModelProto, NodeProto
+
+_MOVES = {"MaxPool", "Concat", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Relu"}
+"""Operations whose output holds no values but those of their inputs (or 0, which every scale has)."""
+_COMPUTES = {"AveragePool", "GlobalAveragePool", "ReduceMean", "Add", "Mul"}
+"""Operations with integer kernels and a scale of their own for the output."""
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or linear layer with a constant weight.
+
+    Args:
+        name: of the module that it was, such as ``stem.0.conv``.
+        input: the tensor it reads.
+        output: what it writes, before any activation.
+        weight: the weight's name in the graph.
+        bias: likewise; ``None`` without one.
+        axis: the weight's axis of output channels.
+    """
+
+    name: str
+    input: str
+    output: str
+    weight: str
+    bias: str | None
+    axis: int
+
+    def rows(self, model: "ModelProto") -> Array:
+        """The weight, output channels first."""
+        return np.moveaxis(_constant(model.graph, self.weight), self.axis, 0)
+
+    def bias_of(self, model: "ModelProto") -> Array:
+        """The bias, one number for each output channel."""
+        assert self.bias is not None
+        return _constant(model.graph, self.bias)
+
+    def add_to_bias_(self, model: "ModelProto", values: Array) -> None:
+        from onnx import numpy_helper
+
+        assert self.bias is not None
+        tensor = next(tensor for tensor in model.graph.initializer if tensor.name == self.bias)
+        changed = (numpy_helper.to_array(tensor) + values).astype(np.float32)
+        tensor.CopyFrom(numpy_helper.from_array(changed, tensor.name))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which layers get integer weights, and which tensors become integers with whose scale.
+
+    Args:
+        layers: by their output.
+        group_of: tensor -> the tensor whose scale it shares: the one that holds all values of the group.
+        activation_of: a layer's output -> the output of the ReLU after it, where that alone reads it.
+    """
+
+    layers: dict[str, Layer]
+    group_of: dict[str, str]
+    activation_of: dict[str, str]
+
+
+def layers_of(model: "ModelProto") -> list[Layer]:
+    """The convolutions and linear layers with constant weights, in the order in which they run."""
+    constants = {tensor.name for tensor in model.graph.initializer}
+    layers = []
+    for node in model.graph.node:
+        if node.op_type not in ("Conv", "Gemm", "MatMul") or node.input[1] not in constants:
+            continue
+        transposed = next((a.i for a in node.attribute if a.name == "transB"), 0)
+        axis = 0 if node.op_type == "Conv" or transposed else 1
+        bias = node.input[2] if len(node.input) > 2 and node.input[2] in constants else None
+        weight = node.input[1]
+        name = weight.removesuffix(".weight") if weight.endswith(".weight") else node.output[0]
+        layers.append(Layer(name, node.input[0], node.output[0], weight, bias, axis))
+    return layers
+
+
+def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) -> Plan:
+    """What becomes an integer when the weights of ``layers`` do; without ``activations`` nothing else."""
+    by_output = {layer.output: layer for layer in layers}
+    if not activations:
+        return Plan(by_output, {}, {})
+    graph = model.graph
+    outputs = {value.name for value in graph.output}
+    activation_of = _fused_activations(graph, by_output, outputs)
+    quantized = {layer.input for layer in layers}
+    tensors, fused = _activations(graph), set(activation_of.values())
+    for node in graph.node:
+        (target, *_) = node.output
+        sources = [name for name in node.input if name in tensors]
+        if target in by_output:
+            target = activation_of.get(target, target)
+        elif target in fused or not _has_integer_kernel(graph, node) or not set(sources) <= quantized:
+            continue
+        if target not in outputs:
+            quantized.add(target)
+    quantized = _useful(graph, quantized, by_output, activation_of)
+    group_of = {name: name for name in quantized}
+    for node in reversed(graph.node):  # from the back: a pool after a concatenation has the scale of the concatenation
+        (target, *_) = node.output
+        if node.op_type in _MOVES and target in quantized and target not in activation_of.values():
+            _join_(group_of, node, target)
+    return Plan(by_output, group_of, activation_of)
+
+
+def _has_integer_kernel(graph: "GraphProto", node: "NodeProto") -> bool:
+    """Whether runtimes compute or move integers at this node. Of means only those over height and width count: OpenVINO
+    2026.4 gives wrong answers for a quantized mean over tokens that follows a quantized addition.
+    """
+    if node.op_type == "ReduceMean":
+        return len(node.input) > 1 and sorted(_constant(graph, node.input[1]).tolist()) in ([2, 3], [-2, -1])
+    return node.op_type in _MOVES | _COMPUTES
+
+
+def _useful(
+    graph: "GraphProto", quantized: set[str], by_output: Mapping[str, Layer], activation_of: Mapping[str, str]
+) -> set[str]:
+    """Those of the tensors that some layer reads in the end, and what convolutions write: runtimes have no convolution
+    of integers that writes floats. To round any other tensor would cost time and accuracy and save nothing.
+    """
+    useful = {layer.input for layer in by_output.values()}
+    for node in reversed(graph.node):
+        (output, *_) = node.output
+        target = activation_of.get(output, output)
+        if output in by_output:
+            useful |= {target} if node.op_type == "Conv" else set()
+        elif target in useful & quantized and _has_integer_kernel(graph, node):
+            useful |= set(node.input)
+    return useful & quantized
+
+
+def _join_(group_of: dict[str, str], node: "NodeProto", target: str) -> None:
+    """Let what a moving operation reads and writes share a scale; a concatenation's output holds all of its inputs'
+    values, any other's input all of its output's.
+    """
+    sources = [name for name in node.input if name in group_of]
+    if not sources:  # a float tensor that becomes an integer behind this operation
+        return
+    chief = group_of[target] if node.op_type == "Concat" else group_of[sources[0]]
+    members = {group_of[name] for name in (*sources, target)}
+    for name, group in group_of.items():
+        if group in members:
+            group_of[name] = chief
+
+
+def _activations(graph: "GraphProto") -> set[str]:
+    constants = {tensor.name for tensor in graph.initializer}
+    made = {name for node in graph.node for name in node.output} | {value.name for value in graph.input}
+    return made - constants
+
+
+def _fused_activations(graph: "GraphProto", by_output: Mapping[str, Layer], outputs: set[str]) -> dict[str, str]:
+    """The ReLUs that alone read a layer's output."""
+    readers: dict[str, list[NodeProto]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(node)
+    fused = {}
+    for output in by_output:
+        nodes = readers.get(output, [])
+        if len(nodes) == 1 and nodes[0].op_type == "Relu" and output not in outputs:
+            fused[output] = nodes[0].output[0]
+    return fused
+
+
+def write_qdq(
+    model: "ModelProto",
+    plan: Plan,
+    scales: Mapping[str, Scale],
+    weights: Mapping[str, tuple[NDArray[np.int8], Array]],
+    *,
+    num_bits: int = 8,
+) -> "ModelProto":
+    """The model with integer weights and activations.
+
+    Args:
+        model: fp32; left as it is.
+        plan: of this model.
+        scales: of each group of tensors.
+        weights: by layer: integers, output channels first, and each channel's scale.
+        num_bits: of the weights, 8 or 4.
+    """
+    import onnx
+
+    writer = _Writer(plan, scales, num_bits)
+    for layer in plan.layers.values():
+        writer.add_weight(layer, *weights[layer.name])
+    for value in model.graph.input:
+        if value.name in plan.group_of:
+            writer.add_pair(value.name, value.name)
+    for node in model.graph.node:
+        writer.add(node)
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    graph = result.graph
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend(writer.nodes)
+    read = {name for node in writer.nodes for name in node.input}
+    kept = [tensor for tensor in graph.initializer if tensor.name in read]
+    del graph.initializer[:]
+    graph.initializer.extend([*kept, *writer.tensors])
+    if num_bits == 4:
+        _raise_opset_(result, 21)
+    return result
+
+
+class _Writer:
+    """Collects nodes and constants; knows for each tensor which one stands for it now."""
+
+    def __init__(self, plan: Plan, scales: Mapping[str, Scale], num_bits: int) -> None:
+        self.plan, self.scales, self.num_bits = plan, scales, num_bits
+        self.nodes: list[NodeProto] = []
+        self.tensors: list[onnx.TensorProto] = []  # type: ignore[name-defined]  # noqa: F821
+        self.stands_for: dict[str, str] = {}
+        self.weight_of: dict[str, str] = {}
+        """By layer's output: the weight as it comes back from integers."""
+        self._constants: set[str] = set()
+        self._dropped = {
+            activation
+            for activation in plan.activation_of.values()
+            if activation in plan.group_of and scales[plan.group_of[activation]].zero_point == 0
+        }
+
+    def add(self, node: "NodeProto") -> None:
+        """One node of the model, reading integers where its inputs have become such."""
+        import onnx
+
+        (output, *_) = node.output
+        if node.op_type == "Relu" and output in self._dropped:
+            return  # written with its layer
+        copy = onnx.NodeProto()
+        copy.CopyFrom(node)
+        copy.ClearField("name")
+        copy.input[:] = [self.stands_for.get(name, name) for name in node.input]
+        if output in self.weight_of:
+            copy.input[1] = self.weight_of[output]
+        self.nodes.append(copy)
+        target = self.plan.activation_of.get(output, output)
+        if target != output and target in self._dropped:
+            self.add_pair(output, target)
+        elif output in self.plan.group_of:
+            self.add_pair(output, output)
+
+    def add_pair(self, made: str, name: str) -> None:
+        """Quantize ``made``; who reads ``name`` reads what comes back."""
+        from onnx import helper
+
+        constants = self._scale_of(self.plan.group_of[name])
+        integers, back = f"{name}_q", f"{name}_dq"
+        self.nodes.append(helper.make_node("QuantizeLinear", [made, *constants], [integers]))
+        self.nodes.append(helper.make_node("DequantizeLinear", [integers, *constants], [back]))
+        self.stands_for[name] = back
+
+    def add_weight(self, layer: Layer, integers: NDArray[np.int8], steps: Array) -> None:
+        """Store the layer's integers, scales and zero points.
+
+        Each layer has its own three, also where two layers share a weight, and the zero points have the scales' shape:
+        ONNX Runtime's precise mode (``session.x64quantprecision``) turns signed weights into unsigned ones, one layer
+        at a time, and refuses a file in which two layers share what it replaces.
+        """
+        from onnx import TensorProto, helper, numpy_helper
+
+        values = np.ascontiguousarray(np.moveaxis(integers, 0, layer.axis))
+        if self.num_bits == 4:
+            values = values.astype(helper.tensor_dtype_to_np_dtype(TensorProto.INT4))  # two in a byte
+        name = layer.weight if f"{layer.weight}_dq" not in self.weight_of.values() else f"{layer.weight}_{layer.output}"
+        names = [f"{name}_q", f"{name}_s", f"z{len(self.tensors)}"]
+        constants: tuple[NDArray[Any], ...] = (values, steps, np.zeros(len(steps), values.dtype))
+        for constant, constant_name in zip(constants, names, strict=True):
+            self.tensors.append(numpy_helper.from_array(constant, constant_name))
+        self.nodes.append(helper.make_node("DequantizeLinear", names, [f"{name}_dq"], axis=layer.axis))
+        self.weight_of[layer.output] = f"{name}_dq"
+
+    def _scale_of(self, group: str) -> list[str]:
+        """Names of the group's scale and zero point."""
+        from onnx import numpy_helper
+
+        scale = self.scales[group]
+        constants = {f"{group}_s": np.float32(scale.scale), f"zero_{scale.zero_point}": np.uint8(scale.zero_point)}
+        for name, value in constants.items():
+            if name not in self._constants:
+                self.tensors.append(numpy_helper.from_array(np.asarray(value), name))
+                self._constants.add(name)
+        return list(constants)
+
+
+def with_outputs(model: "ModelProto", names: Sequence[str]) -> "ModelProto":
+    """A copy that gives the named tensors."""
+    import onnx
+
+    result = onnx.ModelProto()
+    result.CopyFrom(model)
+    del result.graph.output[:]
+    result.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    return result
+
+
+def _constant(graph: "GraphProto", name: str) -> Array:
+    from onnx import numpy_helper
+
+    return numpy_helper.to_array(next(tensor for tensor in graph.initializer if tensor.name == name))
+
+
+def _raise_opset_(model: "ModelProto", version: int) -> None:
+    """Four-bit integers came with opset 21; what else the model uses has not changed since its own."""
+    for opset in model.opset_import:
+        if opset.domain == "":
+            opset.version = max(opset.version, version)

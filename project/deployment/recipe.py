@@ -1,0 +1,142 @@
+"""How a net is built again from plain values: class and arguments as YAML writes them, then the surgeries.
+
+What a file says is not to be trusted with choosing what code runs. A description may name the nets and layers of
+:mod:`project.models`, activations, norms, dropouts and initialisers of torch, and classes of packages that the caller
+trusts by name; nothing else is looked up, let alone imported. The net is built on torch's meta device, so that
+arguments that ask for a huge net ask for no memory.
+"""
+
+import inspect
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+import project.models as own
+from project.models.signature import find, parameters, returns_net
+from project.models.surgery import replay_
+
+_TORCH = (nn.modules.activation, nn.modules.dropout, nn.modules.batchnorm, nn.modules.instancenorm)
+_TORCH_NAMES = {"Identity", "GroupNorm", "LayerNorm"}.union(*(module.__all__ for module in _TORCH))
+_MAX_ITEMS = 2000
+"""Of all lists and arguments together: each may stand for a block of layers, which takes a while to build."""
+
+
+class UntrustedError(ValueError):
+    """A description names code that nobody said may run."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A net's class, arguments and surgeries, as plain values.
+
+    Args:
+        net: ``{"class_path": …, "init_args": {…}, "dict_kwargs": {…}}``, as in a configuration.
+        surgeries: of :func:`project.compression.to_plain`, in their order.
+    """
+
+    net: Mapping[str, Any]
+    surgeries: Sequence[Mapping[str, Any]] = field(default_factory=list)
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Modules of all that it names, for whoever wrote it and trusts them."""
+        return tuple({path.rpartition(".")[0] for path in _texts(self.net) if "." in path})
+
+    def build(self, trust: Sequence[str] = ()) -> nn.Module:
+        """The net on the meta device, in eval mode: shapes without values.
+
+        Args:
+            trust: packages and modules, by name, whose classes and functions may be imported and called.
+
+        Raises:
+            ValueError: for a class or a function from elsewhere, and for what does not make a net.
+        """
+        if _size(self.net) > _MAX_ITEMS:
+            raise ValueError(f"the description of the net has more than {_MAX_ITEMS} parts")
+        with torch.device("meta"):
+            net = _make(self.net, tuple(filter(None, trust)))
+            if not isinstance(net, nn.Module):
+                raise ValueError("what it describes is no net")
+            replay_(net, self.surgeries)
+        return net.eval()
+
+
+def _make(value: Any, trust: tuple[str, ...], hint: Any = None) -> Any:
+    """The object that plain ``value`` stands for where an argument of type ``hint`` is wanted."""
+    wants_function = _is_callable(hint)
+    if wants_function and isinstance(value, str):
+        return _find(value, trust)
+    if isinstance(value, list | tuple):
+        items = next(iter(typing.get_args(hint)), None)
+        return [_make(item, trust, items) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if "class_path" not in value:
+        return {key: _make(item, trust) for key, item in value.items()}
+    maker = _find(value["class_path"], trust)
+    if not inspect.isclass(maker) and not returns_net(maker):
+        raise ValueError(f"{value['class_path']!r} is neither a class nor a function that says `-> nn.Module`")
+    known = parameters(maker)
+    given = {**value.get("init_args", {}), **value.get("dict_kwargs", {})}
+    arguments = {key: _make(item, trust, _hint(known.get(key))) for key, item in given.items()}
+    if arguments.get("device") is not None:
+        raise ValueError("its description chooses a device, which is the reader's choice")
+    return partial(maker, **arguments) if wants_function else maker(**arguments)
+
+
+def _find(path: str, trust: tuple[str, ...]) -> Callable[..., Any]:
+    """The class or function at a dotted path, if it may be used."""
+    module, _, name = str(path).rpartition(".")
+    if _is_trusted(path, trust):
+        try:
+            return find(path)
+        except (ImportError, AttributeError, ValueError):
+            raise ValueError(f"there is no {path}") from None
+    if module.startswith(own.__name__) and name in own.__all__ and name != "Classifier":
+        return getattr(own, name)
+    if module == "torch.nn" and name in _TORCH_NAMES:
+        return getattr(nn, name)
+    if module == "torch.nn.init" and name.endswith("_") and not name.startswith("_") and hasattr(nn.init, name):
+        return getattr(nn.init, name)
+    raise UntrustedError(
+        f"its net needs {path}, which is neither of this package nor trusted: name the package that holds it with "
+        f"--trust {module or 'PACKAGE'}, if you trust it"
+    )
+
+
+def _hint(parameter: Any) -> Any:
+    """The type of an argument; where the code has none and the default is a class, that of such a class."""
+    if parameter is None or parameter.annotation is not inspect.Parameter.empty:
+        return parameter and parameter.annotation
+    return Callable[..., Any] if callable(parameter.default) and parameter.default is not parameter.annotation else None
+
+
+def _is_trusted(path: str, trust: tuple[str, ...]) -> bool:
+    """Whether the caller trusts the module, or a package above it, that holds what ``path`` names."""
+    module = str(path).rpartition(".")[0]
+    return any(module == known or module.startswith(f"{known}.") for known in trust)
+
+
+def _is_callable(hint: Any) -> bool:
+    options = (hint, *typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+    return any(typing.get_origin(option) is Callable for option in options)
+
+
+def _texts(value: Any) -> list[str]:
+    if isinstance(value, Mapping | list | tuple):
+        items = value.values() if isinstance(value, Mapping) else value
+        return [text for item in items for text in _texts(item)]
+    return [value] if isinstance(value, str) else []
+
+
+def _size(value: Any) -> int:
+    """Number of parts of nested plain values."""
+    if isinstance(value, Mapping):
+        return 1 + sum(map(_size, value.values()))
+    return 1 + sum(map(_size, value)) if isinstance(value, list | tuple) else 1

@@ -1,0 +1,218 @@
+"""The command line: ``project {fit,validate,test,predict,export,benchmark,tune,…} --config …``, on LightningCLI.
+
+A further verb is a method of a class ``Verbs`` in a room's ``verbs.py``: see :mod:`project.frame.verbs`.
+"""
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import lightning.pytorch as pl
+import yaml
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, Namespace, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import nn
+
+from project.data import ImageDataModule
+from project.frame.net_arguments import give_
+from project.frame.parser import Parser
+from project.frame.paths import Run, as_argument, write_whole
+from project.frame.verbs import VERBS, Trainer
+from project.learning.checkpoints import check_checkpoint
+from project.learning.classifier import Classifier
+
+log = logging.getLogger(__name__)
+
+_FROM_DATA_TO_CLASSIFIER = ("num_classes", "image_shape", "class_names", "mean", "std")
+_ON_FILES = "On a model file alone: project {predict,test,unpack} --model FILE."
+_OF_A_RUN = ("seed_everything", "trainer", "model", "net_arguments", "data")
+_RUN_OPTIONS = ("--run", "--resume")
+_LIST_OPTIONS = ("--compare", "--engines")
+
+
+class CLI(LightningCLI):
+    """Builds classifier, data module and trainer from YAML and options, and runs a verb.
+
+    Args:
+        args: command line; ``None`` takes the process's.
+        run: run the verb that ``args`` begin with. Without it ``args`` have no verb, and ``model``, ``datamodule`` and
+            ``trainer`` are there to be used: ``CLI(["--config", "configs/digits.yaml"], run=False)``.
+    """
+
+    def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        super().__init__(
+            Classifier,
+            ImageDataModule,
+            subclass_mode_data=True,
+            trainer_class=Trainer,
+            parser_class=Parser,
+            parser_kwargs={"description": "Train, shrink, measure and deploy image classifiers.", "epilog": _ON_FILES},
+            seed_everything_default=0,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            auto_configure_optimizers=False,
+            args=args,
+            run=run,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Verbs, and which of their arguments the command line itself provides."""
+        own = {"model", "datamodule"}
+        return {**LightningCLI.subcommands(), **dict.fromkeys(VERBS, own)}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        assert isinstance(parser, Parser)
+        parser.add_net_arguments("model.net")
+        for key in _FROM_DATA_TO_CLASSIFIER:
+            parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        if args is None or isinstance(args, list):
+            args = _with_config_of_run(sys.argv[1:] if args is None else args)
+            self.config = parser.parse_args(_with_lists(args))
+        else:
+            self.config = parser.parse_object(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Configuration comes from YAML and options alone; of a checkpoint only that it is one is looked at here."""
+        if "subcommand" not in self.config:
+            return
+        config = self.config[self.config.subcommand]
+        check_checkpoint(config.get("ckpt_path"))
+        weights = config.get("ckpt_path") or config.get("run")
+        if self.config.subcommand != "fit" and VERBS.get(self.config.subcommand, True) and not weights:
+            raise ValueError(
+                f"{self.config.subcommand} needs trained weights: give --run DIR (a run's folder below logs/) "
+                "or --ckpt_path FILE."
+            )
+
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if config.trainer.experiment is None and config.get("config"):
+            files = config.config if self.subcommand == "tune" else config.config[:1]
+            config.trainer.experiment = "_".join(Path(str(file)).stem for file in files)
+
+    def instantiate_classes(self) -> None:
+        """Predicting on image files needs the checkpoint alone: the data set need not be there."""
+        config = self.config[self.subcommand] if self.subcommand else self.config
+        if self.subcommand != "predict" or config.images is None:
+            self._instantiate_data_first(config)
+            return
+        path = config.ckpt_path or Run.find(config.run).weights()
+        check_checkpoint(path)
+        self.config_init = self.config
+        self.datamodule = None
+        self.model = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+        self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False)
+
+    def _instantiate_data_first(self, config: Namespace) -> None:
+        """The data say what the net is built with, and the whole configuration is written down before it is built."""
+        data = self._instantiate_only(Namespace(data=config.data)).data
+        described = config.model.net, config.data
+        if isinstance(config.model.net, Namespace):
+            give_(config.model.net, config.net_arguments, data)
+        vars(self).pop("config_dump", None)  # Lightning's, from before
+        self._dump_config()
+        try:
+            config.data = data
+            config.model.net = self._net(config)
+            super().instantiate_classes()
+        finally:
+            config.model.net, config.data = described
+
+    def _net(self, config: Namespace) -> nn.Module:
+        path = getattr(config.model.net, "class_path", "")
+        try:
+            return self._instantiate_only(Namespace(data=config.data, model=Namespace(net=config.model.net))).model.net
+        except (TypeError, RuntimeError) as error:
+            raise ValueError(
+                f"model.net is {path}, and it cannot be built with the arguments given ({error}): correct "
+                "model.net.init_args or net_arguments; PROJECT_DEBUG=1 shows where."
+            ) from error
+
+    def _instantiate_only(self, part: Namespace) -> Namespace:
+        """Build one part of the configuration of the verb."""
+        if not self.subcommand:
+            return self.parser.instantiate_classes(part, instantiate_groups=False)
+        whole = Namespace({"subcommand": self.subcommand, self.subcommand: part})
+        return self.parser.instantiate_classes(whole, instantiate_groups=False)[self.subcommand]
+
+    def before_tune(self) -> None:
+        assert isinstance(self.trainer, Trainer)
+        self.trainer.configuration = yaml.safe_load(whole_config(self._parser("tune"), self.config["tune"]))
+
+    def after_fit(self) -> None:
+        """Say what came out, where it is, and what to type next."""
+        trainer = self.trainer
+        assert isinstance(trainer, Trainer)
+        if not trainer.is_global_zero or trainer.run is None:
+            return
+        accuracy = trainer.callback_metrics.get("test/accuracy")
+        folder = as_argument(trainer.run.folder)
+        log.info("")
+        if accuracy is not None:
+            log.info("test accuracy  %.2f %%", 100 * float(accuracy))
+        log.info("run            %s", folder)
+        if trainer.run.result.is_file():
+            result = json.loads(trainer.run.result.read_text(encoding="utf-8"))
+            log.info("result         %s, the fastest accurate file here, in %s", result["file"], result["engine"])
+        if any(isinstance(logger, TensorBoardLogger) for logger in trainer.loggers):
+            log.info("look           tensorboard --logdir %s", as_argument(trainer.run.folder.parent))
+        if not trainer.run.best_or_last.is_file():
+            return  # trainer.enable_checkpointing is false: no verb could load the net
+        log.info("test           project test --run %s", folder)
+        log.info("predict        project predict --run %s --images PATH", folder)
+        log.info("export         project export --run %s --format onnx-int8", folder)
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes the whole resolved configuration to the run's ``config.yaml`` when a fit begins."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        run = getattr(trainer, "run", None)
+        if stage != "fit" or run is None:
+            return
+        text = whole_config(self.parser, self.config)
+        write_whole(run.config, lambda part: part.write_text(text))
+
+
+def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:
+    """A run's configuration as YAML, defaults included, without the verb's own arguments."""
+    config = config.clone()
+    for key in [
+        key for key in config.__dict__ if key not in ("seed_everything", "trainer", "model", "data", "net_arguments")
+    ]:
+        del config[key]
+    return parser.dump(config, skip_none=False, skip_validation=True)
+
+
+def _with_config_of_run(args: list[str]) -> list[str]:
+    """``verb --run DIR …`` -> ``verb --config DIR/config.yaml --run DIR …``; options after it still win."""
+    for index, arg in enumerate(args):
+        option, _, value = arg.partition("=")
+        if index > 0 and option in _RUN_OPTIONS:
+            folder = value or next(iter(args[index + 1 :]), "")
+            run = Run.find(folder)
+            return [args[0], "--config", str(run.config), *args[1:]]
+    return args
+
+
+def _with_lists(args: list[str]) -> list[str]:
+    """``--compare DIR DIR`` -> ``--compare ["DIR", "DIR"]``, the form that jsonargparse reads; that form stays."""
+    done: list[str] = []
+    rest = list(args)
+    while rest:
+        option, equals, value = rest.pop(0).partition("=")
+        done.append(f"{option}{equals}{value}")
+        if option not in _LIST_OPTIONS:
+            continue
+        values = [value] if equals else []
+        while rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if values and not values[0].startswith(("[", "null")):
+            done[-1:] = [option, json.dumps(values)]
+        else:
+            done += values[1:] if equals else values
+    return done

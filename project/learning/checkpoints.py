@@ -1,0 +1,87 @@
+"""Checkpoints of a :class:`~project.learning.classifier.Classifier`: what a file holds, and its net."""
+
+import os
+from collections.abc import Mapping
+from copy import deepcopy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from project.frame.paths import write_whole
+
+if TYPE_CHECKING:
+    from project.learning.classifier import Classifier
+
+
+def check_checkpoint(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+    """The content of a checkpoint, its tensors without their data; ``None`` without a path.
+
+    Raises:
+        ValueError: when there is no such file, or it is no checkpoint of a run.
+    """
+    if path is None:
+        return None
+    if not Path(path).is_file():
+        raise ValueError(f"ckpt_path is {str(path)!r}, but there is no such file: name one below a run's checkpoints/.")
+    try:
+        checkpoint = torch.load(path, map_location="meta", weights_only=True)
+    except Exception:  # torch raises half a dozen kinds for a file that is none of its own
+        checkpoint = None
+    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+        raise ValueError(
+            f"ckpt_path is {str(path)!r}, but that is not a checkpoint of a run: name one below a run's checkpoints/."
+        )
+    return checkpoint
+
+
+def with_weights(module: "Classifier", checkpoint: dict[str, Any]) -> "Classifier":
+    """A copy on the processor, in eval mode, with structure and weights of a checkpoint's content."""
+    # What the command line makes optimizers with holds all that it has built; a trainer of several processes, in them,
+    # cannot be copied.
+    copy = deepcopy(module, {id(module.make_optimizer): module.make_optimizer}).to("cpu")
+    copy.on_load_checkpoint(checkpoint)
+    copy.load_state_dict(checkpoint["state_dict"])
+    return copy.eval()
+
+
+def load_net(module: "Classifier", path: Path) -> nn.Module:
+    """The net of a checkpoint, in eval mode and float32 on the processor; ``module`` is left as it was."""
+    return with_weights(module, torch.load(path, map_location="cpu", weights_only=True)).net.float()
+
+
+_TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
+
+
+def write_fresh(module: "Classifier", source: Path, target: Path) -> None:
+    """Write a checkpoint of the same net without the state of its training at ``target``."""
+    same, checkpoint = load_with_weights(module, source)
+    write_whole(target, lambda part: torch.save(fresh_checkpoint(same, checkpoint), part))
+
+
+def load_with_weights(module: "Classifier", source: Path) -> tuple["Classifier", dict[str, Any]]:
+    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    return with_weights(module, checkpoint), checkpoint
+
+
+def fresh_checkpoint(module: "Classifier", checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's content with this module's weights and a fresh optimizer, at epoch 0, without what belongs to the
+    training that made it.
+    """
+    kept = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
+    module.on_save_checkpoint(kept)
+    optimizer = module.make_optimizer(module.parameter_groups())
+    fresh = {"state_dict": module.state_dict(), "epoch": 0, "global_step": 0}
+    return kept | fresh | {"optimizer_states": [optimizer.state_dict()], "lr_schedulers": []}
+
+
+def mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
+    """The first difference between two state dicts, in words."""
+    for key, value in wanted.items():
+        if key not in given:
+            return f"it has no {key}"
+        if given[key].shape != value.shape:
+            return f"{key} is {list(given[key].shape)}, this net's is {list(value.shape)}"
+    extra = next((key for key in given if key not in wanted), None)
+    return extra and f"it has {extra}, which this net lacks"

@@ -1,0 +1,372 @@
+"""The LightningModule: a net, its loss, penalties, metrics, optimizer and schedule; each formula lives elsewhere.
+
+Linear scaling rule: Goyal et al. 2017 (arXiv:1706.02677, sec. 2.1). No weight decay on
+norms and biases: the same, sec. 5.3.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import MutableMapping
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+
+from project.learning.checkpoints import check_checkpoint, mismatch
+from project.learning.schedules import Schedule
+from project.losses import CrossEntropy, Distillation, MaxNorm, Penalties
+from project.models.net_check import build_lazy_, check_loss, check_net
+from project.models.surgery import Surgery, replay_, to_plain
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of a run with an optimizer and a schedule of its own, such as one round of pruning.
+
+    Args:
+        epochs: the length that the schedule is stretched over.
+        first_step: the optimizer step that the schedule starts at.
+        lr_factor: factor on the learning rate.
+    """
+
+    epochs: int
+    first_step: int = 0
+    lr_factor: float = 1.0
+
+
+class Classifier(LightningModule):
+    """A net that learns to classify images: ``[N, C, H, W] -> logits [N, num_classes]``.
+
+    ``num_classes``, ``image_shape``, ``class_names``, ``mean`` and ``std`` come from the data module (command line).
+
+    Args:
+        net: plain module, normalised images -> logits.
+        num_classes: K.
+        image_shape: (C, H, W) that the net takes.
+        class_names: K names, in the order of the logits; ``None`` numbers them.
+        mean, std: per channel, of pixels in [0, 1]; what ``predict`` normalises with.
+        loss: module of (logits ``[N, K]``, targets) -> scalar, for training; ``None`` is
+            :class:`project.losses.CrossEntropy`. Targets are class numbers ``[N]``, with MixUp or CutMix ``[N, K]``.
+        penalties: module of the net -> scalar or ``None``, added to the loss; such as
+            :class:`project.losses.Penalties`.
+        max_norm: module that is called with the net after each step; such as :class:`project.losses.MaxNorm`.
+        optimizer: parameters -> optimizer. Its ``weight_decay`` acts on weights alone, never on norms or biases.
+        schedule: see :mod:`project.learning.schedules`; ``None`` keeps the rate constant.
+        base_batch_size: the batch size that the optimizer's ``lr`` is meant for: the rate is multiplied by
+            (global batch size / ``base_batch_size``). ``None`` takes ``lr`` as it is.
+        channels_last: keep weights and activations channels-last in memory: two to three times faster on CPUs.
+        compile: run the net through ``torch.compile``; checkpoints stay those of the plain net.
+
+    Raises:
+        ValueError: for a base batch size below 1, and for lazily built layers that cannot take the images.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        num_classes: int = 10,
+        image_shape: tuple[int, int, int] = (1, 28, 28),
+        class_names: tuple[str, ...] | None = None,
+        mean: tuple[float, ...] = (0.5,),
+        std: tuple[float, ...] = (0.5,),
+        loss: nn.Module | None = None,
+        penalties: nn.Module | None = None,
+        max_norm: nn.Module | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.SGD(
+            parameters, lr=0.1, momentum=0.9, nesterov=True, weight_decay=5e-4
+        ),
+        schedule: Schedule | None = None,
+        base_batch_size: int | None = None,
+        channels_last: bool = True,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if base_batch_size is not None and base_batch_size < 1:
+            raise ValueError(f"base_batch_size is {base_batch_size}: choose 1 or more, or null to take lr as it is.")
+        channels, height, width = image_shape  # YAML gives a list
+        self.image_shape = (channels, height, width)
+        build_lazy_(net, self.image_shape)  # first: what waits for its shape cannot be copied, as hyperparameters are
+        with warnings.catch_warnings():  # Lightning's advice to leave the net out would break loading from a checkpoint
+            warnings.filterwarnings("ignore", "Attribute '.*' is an instance of `nn.Module`")
+            self.save_hyperparameters(logger=False)
+        _keep_plain_(self.hparams)
+        self.net = net
+        self.num_classes = num_classes
+        self.class_names = tuple(class_names or map(str, range(num_classes)))
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.loss = loss or CrossEntropy()
+        self.penalties = penalties or Penalties()
+        self.max_norm = max_norm or MaxNorm()
+        self.make_optimizer = optimizer
+        self.schedule = schedule or Schedule()
+        self.base_batch_size = base_batch_size
+        self.channels_last = channels_last
+        self.compile_net = compile
+        self.val_metrics = MetricCollection(
+            {
+                "val/loss": MeanMetric(),
+                "val/accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+            },
+            compute_groups=False,
+        )
+        self.test_loss = MeanMetric()
+        self.test_metrics = MetricCollection(
+            {
+                "test/accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
+                "test/calibration_error": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
+                "per_class": MulticlassAccuracy(num_classes, average="none", validate_args=False),
+            },
+            compute_groups=False,
+        )
+        self.distillation: Distillation | None = None
+        """A teacher beside the labels, of training alone."""
+        self._is_checked = False
+        self._train_sums: Tensor | None = None
+        self.phase: Phase | None = None
+        """What part of the run the next optimizer is for; ``None`` for all of it."""
+        self.surgeries: list[dict[str, Any]] = []
+        """What has changed the structure of the net, in order, as plain values; kept in its checkpoints."""
+        self._dense_net: list[nn.Module] = []  # the net before the first surgery; in a list it is no part of the module
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
+        return self.net(images)
+
+    def check_fit(self, mixed: bool = False) -> None:
+        """Try net and loss on two images, once.
+
+        Args:
+            mixed: targets are distributions ``[N, K]`` instead of class numbers ``[N]``.
+
+        Raises:
+            ValueError: when the net does not take the data's images or does not give a logit for each of their
+                classes, and when the loss does not take these.
+        """
+        if not self._is_checked:
+            check_net(self.net, self.image_shape, self.num_classes, self.hparams.get("net"))
+            check_loss(self.loss, self.num_classes, mixed)
+        self._is_checked = True
+
+    def setup(self, stage: str) -> None:
+        if self.channels_last:
+            self.net.to(memory_format=torch.channels_last)
+        if self.compile_net and stage == "fit":
+            self.net.compile()
+
+    # -- training ------------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Targets are classes ``[N]`` or, mixed, distributions ``[N, K]``."""
+        images, targets = batch
+        logits = _in_full(self.net(images))
+        loss = self.loss(logits, targets)
+        self._add_up(loss.detach(), logits.detach(), targets)
+        if self.distillation is not None:
+            loss = self.distillation(images, logits, loss)
+        penalty = self.penalties(self.net)
+        return loss if penalty is None else loss + penalty
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self.max_norm(self.net)
+
+    def on_train_epoch_start(self) -> None:
+        self._train_sums = None
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Dropout's draws are a function of (seed, epoch, batch, process): a resumed run repeats them. Where layers see
+        the batch of all processes (:mod:`project.learning.whole_batch`) these draw alike.
+
+        ``torch.manual_seed`` would also queue a call, with its stack trace, for every kind of device that is not there.
+        """
+        process = 0 if getattr(self.trainer, "sync_batchnorm", False) else self.global_rank
+        seed = hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, process)) % 2**63
+        torch.default_generator.manual_seed(seed)
+        if self.device.type != "cpu":
+            torch.get_device_module(self.device).manual_seed(seed)
+
+    def on_train_epoch_end(self) -> None:
+        if means := self.train_means():
+            self._log(means)
+
+    def train_means(self) -> dict[str, Tensor]:
+        """Training loss and accuracy over this process's images of the epoch so far; empty before the first batch."""
+        if self._train_sums is None:
+            return {}
+        loss, correct, count = self._train_sums
+        return {"train/loss": loss / count, "train/accuracy": correct / count}
+
+    def _log(self, values: dict[str, Tensor]) -> None:
+        """Means over the processes; of a metric that has collected from all of them, the same value."""
+        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+
+    def _add_up(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
+        """Sums stay on the device: reading one costs a wait in every step."""
+        labels = targets if targets.dim() == 1 else targets.argmax(dim=1)
+        correct = (logits.argmax(dim=1) == labels).sum()
+        sums = torch.stack([loss * len(labels), correct.to(loss.dtype), loss.new_tensor(len(labels))])
+        self._train_sums = sums if self._train_sums is None else self._train_sums + sums
+
+    # -- validation, test, prediction ----------------------------------------------------------------------------
+
+    def on_validation_start(self) -> None:
+        """What is measured is what the first process saves; without synchronised norms statistics are its own."""
+        if self.trainer.world_size > 1:
+            for buffer in self.net.buffers():
+                torch.distributed.broadcast(buffer, 0)
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        """Plain cross entropy, without smoothing or penalties, so that runs with different losses compare."""
+        images, labels = batch
+        logits = _in_full(self.net(images))
+        loss = nn.functional.cross_entropy(logits, labels)
+        self.val_metrics["val/loss"].update(loss, len(labels))
+        self.val_metrics["val/accuracy"].update(logits, labels)
+        return {"logits": logits, "labels": labels}
+
+    def on_validation_epoch_end(self) -> None:
+        self._log(self.val_metrics.compute())
+        self.val_metrics.reset()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        images, labels = batch
+        logits = _in_full(self.net(images))
+        self.test_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
+        self.test_metrics.update(logits.softmax(dim=1), labels)
+        return {"logits": logits, "labels": labels}
+
+    def on_test_epoch_end(self) -> None:
+        values = self.test_metrics.compute()
+        per_class = values.pop("per_class")
+        values["test/loss"] = self.test_loss.compute()
+        values |= {f"test/accuracy/{name}": per_class[index] for index, name in enumerate(self.class_names)}
+        self._log(values)
+        self.test_metrics.reset()
+        self.test_loss.reset()
+
+    def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
+        """Probabilities ``[N, K]``; uint8 images are normalised here, float images are taken as normalised."""
+        images = batch if isinstance(batch, Tensor) else batch[0]
+        logits = self.net(self.normalize(images) if images.dtype == torch.uint8 else images)
+        return logits.float().softmax(dim=1)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """Images of uint8 ``[N, C, H, W]`` -> float, with the classifier's mean and standard deviation."""
+        mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
+        std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
+        return (images.float() / 255 - mean) / std
+
+    # -- optimizer -----------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        optimizer = self.make_optimizer(self.parameter_groups())
+        scale = self._lr_scale()
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * scale * (self.phase.lr_factor if self.phase else 1.0)
+        total_steps = int(self.trainer.estimated_stepping_batches)
+        steps_per_epoch = total_steps / max(self.trainer.max_epochs or 1, 1)
+        if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:
+            steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+        first_step = 0
+        if self.phase is not None:
+            total_steps, first_step = round(self.phase.epochs * steps_per_epoch), self.phase.first_step
+        scheduler = self.schedule.build(optimizer, total_steps, steps_per_epoch, scale, first_step)
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """What the optimizer gets: weights, and norms and biases without weight decay."""
+        weights = [p for p in self.parameters() if p.dim() > 1 and p.requires_grad]
+        others = [p for p in self.parameters() if p.dim() <= 1 and p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
+        return [group for group in groups if group["params"]]
+
+    def _lr_scale(self) -> float:
+        """The linear scaling rule: global batch size over the one that the rate is meant for."""
+        if self.base_batch_size is None:
+            return 1.0
+        batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
+        scale = batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches / self.base_batch_size
+        log.info("linear scaling rule: the learning rate is multiplied by %g", scale)
+        return scale
+
+    # -- surgery -------------------------------------------------------------------------------------------------
+
+    def operate_(self, surgery: Surgery) -> None:
+        """Change the net's structure, and remember how."""
+        if not self._dense_net:
+            self._dense_net = [deepcopy(self.net)]
+        surgery.apply_(self.net)
+        self.surgeries = [*self.surgeries, to_plain(surgery)]
+
+    def _follow_surgeries(self, wanted: list[dict[str, Any]]) -> None:
+        """Bring the net's structure to that after the ``wanted`` surgeries."""
+        done = len(self.surgeries)
+        if wanted[:done] != self.surgeries:
+            self.net, done = self._dense_net.pop().to(self.device), 0
+        if wanted[done:]:
+            if not self._dense_net:
+                self._dense_net = [deepcopy(self.net)]
+            replay_(self.net, wanted[done:])
+        self.surgeries = list(wanted)
+
+    # -- checkpoint ----------------------------------------------------------------------------------------------
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Classifier":
+        """As Lightning's; the net is built as the command line built it, unless ``net`` is given."""
+        described = None
+        if "net" not in kwargs and isinstance(checkpoint_path, str | os.PathLike):
+            checkpoint = check_checkpoint(checkpoint_path)
+            described = checkpoint and checkpoint.get("hyper_parameters", {}).get("net")
+        if not described:
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        from project.frame.net_arguments import build_net
+
+        module = super().load_from_checkpoint(checkpoint_path, *args, net=build_net(described), **kwargs)
+        module.hparams["net"] = described
+        return module
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["surgeries"] = self.surgeries
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Rebuild the structure that the weights belong to; refuse another net's in one sentence instead of a page of
+        keys.
+        """
+        self._follow_surgeries(checkpoint.get("surgeries", []))
+        problem = mismatch(self.state_dict(), checkpoint.get("state_dict", {}))
+        if problem:
+            raise ValueError(
+                f"the checkpoint belongs to another net ({problem}): give the configuration that it was trained with, "
+                "as `--run DIR` does, or another checkpoint."
+            )
+
+
+def _in_full(logits: Tensor) -> Tensor:
+    """Under mixed precision the loss is still computed in float32."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _keep_plain_(hparams: MutableMapping[str, Any]) -> None:
+    """Drop what is no plain value (a net built in Python), so that checkpoints load with ``weights_only=True``."""
+    for key in [key for key, value in hparams.items() if not _is_plain(value)]:
+        del hparams[key]
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) and _is_plain(item) for key, item in value.items())
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)

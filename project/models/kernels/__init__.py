@@ -1,0 +1,20 @@
+"""What a compiled kernel does faster than torch on a CPU, in training and in inference; without a C compiler torch does
+it.
+"""
+
+from project.models.kernels.batch_norm import batch_norm_relu, batch_norm_relu_pool
+from project.models.kernels.first_layer import first_layer
+from project.models.kernels.max_pool import max_pool
+from project.models.kernels.winograd import can_run_winograd, count_tiles, pack_panels, same_bits, winograd
+
+__all__ = [
+    "batch_norm_relu",
+    "batch_norm_relu_pool",
+    "can_run_winograd",
+    "count_tiles",
+    "first_layer",
+    "max_pool",
+    "pack_panels",
+    "same_bits",
+    "winograd",
+]

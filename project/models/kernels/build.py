@@ -1,0 +1,96 @@
+"""Compile the C files of this folder when they are first needed, and load them. Without a C compiler, PyTorch's own
+operators run instead.
+
+The libraries lie in :attr:`project.frame.paths.Paths.cache` under a name made of the source, the compiler and the
+processor, so that a changed source or another machine compiles its own. Each file ends with the checksum of what comes
+before it: a damaged file is not loaded, which could kill the process, but compiled again.
+"""
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import torch
+
+from project.frame.paths import Paths, write_whole
+
+log = logging.getLogger(__name__)
+
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
+TYPES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+
+
+@functools.cache
+def library(dtype: torch.dtype) -> ctypes.CDLL | None:
+    """The kernels for maps of ``dtype`` (float32 or bfloat16); ``None`` where they can not be built, and where
+    ``PROJECT_KERNELS=0`` says so.
+    """
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if dtype not in TYPES or compiler is None or os.environ.get("PROJECT_KERNELS") == "0":
+        return None
+    flags = (*FLAGS, *TYPES[dtype])
+    path = Paths().cache / f"cpu_{_fingerprint(compiler, flags)}.so"
+    try:
+        if not _is_whole(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, lambda part: _compile(compiler, flags, part))
+        return _declare(ctypes.CDLL(str(path)), dtype)
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:  # AttributeError: a function is missing
+        log.info("no compiled kernels (%s): torch's own are used, which are slower", error)
+        return None
+
+
+def _declare(kernels: ctypes.CDLL, dtype: torch.dtype) -> ctypes.CDLL:
+    """Argument types, without which ctypes passes 32-bit integers."""
+    pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+    kernels.batch_norm_relu.argtypes = [pointer, *[count] * 2, *[pointer] * 2, *[number] * 2, *[pointer] * 4]
+    kernels.batch_norm_relu_grad.argtypes = [pointer, pointer, *[count] * 3, *[pointer] * 4]
+    kernels.batch_norm_relu_pool.argtypes = [pointer, *[count] * 6, *[pointer] * 2, *[number] * 2, *[pointer] * 6]
+    kernels.batch_norm_relu_pool_grad.argtypes = [*[pointer] * 4, *[count] * 7, *[pointer] * 4]
+    kernels.max_pool.argtypes = [pointer, *[count] * 9, pointer, pointer]
+    kernels.max_pool_grad.argtypes = [pointer, pointer, *[count] * 9, pointer]
+    kernels.first_layer.argtypes = [pointer, *[count] * 8, *[pointer] * 4, *[number] * 2, *[pointer] * 7]
+    kernels.first_layer_grad.argtypes = [pointer, *[count] * 8, pointer, count, *[pointer] * 8]
+    if dtype == torch.float32:
+        kernels.winograd.argtypes = [pointer, *[count] * 8, *[pointer] * 3]
+        kernels.winograd_lanes.restype = count
+        kernels.memcmp.argtypes = [pointer, pointer, ctypes.c_size_t]  # libc's
+    return kernels
+
+
+def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
+    sources = [str(source) for source in SOURCES if source.suffix == ".c"]
+    command = [compiler, *flags, "-x", "c", *sources, "-o", str(target), "-lm"]
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, timeout=120)
+    checksum = hashlib.sha256(target.read_bytes()).digest()
+    with target.open("ab") as file:
+        file.write(checksum)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether the file is there and its end is the checksum of the rest."""
+    content = path.read_bytes() if path.is_file() else b""
+    return content[-_CHECKSUM_BYTES:] == hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest()
+
+
+def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
+    parts = [source.read_bytes() for source in SOURCES]
+    parts += [compiler.encode(), " ".join(flags).encode(), _processor().encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+
+
+def _processor() -> str:
+    """What ``-march=native`` looks at: a cache on a shared disk serves several kinds of machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.machine() + platform.processor()
+    return "".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

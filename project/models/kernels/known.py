@@ -1,0 +1,64 @@
+"""The layers that the kernels know. For any other layer torch's own operators run.
+
+A kernel reads a layer's attributes and does not call the layer. A subclass can compute anything, so a class counts as
+known only if it is itself in the tables below: to inherit from a known class is not enough.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeGuard, TypeVar
+
+from torch import nn
+from torch.nn.modules import module as torch_module
+
+from project.models.layers import BatchNorm, MaxPool, ReLU
+
+Layer = TypeVar("Layer", bound=nn.Module)
+
+_KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Conv2d: nn.Conv2d,
+    nn.BatchNorm2d: nn.BatchNorm2d,
+    BatchNorm: nn.BatchNorm2d,
+    nn.ReLU: nn.ReLU,
+    ReLU: nn.ReLU,
+    nn.MaxPool2d: nn.MaxPool2d,
+    MaxPool: nn.MaxPool2d,
+}
+"""The known classes. For each: the class of torch that computes the same from the same attributes."""
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _KINDS}
+"""The ``forward`` that each class is known by: somebody may put another in its place."""
+
+_METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
+_TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+_HIDDEN = (*_METHODS, *_TENSORS)
+"""The methods that a call of a known layer runs, and the tensors that it reads. Neither lies in the instance's own
+dictionary: what somebody puts there under such a name hides it.
+"""
+
+
+def has_known_class(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
+    """Whether the class of ``layer`` is known to compute what torch's class ``kind`` does, and kept its ``forward``.
+
+    Only a layer's ``forward`` should ask this. Others, who do not call the layer, ask :func:`is_known`.
+    """
+    cls = type(layer)
+    return _KINDS.get(cls) is kind and cls.forward is _FORWARDS[cls] and kind.forward is _FORWARDS[kind]
+
+
+def is_known(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
+    """Whether a call of ``layer`` does exactly what torch's class ``kind`` does, and nothing else sees the call.
+
+    False if the class is not known, if a method or a tensor was replaced on the class or on the instance, and if a hook
+    of the layer or a global hook waits for the call.
+    """
+    return has_known_class(layer, kind) and not has_hooks(layer) and vars(layer).keys().isdisjoint(_HIDDEN)
+
+
+def has_hooks(layer: nn.Module) -> bool:
+    """Whether a call of ``layer`` runs hooks: the layer's own or those of all modules."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or layer._backward_hooks
+        or layer._backward_pre_hooks
+        or torch_module._has_any_global_hook()
+    )
