@@ -4,6 +4,7 @@
 the core, imports none of them. It asks for a module by name and goes on without it where the folder is gone.
 """
 
+import difflib
 from collections.abc import Callable, Mapping
 from functools import cache
 from importlib import import_module
@@ -61,7 +62,9 @@ def lazily(homes: Mapping[str, str]) -> Callable[[str], Any]:
 
     def get(name: str) -> Any:
         if name not in homes:
-            raise AttributeError(f"there is no {name}: the names are {', '.join(sorted(homes))}")
+            near = difflib.get_close_matches(name, homes, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(sorted(homes))}"
+            raise AttributeError(f"there is no {name}: {hint}")
         return getattr(needed(homes[name].partition(".")[2], name), name)
 
     return get
