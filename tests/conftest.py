@@ -4,11 +4,15 @@ import logging
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from helpers.tiny_run import make_tiny
 
-ROOT = Path(__file__).resolve().parent.parent
+from project.frame.rooms import MissingRoomError
+
+ROOT = Path(__file__).resolve().parents[1]
 
 TINY = [
     "--model.net.width=0.25",
@@ -17,6 +21,60 @@ TINY = [
     "--trainer.observe=false",
 ]
 """Options that make a run of configs/digits.yaml take a second or two."""
+
+
+OF_RESUMES = ("ignore:The dirpath has changed", "ignore:Checkpoint directory .* exists and is not empty")
+"""Lightning's warnings about tests that train twice in one folder."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if {"callbacks", "compression", "int8", "packed"} & set(item.path.relative_to(ROOT).parts):
+            for warning in OF_RESUMES:
+                item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+# -- tests of rooms that a fork has taken out -------------------------------------------------------------------------
+
+
+def is_missing_room(error: BaseException) -> bool:
+    """Whether an error says that a module of the package is not there, as in a fork without some of the rooms."""
+    name = getattr(error, "name", None) or ""
+    return isinstance(error, MissingRoomError) or (
+        isinstance(error, ModuleNotFoundError) and name.startswith("project.")
+    )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    """A file that imports what was taken out is skipped."""
+    report = yield
+    if report.outcome == "failed" and (error := getattr(report.call, "excinfo", None)):
+        cause: BaseException | None = error.value
+        while cause is not None and not is_missing_room(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            report.outcome, report.longrepr = "skipped", (str(collector.path), 0, f"Skipped: {cause}")
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """A test that asks for what was taken out is skipped."""
+    try:
+        return (yield)
+    except (MissingRoomError, ModuleNotFoundError) as error:
+        if is_missing_room(error):
+            pytest.skip(str(error))
+        raise
+
+
+# -- fixtures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> SimpleNamespace:
+    return make_tiny(tmp_path)
 
 
 @pytest.fixture(autouse=True, scope="session")

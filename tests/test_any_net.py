@@ -16,6 +16,8 @@ from PIL import Image
 from project.deployment.recipe import Recipe
 from project.frame.paths import Run
 
+ROOT = Path(__file__).resolve().parents[1]
+
 NETS = {
     "a function of torchvision": {"class_path": "torchvision.models.squeezenet1_1"},
     "a class of torchvision": {"class_path": "torchvision.models.SqueezeNet", "init_args": {"version": "1_1"}},
@@ -34,13 +36,13 @@ NETS = {
             "mlp_dim": 8,
         },
     },
-    "num_outputs": {"class_path": "tests_any_net.NumOutputs"},
-    "untyped": {"class_path": "tests_any_net.Untyped", "init_args": {"width": 6}},
-    "untyped, a class as default": {"class_path": "tests_any_net.ClassDefault", "init_args": {"width": 6}},
-    "**kwargs": {"class_path": "tests_any_net.Keywords", "init_args": {"width": 6}},
-    "fixed": {"class_path": "tests_any_net.Fixed"},
-    "lazy": {"class_path": "tests_any_net.Lazy"},
-    "a function": {"class_path": "tests_any_net.build"},
+    "num_outputs": {"class_path": "helpers.foreign_nets.NumOutputs"},
+    "untyped": {"class_path": "helpers.foreign_nets.Untyped", "init_args": {"width": 6}},
+    "untyped, a class as default": {"class_path": "helpers.foreign_nets.ClassDefault", "init_args": {"width": 6}},
+    "**kwargs": {"class_path": "helpers.foreign_nets.Keywords", "init_args": {"width": 6}},
+    "fixed": {"class_path": "helpers.foreign_nets.Fixed"},
+    "lazy": {"class_path": "helpers.foreign_nets.Lazy"},
+    "a function": {"class_path": "helpers.foreign_nets.build"},
 }
 NAMES = {"num_outputs": {"num_outputs": "num_classes", "in_planes": "num_channels"}}
 
@@ -51,7 +53,7 @@ def configuration(tmp_path: Path):
 
     def write(net: str) -> str:
         path = tmp_path / "net.yaml"
-        data = {"class_path": "tests_any_net.ColourDigits", "init_args": {"batch_size": 50}}
+        data = {"class_path": "helpers.foreign_nets.ColourDigits", "init_args": {"batch_size": 50}}
         trainer = {"max_epochs": 1, "observe": False, "experiment": "run"}
         values = {"data": data, "model": {"net": NETS[net]}, "trainer": trainer, "net_arguments": NAMES.get(net)}
         path.write_text(yaml.safe_dump(values))
@@ -133,7 +135,7 @@ def test_a_fresh_process_needs_the_checkpoint_alone(net, command, configuration,
         "import sys; from project.models import Classifier;"
         "print(Classifier.load_from_checkpoint(sys.argv[1], map_location='cpu').num_classes)"
     )
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "tests")}
     done = subprocess.run(
         [sys.executable, "-c", code, str(run.best_checkpoint)], env=environment, capture_output=True, text=True
     )
@@ -148,7 +150,7 @@ def test_a_functions_own_defaults_win(name, monkeypatch, logs):
     from project.frame.net_arguments import build_net
 
     monkeypatch.setattr("sys.argv", ["project"])
-    options = ["--data=tests_any_net.ColourDigits", f"--model.net=torchvision.models.{name}"]
+    options = ["--data=helpers.foreign_nets.ColourDigits", f"--model.net=torchvision.models.{name}"]
     with torch.device("meta"):
         described = CLI(options, run=False).model.hparams["net"]
         expected = getattr(torchvision.models, name)(num_classes=10).state_dict()
@@ -161,19 +163,22 @@ MISTAKES = {
     "channels": (["torchvision.models.squeezenet1_1"], "takes 3 channels, but the data's images 1x8x8 have 1"),
     "size": (["torchvision.models.vit_b_16", "--model.net.image_size=32"], "cannot take the data's images 1x8x8"),
     "aux heads": (["torchvision.models.GoogLeNet", "--model.net.init_weights=false"], "1x8x8 have 1"),
-    "classes": (["tests_any_net.NumOutputs", "--model.net.num_outputs=5"], "net_arguments: {num_outputs: num_classes}"),
-    "missing": (["tests_any_net.NumOutputs"], "argument num_outputs is missing"),
-    "unknown argument": (["tests_any_net.NumOutputs", "--model.net.widht=5"], "'widht' is not accepted"),
+    "classes": (
+        ["helpers.foreign_nets.NumOutputs", "--model.net.num_outputs=5"],
+        "net_arguments: {num_outputs: num_classes}",
+    ),
+    "missing": (["helpers.foreign_nets.NumOutputs"], "argument num_outputs is missing"),
+    "unknown argument": (["helpers.foreign_nets.NumOutputs", "--model.net.widht=5"], "'widht' is not accepted"),
     "unknown value": (
-        ["tests_any_net.NumOutputs", "--net_arguments={num_outputs: num_clases}"],
+        ["helpers.foreign_nets.NumOutputs", "--net_arguments={num_outputs: num_clases}"],
         "the value 'num_clases', but the data have num_classes",
     ),
     "unknown target": (
-        ["tests_any_net.NumOutputs", "--net_arguments={num_output: num_classes}"],
+        ["helpers.foreign_nets.NumOutputs", "--net_arguments={num_output: num_classes}"],
         "no such argument: did you mean num_outputs?",
     ),
-    "loss": (["tests_own_net.OwnNet", "--model.loss=torch.nn.MSELoss"], "model.loss is MSELoss"),
-    "unannotated": (["tests_any_net.nohint"], "must say `-> torch.nn.Module`"),
+    "loss": (["helpers.own_net.OwnNet", "--model.loss=torch.nn.MSELoss"], "model.loss is MSELoss"),
+    "unannotated": (["helpers.foreign_nets.nohint"], "must say `-> torch.nn.Module`"),
 }
 
 

@@ -7,7 +7,7 @@ import torch
 
 from project.frame.cli import CLI
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(p.relative_to(ROOT) for p in (ROOT / "configs").rglob("*.yaml") if p.parent.name != "tune")
 WHOLE = [path for path in CONFIGS if path.parts[1] not in ("debug", "callbacks", "compression")]
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ["callbacks", "compression", "data", "frame", "deployment", "learning", "losses", "metrics", "models"]
 FRAGMENT = re.compile(
     r"(of|likewise|in|from|for|to|as|with|by|at|on|and|or|that|which|whose|what|who|see|same|ditto)\b", re.IGNORECASE

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests_pruning_run import assert_same_runs, weights_of
+from helpers.pruning_run import assert_same_runs, weights_of
 from torch import Tensor
 
 import project.callbacks  # noqa: F401  all that registers a surgery
@@ -157,7 +157,7 @@ def test_resumed_is_never_stopped(run: Run, row: str, stops: tuple[int, ...], tm
     whole = config(tmp_path, row)
     start = ["--trainer.experiment=resumed"]
     for stop in (*stops, 99):
-        stopper = f"    - class_path: tests_stop_after.StopAfter\n      init_args: {{epochs: {stop}}}\n"
+        stopper = f"    - class_path: helpers.stop_after.StopAfter\n      init_args: {{epochs: {stop}}}\n"
         path = whole if stop == 99 else config(tmp_path, row, stopper)
         cli = CLI(["fit", *start, "--config", str(path)])
         start = ["--resume", str(tmp_path / "resumed")]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "project"
 TECHNIQUES = sorted(path.name for path in (PACKAGE / "compression").iterdir() if (path / "__init__.py").is_file())
 ROOMS = [

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
+from helpers.pruning_run import STEPS, TinyNet, differences, fit, pruning, weights_of
 from lightning.pytorch import Callback, LightningModule, Trainer
-from tests_pruning_run import STEPS, TinyNet, differences, fit, pruning, weights_of
 
 from project.callbacks import DistillFrom
 from project.compression import OneShot
@@ -12,7 +12,7 @@ from project.frame.paths import Run
 from project.losses import Distillation
 from project.models import Classifier
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Teachers(Callback):

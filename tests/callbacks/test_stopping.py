@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from tests_signal import SignalAt
+from helpers.signal_at import SignalAt
 
 from project.frame.paths import Run
 
@@ -25,7 +25,7 @@ def handlers():
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_fit_says_how_to_resume_and_that_works(number, status, command, digits, logs):
     options = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=4", "--trainer.experiment=my run"]
-    stop = ["--trainer.callbacks+=tests_signal.SignalAt", f"--trainer.callbacks.number={int(number)}"]
+    stop = ["--trainer.callbacks+=helpers.signal_at.SignalAt", f"--trainer.callbacks.number={int(number)}"]
     got, out, err = command("fit", *digits, *options, *stop, "--trainer.callbacks.step=9")
     assert (got, err) == (status, "")
     run = Run.find(logs / "my run")
@@ -39,7 +39,7 @@ def test_a_stopped_fit_says_how_to_resume_and_that_works(number, status, command
 
 @pytest.mark.parametrize(("step", "words"), [(0, "nothing is kept"), (2, "Kept: no checkpoint yet")])
 def test_a_fit_that_is_stopped_early_promises_nothing(step, words, command, digits, logs):
-    stop = ["--trainer.callbacks+=tests_signal.SignalAt", f"--trainer.callbacks.step={step}"]
+    stop = ["--trainer.callbacks+=helpers.signal_at.SignalAt", f"--trainer.callbacks.step={step}"]
     status, out, _ = command("fit", *digits, *stop)
     assert status == 130 and words in out
     assert bool(list(logs.glob("digits/version_*"))) == ("resume  " in out) == (step > 0)

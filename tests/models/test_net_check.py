@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests_any_net import Fixed, Lazy, NumOutputs, Pair, Untyped
+from helpers.foreign_nets import Fixed, Lazy, NumOutputs, Pair, Untyped
 from torch import nn
 
 from project.losses import CrossEntropy
@@ -38,16 +38,16 @@ def test_what_does_not_fit_is_one_sentence(case):
 
 
 HINTS = {
-    "an argument": (NumOutputs(5, 3), "tests_any_net.NumOutputs", "net_arguments: {num_outputs: num_classes}"),
-    "channels": (NumOutputs(10, 1), "tests_any_net.NumOutputs", "net_arguments: {in_planes: num_channels}"),
-    "**kwargs": (NumOutputs(10, 1), "tests_any_net.Keywords", "net_arguments: {in_chans: num_channels}"),
+    "an argument": (NumOutputs(5, 3), "helpers.foreign_nets.NumOutputs", "net_arguments: {num_outputs: num_classes}"),
+    "channels": (NumOutputs(10, 1), "helpers.foreign_nets.NumOutputs", "net_arguments: {in_planes: num_channels}"),
+    "**kwargs": (NumOutputs(10, 1), "helpers.foreign_nets.Keywords", "net_arguments: {in_chans: num_channels}"),
 }
 
 
 @pytest.mark.parametrize("case", HINTS)
 def test_the_sentence_names_the_line_that_mends_it(case):
     net, class_path, line = HINTS[case]
-    with pytest.raises(ValueError, match=r"model\.net is tests_any_net") as caught:
+    with pytest.raises(ValueError, match=r"model\.net is helpers.foreign_nets") as caught:
         check_net(net, (3, 8, 8), 10, {"class_path": class_path})
     assert line in str(caught.value)
 

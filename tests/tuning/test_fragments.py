@@ -9,7 +9,7 @@ from project.frame.cli import CLI
 from project.tuning.plan import Plan
 from project.tuning.study import check_space
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FRAGMENTS = sorted(path.relative_to(ROOT) for path in (ROOT / "configs/tune").glob("*.yaml"))
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests_postgres import postgres
+from helpers.postgres import postgres
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NUM_TRIALS = 40
 TINY = {
     "model": {"net": "project.models.LeNet300100"},

@@ -13,7 +13,7 @@ from project.frame.paths import Run
 from project.tuning.plan import Plan
 from project.tuning.study import tune
 
-ROOT = Path(__file__).resolve().parent.parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LR = "model.optimizer.init_args.lr"
 DEGREES = "data.init_args.augment.0.init_args.degrees"
 TINY = {

@@ -1,0 +1,164 @@
+"""A pruning run that is stopped or killed, and resumed by a new process, ends in the bits of one never stopped."""
+
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from helpers.process import Process
+from helpers.pruning_run import STEPS, FailBetween, assert_same_runs, differences, fit, pruning, same, state_of
+from helpers.stop_after import StopAfter
+
+from project.callbacks import EMA
+from project.compression import Gradual, Iterative, Pruner
+from project.frame.paths import Run
+
+# -- stopped after an epoch ------------------------------------------------------------------------------------------
+
+CALLBACKS: dict[str, Callable[[], list[Any]]] = {
+    "rewind": lambda: [pruning(schedule=Iterative(0.3, 2), after="rewind", rewind_to="5it")],
+    "reinit random": lambda: [
+        EMA(0.8),
+        pruning(schedule=Iterative(0.3, 2), pruner=Pruner(criterion="random"), after="reinit"),
+    ],
+    "finetune units": lambda: [
+        pruning(schedule=Iterative(0.3, 2), pruner=Pruner("units", exclude=["fc"]), thin=True),
+        EMA(0.8),
+    ],
+    "rewind_lr obd": lambda: [
+        pruning(schedule=Iterative(0.3, 2), pruner=Pruner(criterion="obd", num_images=40), after="rewind_lr"),
+        EMA(0.8),
+    ],
+    "dead ends": lambda: [
+        EMA(0.8),
+        pruning(schedule=Iterative(0.75, 2), pruner=Pruner(exclude=[], budget="effective", keep=0.02)),
+    ],
+    "gradual": lambda: [pruning(schedule=Gradual(0.8, 0.5, 5.0, every_n_steps=4)), EMA(0.8)],
+}
+
+
+@pytest.mark.parametrize("stops", [(3,), (2, 4)], ids=["in a round", "between rounds"])
+@pytest.mark.parametrize("callbacks", CALLBACKS)
+def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks, stops):
+    make, epochs = CALLBACKS[callbacks], 6 if callbacks == "gradual" else 2
+    whole = fit(tmp_path / "whole", *make(), epochs=epochs)
+    run = None
+    for number, stop in enumerate((*stops, 99)):
+        outcome = fit(tmp_path / "resumed", *make(), StopAfter(stop), epochs=epochs, seed=number, resume=run)
+        run = outcome.run
+        assert outcome.trainer.global_step == STEPS * min(stop, 6)
+    assert_same_runs(run, whole.run)
+    assert not differences(state_of(outcome.model.net), state_of(whole.model.net))
+    assert run.metrics.read_text() == whole.run.metrics.read_text()
+
+
+@pytest.mark.parametrize("epoch", [2, 4])
+def test_a_level_is_its_own_though_best_is_already_of_the_next(tmp_path, epoch):
+    """The first epoch of a round has written ``best.ckpt``, but is to be trained again: the level before is kept."""
+    make = CALLBACKS["rewind_lr obd"]
+    whole = fit(tmp_path / "whole", *make()).run
+    with pytest.raises(RuntimeError, match="no power"):
+        fit(tmp_path / "resumed", *make(), FailBetween(epoch))
+    run = Run(tmp_path / "resumed/pruning/version_0")
+    run.config.touch()
+    best = torch.load(run.best_checkpoint, weights_only=True)
+    assert best["callbacks"]["IterativeMagnitudePruning"]["round"] == epoch // 2
+    assert torch.load(run.last_checkpoint, weights_only=True)["epoch"] == epoch - 1
+    resumed = fit(tmp_path / "resumed", *make(), FailBetween(99), seed=1, resume=run).run
+    assert_same_runs(resumed, whole)
+
+
+# -- killed --------------------------------------------------------------------------------------------------------
+
+CONFIG = """
+data:
+  class_path: project.data.Digits
+  init_args: {batch_size: 64}
+model:
+  net: helpers.pruning_run.TinyNet
+  schedule: {class_path: project.learning.Linear}
+trainer:
+  max_epochs: 2
+  limit_train_batches: 6
+  accelerator: cpu
+  observe: false
+  test_after_fit: false
+  callbacks:
+    - class_path: helpers.pruning_run.Brake
+    - class_path: helpers.pruning_run.SaveMasks
+    - class_path: project.callbacks.IterativeMagnitudePruning
+      init_args:
+        schedule: {class_path: project.compression.Iterative, init_args: {fraction: 0.3, rounds: 3}}
+        report: false
+"""
+EMA_TOO = {"class_path": "project.callbacks.EMA", "init_args": {"decay": 0.9}}
+SHARED_TOO = {
+    "class_path": "project.callbacks.WeightSharing",
+    "init_args": {"epochs": 2, "num_images": 64, "report": False},
+}
+RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "weights, rewind 5it": ({"after": "rewind", "rewind_to": "5it"}, []),
+    "units, finetune, EMA": (
+        {"after": "finetune", "pruner.structure": "units", "pruner.exclude": ["fc"], "pruner.round_to": 4},
+        [EMA_TOO],
+    ),
+    "weights, rewind_lr, EMA, OBD": (
+        {"after": "rewind_lr", "pruner.criterion": "obd", "pruner.num_images": 40},
+        [EMA_TOO],
+    ),
+    "weights, finetune, shared": ({"after": "finetune"}, [SHARED_TOO]),
+}
+LEVELS = 4
+LEVEL_STEPS = 2 * STEPS
+
+
+def config_of(name: str, path: Path) -> Path:
+    options, more = RUNS[name]
+    config = yaml.safe_load(CONFIG)
+    init_args = config["trainer"]["callbacks"][2]["init_args"]
+    for key, value in options.items():
+        if key.startswith("pruner."):
+            pruner = init_args.setdefault("pruner", {"class_path": "project.compression.Pruner", "init_args": {}})
+            pruner["init_args"][key.removeprefix("pruner.")] = value
+        else:
+            init_args[key] = value
+    config["trainer"]["callbacks"] += more
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_killed_at_any_moment_and_resumed_is_never_killed(name, tmp_path, logs, command):
+    """SIGKILL, once in each level and once while a process starts: at a random step, and then a random moment that may
+    be in a step, in validation, while checkpoints are written or a round begins.
+    """
+    config = config_of(name, tmp_path / "pruning.yaml")
+    status, _, errors = command("fit", "--config", config, "--trainer.experiment=whole")
+    assert status == 0, errors
+
+    chosen = random.Random(name)
+    starts = [LEVEL_STEPS * level for level in range(LEVELS + (SHARED_TOO in RUNS[name][1]))]
+    steps: list[int | None] = [start + chosen.randrange(LEVEL_STEPS - 4) for start in starts]
+    steps.insert(chosen.randrange(LEVELS + 1), None)  # while it starts
+    num_kills = 0
+    for step in steps:
+        process = Process(config, logs)
+        if step is not None:
+            process.wait_for(step)
+        time.sleep(chosen.uniform(0, 6.0 if step is None else 0.1))
+        num_kills += process.kill()
+    assert num_kills >= LEVELS
+    Process(config, logs).finish()
+    killed, whole = Run.find(logs / "killed"), Run.find(logs / "whole")
+    assert_same_runs(killed, whole)
+    ends = [torch.load(run.folder / "process_0.pt", weights_only=True) for run in (killed, whole)]
+    assert same(*ends) and ends[0]["masks"]
+    rows, expected = (run.metrics.read_text().splitlines() for run in (killed, whole))
+    # Lightning logs an epoch's means after its checkpoint: killed between the two, the run never has that row
+    assert rows == [row for row in expected if row in rows]
+    assert len(expected) - len(rows) <= num_kills

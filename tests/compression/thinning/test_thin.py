@@ -1,0 +1,404 @@
+"""A thinned net computes what the masked one did, and what can not be removed exactly is refused."""
+
+from collections.abc import Callable, Iterator
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.nets import (
+    NETS,
+    OTHERS,
+    SMALL,
+    build,
+    choose,
+    enliven_,
+    images_for,
+    mask_,
+    masked_and_thinned,
+    units_by_layer,
+)
+from torch import Tensor, nn
+
+from project.compression.thinning.thin import Thin, Units, plan_thinning, units_of, why_not
+from project.metrics.complexity import count_macs, count_parameters
+from project.models import (
+    GroupNorm,
+    LayerNorm,
+    LeNet300100,
+    SmallInception,
+)
+from project.models.inception_blocks import Branches, NaiveInception
+from project.models.layers import GlobalAvgPool
+from project.models.surgery import replay_, to_plain
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+@torch.no_grad()
+def assert_same_logits(masked: nn.Module, thinned: nn.Module, images: Tensor) -> None:
+    """Up to rounding: 1e-5 of the largest logit in float32, where the masked net itself is that exact."""
+    exact = deepcopy(masked).double().eval()(images.double())
+    largest = exact.abs().max()
+    assert exact.std(dim=0).max() > 0.01 * largest, "all images have the same logits: any net would pass"
+    assert (deepcopy(thinned).double().eval()(images.double()) - exact).abs().max() <= 1e-10 * largest
+    expected, logits = masked.eval()(images), thinned.eval()(images)
+    rounding = (expected - exact).abs().max()
+    assert (logits - expected).abs().max() <= max(1e-5 * largest, 10 * rounding)
+
+
+@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9])
+@pytest.mark.parametrize("name", NETS)
+def test_thinned_equals_masked(name: str, sparsity: float) -> None:
+    masked, thinned, _ = masked_and_thinned(name, sparsity)
+    assert_same_logits(masked, thinned, images_for(name))
+    assert count_parameters(thinned) < (1 - sparsity) * count_parameters(masked)
+    # The first layer's images and GoogLeNet's layers before a local response norm keep their share.
+    assert count_macs(thinned, NETS[name][1]) < (1 - 0.7 * sparsity) * count_macs(masked, NETS[name][1])
+    assert thinned.state_dict().keys() == masked.state_dict().keys()
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_thinned_equals_masked_with_other_layers(name: str) -> None:
+    masked, thinned, _ = masked_and_thinned(name, 0.5)
+    assert_same_logits(masked, thinned, images_for(name))
+    assert count_parameters(thinned) < 0.6 * count_parameters(masked)
+
+
+def test_zeros_that_stay_make_it_exact_in_training_too() -> None:
+    masked, thinned, _ = masked_and_thinned("SmallInception-28", 0.5)
+    images = images_for("SmallInception-28")
+    logits, expected = thinned.train()(images), masked.train()(images)
+    assert (logits - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_one_unit_of_one_layer() -> None:
+    net, units = build("SmallInception-28"), units_by_layer("SmallInception-28")
+    first, second, *_, last = units
+    for layer in (first, last):
+        masked = deepcopy(net)
+        mask_(masked, units, {layer: [3]})
+        enliven_(masked, images_for("SmallInception-28"))
+        thinned = deepcopy(masked)
+        plan_thinning(masked, {layer: [3], second: []}, (1, 28, 28)).apply_(thinned)
+        assert_same_logits(masked, thinned, images_for("SmallInception-28"))
+        assert thinned.get_submodule(layer).out_channels == units[layer].num - 1
+        assert thinned.get_submodule(second).out_channels == units[second].num
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_thinned_twice_saved_and_loaded_gives_equal_logits(name: str, tmp_path: Path) -> None:
+    _, thinned, first = masked_and_thinned(name, 0.25)
+    shape = NETS[name][1]
+    units = units_of(thinned, shape)
+    second = plan_thinning(thinned, choose(units, 0.5), shape)
+    second.apply_(thinned)
+    checkpoint = {"surgeries": [to_plain(first), to_plain(second)], "state_dict": thinned.state_dict()}
+    torch.save(checkpoint, tmp_path / "thinned.ckpt")
+
+    loaded = torch.load(tmp_path / "thinned.ckpt", weights_only=True)
+    fresh = build(name, seed=4)
+    replay_(fresh, loaded["surgeries"])
+    fresh.load_state_dict(loaded["state_dict"])
+    images = images_for(name)
+    assert torch.equal(fresh.eval()(images), thinned.eval()(images))
+    assert repr(fresh) == repr(thinned)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_thinned_net_trains(name: str) -> None:
+    _, thinned, _ = masked_and_thinned(name, 0.5)
+    thinned.train()
+    optimizer = torch.optim.SGD(thinned.parameters(), lr=0.01, momentum=0.9)
+    before = [parameter.detach().clone() for parameter in thinned.parameters()]
+    nn.functional.cross_entropy(thinned(images_for(name)), torch.arange(8) % 5).backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in thinned.parameters())
+    optimizer.step()
+    assert not any(torch.equal(*pair) for pair in zip(thinned.parameters(), before, strict=True))
+
+
+def test_layers_state_their_new_sizes() -> None:
+    masked, thinned, plan = masked_and_thinned("SmallInception-64x48", 0.5)
+    widths = {}
+    for name, module in thinned.named_modules():
+        if hasattr(module, "out_channels"):
+            module.register_forward_hook(
+                lambda module, args, output, name=name: widths.update({name: (module.out_channels, output.shape[1])})
+            )
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.shape[:2] == (module.out_channels, module.in_channels)
+        if isinstance(module, nn.BatchNorm2d):
+            assert module.num_features == len(module.weight) == len(module.bias) == len(module.running_mean)
+    thinned(images_for("SmallInception-64x48"))
+    assert all(stated == true for stated, true in widths.values())
+    assert plan.out_channels.keys() == {name for name, m in thinned.named_modules() if isinstance(m, Branches)} != set()
+    assert thinned.fc.in_features == thinned.fc.weight.shape[1] == masked.fc.in_features // 2
+
+
+def test_memory_format_type_frozen_layers_and_modes_stay() -> None:
+    net = build("SmallInception-28").double().to(memory_format=torch.channels_last)
+    net.stem.requires_grad_(False)
+    net.blocks.eval()
+    plan = plan_thinning(net, choose(units_by_layer("SmallInception-28"), 0.5), (1, 28, 28))
+    assert plan == plan_thinning(
+        build("SmallInception-28"), choose(units_by_layer("SmallInception-28"), 0.5), (1, 28, 28)
+    )
+    before = {name: (p.dtype, p.requires_grad) for name, p in net.named_parameters()}
+    modes = {name: module.training for name, module in net.named_modules()}
+    plan.apply_(net)
+    assert before == {name: (p.dtype, p.requires_grad) for name, p in net.named_parameters()}
+    assert modes == {name: module.training for name, module in net.named_modules()}
+    assert all(parameter.is_leaf and isinstance(parameter, nn.Parameter) for parameter in net.parameters())
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            assert module.weight.is_contiguous(memory_format=torch.channels_last)
+            many = module.kernel_size != (1, 1) and module.in_channels > 1
+            assert module.weight.is_contiguous() != many
+
+
+def test_units_name_their_parameters() -> None:
+    units = units_by_layer("SmallInception-28")
+    parameters = ("stem.0.conv.weight", "stem.0.norm.weight", "stem.0.norm.bias")
+    assert units["stem.0.conv"] == Units(16, parameters, (), {"stem.1.conv": 1})
+    layers = {n for n, m in build("SmallInception-28").named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
+    assert units.keys() == layers - {"fc"}
+    lenet = units_by_layer("LeNet5-28x19")
+    assert lenet["fc1"] == Units(500, ("fc1.weight", "fc1.bias"), (), {"fc2": 1})
+    assert lenet["conv2.conv"].readers == {"fc1": 4 * 1}, "each channel is flattened"
+
+
+@pytest.mark.parametrize("name", [*NETS, *OTHERS])
+def test_every_layer_has_units_or_a_reason(name: str) -> None:
+    net, units = build(name), units_by_layer(name)
+    layers = {n for n, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)}
+    (head,) = [layer for layer in layers if getattr(net.get_submodule(layer), "out_features", 0) == 5]
+    mixed = {"stem.conv1.conv", "stem.conv2.conv"} if name == "GoogLeNet-32" else set()
+    assert layers - units.keys() == {head} | mixed
+    if mixed:
+        reasons = why_not(net, (3, 32, 32))
+        assert reasons["stem.conv2.conv"].endswith("in the statistics of stem.norm2 (LocalResponseNorm)")
+        assert "logits" in reasons[head] and reasons.keys() == {head} | mixed
+
+
+@pytest.mark.parametrize("norm", [GroupNorm, LayerNorm])
+def test_norms_that_mix_channels_are_refused(norm: type[nn.Module]) -> None:
+    net = SmallInception(5, (1, 28, 28), width=0.25, norm=norm)
+    reasons = why_not(net, (1, 28, 28))
+    assert units_of(net, (1, 28, 28)) == {}
+    assert f"mixed in the statistics of stem.0.norm ({norm.__name__})" in reasons["stem.0.conv"]
+    with pytest.raises(ValueError, match=rf"stem.0.conv can not be removed exactly.*{norm.__name__}.*Leave"):
+        plan_thinning(net, {"stem.0.conv": [0]}, (1, 28, 28))
+
+
+class Own(nn.Module):
+    """Two convolutions, something between them, and a head."""
+
+    def __init__(self, between: Callable[[Tensor], Tensor], **options: int) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.fc = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3, padding=1, **options), nn.Linear(8, 5)
+        self.between = between
+        self.unused = nn.Linear(8, 8)
+        self.register_buffer("scales", torch.ones(8, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.between(self.conv1(images))
+        return self.fc(torch.relu(self.conv2(x)).mean(dim=(-1, -2)))
+
+
+@pytest.mark.parametrize(
+    ("between", "options", "reason"),
+    [
+        (torch.sigmoid, {}, r"conv2 still reads other values than 0 .*act\(0\) != 0"),
+        (lambda x: x + 1, {}, "conv2 still reads other values"),
+        (torch.Tensor.exp, {}, "conv2 still reads other values"),
+        (lambda x: x.softmax(dim=1), {}, "SoftmaxBackward0, which may mix channels"),
+        (lambda x: x - x.mean(dim=1, keepdim=True), {}, "MeanBackward1, which may mix"),
+        (lambda x: x - x.mean(dim=-3, keepdim=True), {}, "MeanBackward1, which may mix"),
+        (lambda x: x - x.flatten(2).mean(dim=-2).view(-1, 1, *x.shape[2:]), {}, "MeanBackward1, which may mix"),
+        (lambda x: x - x.sum(), {}, "SumBackward0, which may mix"),
+        (lambda x: x.roll(1, dims=1), {}, "RollBackward0, which may mix"),
+        (nn.BatchNorm2d(8, affine=False), {}, r"between \(BatchNorm2d\) has no scale and shift"),
+        (nn.PReLU(8), {}, r"slopes of their own in between \(PReLU\)"),
+        (torch.relu, {"groups": 2}, r"conv2 \(Conv2d\) is a grouped convolution"),
+        (torch.relu, {"groups": 8}, r"conv2 \(Conv2d\) is a grouped convolution"),
+    ],
+)
+def test_what_is_not_exact_is_refused(
+    between: Callable[[Tensor], Tensor], options: dict[str, int], reason: str
+) -> None:
+    net = Own(between, **options)
+    reasons = why_not(net, (3, 12, 12))
+    assert reasons.keys() >= {"conv1", "fc", "unused"}
+    assert ("conv2" in reasons) == bool(options)
+    assert "no part in the output" in reasons["unused"]
+    with pytest.raises(ValueError, match=f"units of conv1 can not be removed exactly: .*{reason}"):
+        plan_thinning(net, {"conv1": [0]}, (3, 12, 12))
+
+
+class Twice(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(self.conv2(torch.relu(self.conv2(torch.relu(self.conv1(images))))).mean(dim=(2, 3)))
+
+
+class Scaled(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(torch.relu(self.conv2(torch.relu(self.conv1(images)) * self.scales)).mean(dim=(2, 3)))
+
+
+def test_weights_of_two_owners_and_layers_that_run_twice_are_refused() -> None:
+    reasons = why_not(Twice(torch.relu), (3, 12, 12))
+    assert reasons["conv1"] == reasons["conv2"] == "conv2 (Conv2d) runs more than once in a forward pass"
+    shared = Own(torch.relu)
+    shared.unused.weight = shared.conv2.weight
+    assert "conv2 (Conv2d) shares its weights" in why_not(shared, (3, 12, 12))["conv2"]
+    computed = Own(torch.relu)
+    nn.utils.parametrizations.weight_norm(computed.conv1)
+    assert "is computed from other parameters" in why_not(computed, (3, 12, 12))["conv1"]
+
+
+class CountsChannels(Own):
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.conv1(images))
+        return self.fc(torch.relu(self.conv2(x / x.shape[1])).mean(dim=(2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("net_class", "problem"), [(Scaled, "it no longer runs"), (CountsChannels, r"its logits change by \d.\de-0\d")]
+)
+def test_what_the_trace_can_not_follow_is_refused_when_tried(net_class: type[Own], problem: str) -> None:
+    net = net_class(torch.relu)
+    assert "conv1" in units_of(net, (3, 12, 12))
+    with pytest.raises(
+        ValueError, match=rf"{net_class.__name__} is not what it was .*{problem}.*leave the layers around"
+    ):
+        plan_thinning(net, {"conv1": [0]}, (3, 12, 12))
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.conv, self.fc = nn.Conv2d(8, 8, 3, padding=1), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = torch.relu(self.norm(self.stem(images)))
+        return self.fc((x + torch.relu(self.conv(x))).mean(dim=(2, 3)))
+
+
+def test_layers_that_are_added_up_lose_the_same_units() -> None:
+    torch.manual_seed(0)
+    net, shape = Residual(), (3, 9, 9)
+    units = units_of(net, shape)
+    parameters = {"stem.weight", "stem.bias", "norm.weight", "norm.bias", "conv.weight", "conv.bias"}
+    assert (
+        units.keys() == {"stem", "conv"} and units["stem"].coupled == ("conv",) and units["conv"].coupled == ("stem",)
+    )
+    assert set(units["stem"].parameters) == set(units["conv"].parameters) == parameters
+    for wrong in ({"stem": [1, 2]}, {"stem": [1, 2], "conv": [1, 3]}):
+        with pytest.raises(ValueError, match="stem and conv share their units, but lose different ones"):
+            plan_thinning(net, wrong, shape)
+    removed = {"stem": [1, 2], "conv": [2, 1]}
+    mask_(net, units, removed)
+    images = torch.randn(8, *shape)
+    enliven_(net, images)
+    thinned = deepcopy(net)
+    plan_thinning(net, removed, shape).apply_(thinned)
+    assert_same_logits(net, thinned, images)
+    assert thinned.conv.weight.shape == (6, 6, 3, 3)
+
+
+def test_blocks_whose_pooling_passes_everything_on() -> None:
+    torch.manual_seed(0)
+    blocks = [NaiveInception(8, 8, 16, 8), NaiveInception(40, 8, 8, 8)]
+    layers = [nn.Conv2d(3, 8, 3, bias=False), *blocks, nn.AvgPool2d(4)]
+    net, shape, images = (
+        nn.Sequential(*layers, GlobalAvgPool(), nn.Linear(64, 5)),
+        (3, 10, 10),
+        torch.randn(8, 3, 10, 10),
+    )
+    flattened = why_not(nn.Sequential(*layers, nn.Flatten(), nn.Linear(64 * 4, 5)), shape)
+    assert "in a concatenation" in flattened["0"] and "in a concatenation" in flattened["2.branches.conv1x1.conv"]
+    units = units_of(net, shape)
+    assert len(units) == 7
+    removed = choose(units, 0.5)
+    mask_(net, units, removed)
+    enliven_(net, images)
+    thinned = deepcopy(net)
+    plan_thinning(net, removed, shape).apply_(thinned)
+    assert_same_logits(net, thinned, images)
+    assert (thinned[1].out_channels, thinned[2].out_channels) == (20, 32)
+
+
+@pytest.mark.parametrize(
+    ("removed", "message"),
+    [
+        ({"conv9": [0]}, "'conv9' is no convolution or linear layer of the net: choose among conv1.conv, "),
+        ({"conv1.norm": [0]}, "'conv1.norm' is no convolution"),
+        ({"conv2.conv": range(50)}, r"all 50 units of conv2.conv would go.*keep at least one"),
+        ({"conv1.conv": [1], "conv2.conv": [0, 50]}, "conv2.conv has no unit 50: its 50 units count from 0 to 49"),
+        ({"fc1": torch.tensor([-1])}, "fc1 has no unit -1"),
+        ({"fc2": [0]}, r"units of fc2 can not be removed exactly: it gives the net's output.*Leave this layer out"),
+    ],
+)
+def test_plans_that_can_not_be_are_refused(removed: dict[str, list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_thinning(build("LeNet5-28x19"), removed, (3, 28, 19))
+
+
+def test_nets_that_the_plan_does_not_fit_are_refused_untouched() -> None:
+    plan = plan_thinning(build("LeNet5-28x19"), {"conv1.conv": [0], "fc1": [5]}, (3, 28, 19))
+    for other, message in [
+        (LeNet300100(5, (3, 28, 19)), "LeNet300100 has no layer conv1.conv"),
+        (SmallInception(5, (1, 28, 28)), "SmallInception has no layer"),
+    ]:
+        before = {key: value.clone() for key, value in other.state_dict().items()}
+        with pytest.raises(ValueError, match=message):
+            plan.apply_(other)
+        assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    net = build("LeNet5-28x19")
+    plan.apply_(net)
+    with pytest.raises(ValueError, match=r"conv1.conv has 19 units, but 19 is to be kept.*thin it once"):
+        plan.apply_(net)
+
+
+def test_nothing_to_remove_is_no_change() -> None:
+    net = build("LeNet5-28x19")
+    plan = plan_thinning(net, {"conv1.conv": []}, (3, 28, 19))
+    parameters = list(net.parameters())
+    plan.apply_(net)
+    assert plan == Thin({}, {}) and all(a is b for a, b in zip(net.parameters(), parameters, strict=True))
+
+
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_tracing_leaves_the_net_as_it_was(
+    context: Callable[[], torch.no_grad], capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, shape = "dropout", (1, 28, 28)
+    net = build(name).to(memory_format=torch.channels_last)
+    net.stem[0].requires_grad_(False)
+    net.pool.eval()
+    net(images_for(name)).sum().backward()
+    tensors = {key: (value, value.clone(), value.stride()) for key, value in net.state_dict(keep_vars=True).items()}
+    grads = [None if parameter.grad is None else parameter.grad.clone() for parameter in net.parameters()]
+    modules = {key: (module.training, getattr(module, "inplace", None)) for key, module in net.named_modules()}
+    state = torch.get_rng_state()
+    with context():
+        units = units_of(net, shape)
+        plan_thinning(net, choose(units, 0.5), shape)
+    assert units == units_by_layer(name), "neither mode nor frozen layers nor memory format matter"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert modules == {k: (module.training, getattr(module, "inplace", None)) for k, module in net.named_modules()}
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    for key, value in net.state_dict(keep_vars=True).items():
+        tensor, copied, stride = tensors[key]
+        assert value is tensor and torch.equal(value, copied) and value.stride() == stride
+    for parameter, grad in zip(net.parameters(), grads, strict=True):
+        assert parameter.grad is grad or torch.equal(parameter.grad, grad)
+    assert not net.stem[0].conv.weight.requires_grad and net.fc.weight.grad is not None
+    assert capsys.readouterr() == ("", "")
