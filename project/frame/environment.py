@@ -5,10 +5,13 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from project.frame.rooms import optional
 
 _PACKAGES = ("torch", "lightning", "torchvision", "torchmetrics", "numpy", "jsonargparse", "onnxruntime", "openvino")
 
@@ -29,6 +32,41 @@ def describe_environment() -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda if torch.cuda.is_available() else None,
+        "kernels": describe_kernels(),
+    }
+
+
+def describe_kernels() -> dict[str, Any]:
+    """Whether the C kernels may run, the types they are built for, and the names of those that have run."""
+    room = optional("models.kernels")
+    return {"on": False, "built": [], "used": []} if room is None else room.describe()
+
+
+def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What changes the last bits of a training: each difference of two environments as ``torch was 2.14.0, is 2.15.0``.
+
+    Args:
+        was: content of a run's ``environment.json``. What an older run does not name is not compared.
+        now: environment of the fit that goes on with it.
+    """
+    before, after = _of_bits(was), _of_bits(now)
+    return [
+        f"{name} was {value}, is {after[name]}"
+        for name, value in before.items()
+        if None not in (value, after[name]) and value != after[name]
+    ]
+
+
+def _of_bits(environment: Mapping[str, Any]) -> dict[str, Any]:
+    device = environment.get("device")
+    on_cpu = device == "cpu"
+    kernels = environment.get("kernels")
+    return {
+        "kernels": ("on" if kernels["on"] else "off") if kernels and on_cpu else None,
+        "num_threads": environment.get("num_threads") if device in ("cpu", None) else None,
+        "precision": environment.get("precision"),
+        "processor": f"{environment.get('cpu')} ({environment.get('cpu_abilities')})" if on_cpu else device,
+        "torch": environment.get("packages", {}).get("torch"),
     }
 
 

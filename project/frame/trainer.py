@@ -5,8 +5,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +19,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from project.callbacks.defaults import default_callbacks
 from project.frame.logger import MetricsCSV
 from project.frame.paths import Paths, Run
+from project.frame.rooms import optional
 from project.learning.checkpoints import check_checkpoint
 from project.learning.classifier import Classifier
 from project.learning.process import fastest_precision, tune_process
@@ -64,6 +66,7 @@ class RunTrainer(pl.Trainer):
         precision: str | int | None = None,
         accelerator: str | Accelerator = "auto",
         sync_batchnorm: bool = False,
+        kernels: Literal["auto", "off"] | Literal[False] = "auto",
         **kwargs: Any,
     ) -> None:
         own = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
@@ -93,10 +96,13 @@ class RunTrainer(pl.Trainer):
             # scripts/train_slurm.sbatch puts the job back into the queue and goes on from the last epoch's.
             environment.auto_requeue = False
         self.sync_batchnorm = sync_batchnorm
+        self.kernels = kernels or "off"  # YAML reads a bare off as false
         self.experiment = experiment
         self.logs_dir = logs_dir
         self.test_after_fit = test_after_fit
         self.run: Run | None = None
+        self.origin: Run | None = None
+        """The run whose checkpoint a fit goes on with."""
         self.configuration: dict[str, Any] | None = None
         """All of a run's values as in its config.yaml, where the command line has built the trainer to tune."""
         self.searched: dict[str, Any] = {}
@@ -137,6 +143,7 @@ class RunTrainer(pl.Trainer):
             self.run = Run.find(resume)
             ckpt_path = ckpt_path or _last_checkpoint(self.run)
         checkpoint = check_checkpoint(ckpt_path)
+        self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parents[1]) if new else self.run
         if new and not self.fast_dev_run:  # type: ignore[attr-defined]
             self.run = self._new_run()
         self._open_loggers()
@@ -244,6 +251,16 @@ class RunTrainer(pl.Trainer):
             classes = self.lightning_module.class_names
             write_predictions(path, names, probabilities, classes)  # type: ignore[arg-type]
         return predictions
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning's way into each of its verbs, in every process."""
+        with self.own_kernels():
+            return super()._run(*args, **kwargs)
+
+    def own_kernels(self) -> AbstractContextManager[None]:
+        """Within the context the C kernels of this process are switched as this trainer's ``kernels`` says."""
+        room = optional("models.kernels")
+        return nullcontext() if room is None else room.switched(self.kernels == "auto")
 
     # -- the run's folder ----------------------------------------------------------------------------------------
 
