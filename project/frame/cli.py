@@ -5,8 +5,10 @@ A further verb is a method of a class ``Verbs`` in a room's ``verbs.py``: see :m
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import yaml
@@ -18,16 +20,20 @@ from project.data import ImageDataModule
 from project.frame.net_arguments import give_
 from project.frame.parser import Parser
 from project.frame.paths import Run, as_argument, write_whole
-from project.frame.verbs import VERBS, Trainer
+from project.frame.verbs import VERBS, Trainer, with_verb
 from project.learning.checkpoints import check_checkpoint
 from project.learning.classifier import Classifier
 
 log = logging.getLogger(__name__)
 
 _FROM_DATA_TO_CLASSIFIER = ("num_classes", "image_shape", "class_names", "mean", "std")
-_ON_FILES = "On a model file alone: project {predict,test,unpack} --model FILE."
+_FURTHER = (
+    "On a model file alone: project {predict,test,unpack} --model FILE. A function of a file in the working directory: "
+    "project FILE.FUNCTION."
+)
 _OF_A_RUN = ("seed_everything", "trainer", "model", "net_arguments", "data")
 _RUN_OPTIONS = ("--run", "--resume")
+_DOTTED = re.compile(r"[^\W\d]\w*(\.\w+)+")
 _LIST_OPTIONS = ("--compare", "--engines")
 
 
@@ -41,13 +47,20 @@ class CLI(LightningCLI):
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        args = sys.argv[1:] if args is None else args
+        self._verbs, trainer_class = VERBS, Trainer
+        self._outside: dict[str, str] = {}
+        if run and isinstance(args, list) and args and _DOTTED.fullmatch(args[0]):
+            verb, trainer_class = with_verb(args[0])
+            self._verbs, self._outside = {**VERBS, verb: False}, {verb: args[0]}
+            args = [verb, *args[1:]]
         super().__init__(
             Classifier,
             ImageDataModule,
             subclass_mode_data=True,
-            trainer_class=Trainer,
+            trainer_class=trainer_class,
             parser_class=Parser,
-            parser_kwargs={"description": "Train, shrink, measure and deploy image classifiers.", "epilog": _ON_FILES},
+            parser_kwargs={"description": "Train, shrink, measure and deploy image classifiers.", "epilog": _FURTHER},
             seed_everything_default=0,
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
@@ -56,22 +69,25 @@ class CLI(LightningCLI):
             run=run,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """Verbs, and which of their arguments the command line itself provides."""
-        own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), **dict.fromkeys(VERBS, own)}
+        return {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in self._verbs}}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for verb, name in self._outside.items():  # a dotted name cannot be a key
+            self._subcommand_parsers[verb].prog = f"{parser.prog} [options] {name}"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, Parser)
         parser.add_net_arguments("model.net")
+        parser.name_items_of("trainer.callbacks")
         for key in _FROM_DATA_TO_CLASSIFIER:
             parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        if args is None or isinstance(args, list):
-            args = _with_config_of_run(sys.argv[1:] if args is None else args)
-            self.config = parser.parse_args(_with_lists(args))
+        if isinstance(args, list):
+            self.config = parser.parse_args(_with_lists(_with_config_of_run(args)))
         else:
             self.config = parser.parse_object(args)
 
@@ -82,7 +98,7 @@ class CLI(LightningCLI):
         config = self.config[self.config.subcommand]
         check_checkpoint(config.get("ckpt_path"))
         weights = config.get("ckpt_path") or config.get("run")
-        if self.config.subcommand != "fit" and VERBS.get(self.config.subcommand, True) and not weights:
+        if self.config.subcommand != "fit" and self._verbs.get(self.config.subcommand, True) and not weights:
             raise ValueError(
                 f"{self.config.subcommand} needs trained weights: give --run DIR (a run's folder below logs/) "
                 "or --ckpt_path FILE."
@@ -139,6 +155,11 @@ class CLI(LightningCLI):
         whole = Namespace({"subcommand": self.subcommand, self.subcommand: part})
         return self.parser.instantiate_classes(whole, instantiate_groups=False)[self.subcommand]
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        assert isinstance(self.trainer, Trainer)
+        with self.trainer.own_kernels():
+            super()._run_subcommand(subcommand)
+
     def before_tune(self) -> None:
         assert isinstance(self.trainer, Trainer)
         self.trainer.configuration = yaml.safe_load(whole_config(self._parser("tune"), self.config["tune"]))
@@ -181,9 +202,7 @@ class SaveConfig(SaveConfigCallback):
 def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:
     """A run's configuration as YAML, defaults included, without the verb's own arguments."""
     config = config.clone()
-    for key in [
-        key for key in config.__dict__ if key not in ("seed_everything", "trainer", "model", "data", "net_arguments")
-    ]:
+    for key in [key for key in config.__dict__ if key not in _OF_A_RUN]:
         del config[key]
     return parser.dump(config, skip_none=False, skip_validation=True)
 

@@ -5,7 +5,7 @@ import importlib
 import inspect
 import re
 import sys
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
@@ -80,6 +80,14 @@ class Parser(LightningArgumentParser):
                 action.default = SUPPRESS
         self._takes_any = takes_any(maker)
 
+    def name_items_of(self, key: str) -> None:
+        """Let ``--KEY.CLASS.argument`` reach the one object of this class in the list at ``key``, wherever it stands.
+
+        Without a class, ``--KEY.argument`` reaches the last object of the list: jsonargparse does this.
+        """
+        action = next(action for action in self._actions if action.dest == key)
+        action.__class__ = type("_NamedItems", (_NamedItems, type(action)), {})
+
     def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Namespace:
         self._learn(dict(cfg_obj or {}))
         return super().parse_object(cfg_obj, *args, **kwargs)
@@ -127,6 +135,33 @@ class Parser(LightningArgumentParser):
         """The parser of a subcommand."""
         parsers = (getattr(action, "_name_parser_map", {}) for action in self._actions)
         return next((found[name] for found in parsers if name in found), self)
+
+
+class _NamedItems(Action):
+    """Mixed into jsonargparse's action of a list of objects: an option may name the object by its class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 4:
+            return super().__call__(*args, **kwargs)
+        parser, config, value, option = args
+        given = config.get(self.dest)
+        items = given if isinstance(given, list) else [given] if given else []
+        kinds = [str(item.class_path).rpartition(".")[2] for item in items]
+        name, _, rest = str(option).removeprefix(f"--{self.dest}.").partition(".")
+        if not rest or not (name in kinds or name[:1].isupper()):
+            return super().__call__(*args)
+        if kinds.count(name) != 1:
+            raise ArgumentError(
+                None,
+                f"{option} needs exactly one {name} in {self.dest}, but the list holds {', '.join(kinds) or 'nothing'}: "
+                f"{'leave one out' if name in kinds else 'correct the name, or add one before this option'}",
+            )
+        items.append(items.pop(kinds.index(name)))  # jsonargparse reaches the last one
+        super().__call__(parser, config, value, f"--{self.dest}.{rest}")
+        if isinstance(given, list):
+            changed = config[self.dest]
+            changed.insert(kinds.index(name), changed.pop())
+        return None
 
 
 def one_sentence(message: str) -> str:

@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from project.learning.checkpoints import check_checkpoint, mismatch
 from project.learning.schedules import Schedule
 from project.losses import CrossEntropy, Distillation, MaxNorm, Penalties
-from project.models.net_check import build_lazy_, check_loss, check_net
+from project.models.net_check import build_lazy_, check_loss, check_net, check_on_net
 from project.models.surgery import Surgery, replay_, to_plain
 
 log = logging.getLogger(__name__)
@@ -144,18 +144,21 @@ class Classifier(LightningModule):
         return self.net(images)
 
     def check_fit(self, mixed: bool = False) -> None:
-        """Try net and loss on two images, once.
+        """Try net and loss on two images, and penalties and max-norm of your own on a copy of the net, once.
 
         Args:
             mixed: targets are distributions ``[N, K]`` instead of class numbers ``[N]``.
 
         Raises:
             ValueError: when the net does not take the data's images or does not give a logit for each of their
-                classes, and when the loss does not take these.
+                classes, when the loss does not take these, and when penalties or max-norm do not take the net.
         """
         if not self._is_checked:
             check_net(self.net, self.image_shape, self.num_classes, self.hparams.get("net"))
             check_loss(self.loss, self.num_classes, mixed)
+            for argument, ours in (("penalties", Penalties), ("max_norm", MaxNorm)):
+                if type(module := getattr(self, argument)) is not ours:
+                    check_on_net(argument, module, self.net)
         self._is_checked = True
 
     def setup(self, stage: str) -> None:
@@ -179,7 +182,8 @@ class Classifier(LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.max_norm(self.net)
+        with torch.no_grad():
+            self.max_norm(self.net)
 
     def on_train_epoch_start(self) -> None:
         self._train_sums = None

@@ -76,8 +76,8 @@ def _compiler() -> str | None:
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for maps of ``dtype`` (float32 or bfloat16). ``None`` if they cannot be built, and if they are switched
-    off by ``PROJECT_KERNELS=0`` or :func:`switched`.
+    """The kernels for maps of ``dtype`` (float32 or bfloat16). ``None`` if they cannot be built, and if
+    ``PROJECT_KERNELS=0`` or :func:`switched` switches them off.
     """
     compiler = _compiler()
     if dtype not in TYPES or compiler is None:
