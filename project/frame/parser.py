@@ -151,11 +151,9 @@ class _NamedItems(Action):
         if not rest or not (name in kinds or name[:1].isupper()):
             return super().__call__(*args)
         if kinds.count(name) != 1:
-            raise ArgumentError(
-                None,
-                f"{option} needs exactly one {name} in {self.dest}, but the list holds {', '.join(kinds) or 'nothing'}: "
-                f"{'leave one out' if name in kinds else 'correct the name, or add one before this option'}",
-            )
+            remedy = "leave one out" if name in kinds else "correct the name, or add one before this option"
+            found = f"but the list holds {', '.join(kinds) or 'nothing'}"
+            raise ArgumentError(None, f"{option} needs exactly one {name} in {self.dest}, {found}: {remedy}")
         items.append(items.pop(kinds.index(name)))  # jsonargparse reaches the last one
         super().__call__(parser, config, value, f"--{self.dest}.{rest}")
         if isinstance(given, list):
