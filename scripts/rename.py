@@ -120,6 +120,8 @@ def rename(root: Path, name: str) -> int:
     check_clean(root)
     changed = {}
     for path in text_files(root):
+        if path == root / "scripts/rename.py":
+            continue  # its words are about the name before
         text = path.read_text(encoding="utf-8")
         if path == root / old / "__init__.py":
             text = text.replace("_FORMER_PACKAGES: tuple[str, ...] = ()", f'_FORMER_PACKAGES = ("{old}",)  # {MARK}')
