@@ -1,4 +1,4 @@
-"""Every callback by its name, wherever it is defined: those of every run here, the others beside their technique."""
+"""The names of all callbacks. Those of every run are defined in this folder, the others in their technique's folder."""
 
 from project.frame.rooms import lazily
 
