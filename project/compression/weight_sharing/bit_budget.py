@@ -2,9 +2,9 @@
 
 First, the weights of one layer at a time are shared with 1 to 8 bits. The loss of each choice is measured, and its size
 is estimated by the entropy. Then bits are added where they reduce the loss most per byte. Only the points on the lower
-convex hull of a layer's (bytes, loss) points are used, so the greedy choice equals that of a Lagrange multiplier (Shoham
-& Gersho 1988, Efficient bit allocation for an arbitrary set of quantizers). One assumption is an approximation: that the
-losses of the layers add up.
+convex hull of a layer's (bytes, loss) points are used, so the greedy choice equals that of a Lagrange multiplier
+(Shoham & Gersho 1988, Efficient bit allocation for an arbitrary set of quantizers). One assumption is an approximation:
+that the losses of the layers add up.
 
 The loss is the Kullback-Leibler divergence of the class probabilities from those of the original net, on training
 images. It is never below 0. A difference of cross entropies would be worse: the sign of that difference is random if
@@ -43,9 +43,9 @@ class Option:
 def estimated_bytes(centers: Tensor, index: Tensor) -> float:
     """The estimated size of one shared weight tensor in a file, in bytes.
 
-    It is the sum of three parts: the entropy of the indices of the nonzero weights, the entropy of the zero/nonzero mask,
-    and two bytes for each value of the codebook. A real entropy coder needs slightly more. It needs less for the mask if
-    the zeros are clustered.
+    It is the sum of three parts: the entropy of the indices of the nonzero weights, the entropy of the zero/nonzero
+    mask, and two bytes for each value of the codebook. A real entropy coder needs slightly more. It needs less for the
+    mask if the zeros are clustered.
 
     Args:
         centers: shared values ``[1 + k]``; the first one is 0.

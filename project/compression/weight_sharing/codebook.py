@@ -36,11 +36,12 @@ class Sharer:
                   init_args: {bits: 4, layer_bits: {fc: 6}, exclude: ["^stem"]}
 
     Args:
-        bits: number of bits for each layer, 1 to 8. A layer then has at most ``2 ** bits`` values, and 0 if it is pruned.
-        layer_bits: bits of single layers, 1 to 8, in place of ``bits``. A key is a regular expression; the first one that
-            is found in a layer's name (``re.search``) counts.
-        budget_bytes: largest size of all shared weights in a file, in bytes; 1 or more. It replaces ``bits``: each layer
-            gets the number of bits that changes the net's outputs least. Sizes are those of
+        bits: number of bits for each layer, 1 to 8. A layer then has at most ``2 ** bits`` values, and 0 if it is
+            pruned.
+        layer_bits: bits of single layers, 1 to 8, in place of ``bits``. A key is a regular expression; the first one
+            that is found in a layer's name (``re.search``) counts.
+        budget_bytes: largest size of all shared weights in a file, in bytes; 1 or more. It replaces ``bits``: each
+            layer gets the number of bits that changes the net's outputs least. Sizes are those of
             :func:`project.compression.weight_sharing.bit_budget.estimated_bytes`. None means that ``bits`` counts.
         start: first centers of k-means, ``linear``, ``density``, ``random`` or ``optimal``; see
             :func:`project.compression.weight_sharing.kmeans.kmeans`.
@@ -67,7 +68,7 @@ class Sharer:
         if self.budget_bytes is not None and self.budget_bytes < 1:
             raise ValueError(f"budget_bytes is {self.budget_bytes}: choose a number above 0, or null for fixed bits.")
         if self.budget_bytes is not None and self.layer_bits:
-            raise ValueError("layer_bits and budget_bytes are both given, but a budget sets the bits of all layers: drop one.")
+            raise ValueError("layer_bits and budget_bytes are given, but a budget sets all numbers of bits: drop one.")
         if self.num_images < 1:
             raise ValueError(f"num_images is {self.num_images}: choose 1 or more.")
 
@@ -85,7 +86,7 @@ class Sharer:
             for pattern in getattr(self, argument):
                 if not any(re.search(pattern, name) for name in names):
                     near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
-                    raise ValueError(f"{argument} has {pattern!r}, which finds no layer: there are layers such as {', '.join(near)}.")
+                    raise ValueError(f"{argument} has {pattern!r}, which finds no layer: there are {', '.join(near)}.")
         chosen = [name for name in names if _finds(self.include, name) and not _finds(self.exclude, name)]
         if not chosen:
             raise ValueError("no layer is left to share weights in: include more layers, or exclude fewer.")

@@ -107,7 +107,7 @@ def _lloyd(x: Array, centers: Array) -> Array:
 def _optimal(x: Array, different: Array, num_clusters: int) -> Array:
     """The centers ``[k]`` with the smallest error, or close to it; see :func:`kmeans`."""
     edges = different[1:]
-    if len(different) > _MAX_POINTS:  # half of the edges are quantiles, for dense values; half equal steps, for the tails
+    if len(different) > _MAX_POINTS:  # half of the edges in equal steps, for the tails; half by quantiles, for the rest
         half = _MAX_POINTS // 2
         edges = np.unique([*np.linspace(x[0], x[-1], half)[1:], *np.quantile(x, np.arange(1, half) / half)])
     bounds = np.unique(np.concatenate([[0], np.searchsorted(x, edges), [len(x)]]))
@@ -123,9 +123,9 @@ def _best_cuts(count: Array, total: Array, squares: Array, num_clusters: int) ->
     The result holds ``num_clusters + 1`` indices, from 0 to the number of points.
 
     The recurrence is ``better[stop] = min over cut of (least[cut] + cost(cut, stop))``. Here ``least[cut]`` is the
-    smallest error of the first ``cut`` points in one interval fewer. The best cut never falls when ``stop`` grows. So the
-    best cuts of two solved stops bound the best cut of every stop between them, and few cuts must be tried. All stops of
-    one level of this divide and conquer are solved at once, as arrays.
+    smallest error of the first ``cut`` points in one interval fewer. The best cut never falls when ``stop`` grows. So
+    the best cuts of two solved stops bound the best cut of every stop between them, and few cuts must be tried. All
+    stops of one level of this divide and conquer are solved at once, as arrays.
 
     Args:
         count: prefix sums of the number of values, ``[points + 1]``, beginning with 0.
@@ -155,7 +155,7 @@ def _best_cuts(count: Array, total: Array, squares: Array, num_clusters: int) ->
             low = np.where(at >= stride, cut[stops[np.maximum(at - stride, 0)]], used)
             after = at + stride
             high = np.where(after < len(stops), cut[stops[np.minimum(after, len(stops) - 1)]], num_points)
-            # One flat array holds the cuts to try for all stops: those of stop i begin at ``begins[i]`` with ``low[i]``.
+            # The flat array ``tried`` holds the cuts to try of all stops; those of stop i begin at ``begins[i]``.
             num_tried = np.minimum(high, stop - 1) - low + 1
             begins = np.cumsum(num_tried) - num_tried
             tried = np.arange(num_tried.sum()) - np.repeat(begins - low, num_tried)
