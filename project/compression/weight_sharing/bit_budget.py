@@ -63,7 +63,7 @@ def choose_bits(options: Mapping[str, list[Option]], budget_bytes: float) -> dic
     Only options on the convex hull of a layer are considered.
 
     Args:
-        options: for each layer's name, the options to choose from, in any order.
+        options: options to choose from, in any order, by the layer's name.
         budget_bytes: largest total size of all layers, in bytes; above 0.
 
     Raises:

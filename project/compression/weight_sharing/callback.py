@@ -213,9 +213,7 @@ class WeightSharing(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, Classifier):
-            trainer.fit_loop.max_epochs = min(
-                trainer.max_epochs or 0, self._begin
-            )  # pruning has already restored its own
+            trainer.fit_loop.max_epochs = min(trainer.max_epochs or 0, self._begin)  # pruning has reset it already
             pl_module.phase = None
 
     # -- state ---------------------------------------------------------------------------------------------------

@@ -111,8 +111,8 @@ class Codebook:
         2
 
     Args:
-        centers: for each weight's name, the shared values ``[1 + k]`` in float32: first 0, then the k centers.
-        index: for each weight's name, the number of the center of each weight, 0 to k, in the shape of the weight.
+        centers: shared values by the weight's name, ``[1 + k]`` in float32: first 0, then the k centers.
+        index: numbers of the centers by the weight's name, 0 to k, in the shape of the weight tensor.
     """
 
     def __init__(self, centers: dict[str, Tensor], index: dict[str, Tensor]) -> None:
