@@ -128,8 +128,8 @@ def _plan(chooser: WinogradChooser, module: Classifier, images: torch.Tensor) ->
     order = torch.channels_last if module.channels_last else torch.contiguous_format
     plan = chooser.plan(module.net.to(memory_format=order), images.contiguous(memory_format=order))
     log.info(
-        "winograd: lower quartile of the times; speedup, of the factor of saved multiplications; error relative to direct "
-        "convolution"
+        "winograd: lower quartile of the times; speedup, of the factor of saved multiplications; error relative to "
+        "direct convolution"
     )
     for row in plan.rows:
         log.info("%s", row)

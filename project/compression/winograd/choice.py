@@ -86,7 +86,8 @@ class WinogradPlan:
         surgery: surgery that replaces the chosen layers; it may hold no layer.
         rows: measurements of all layers that could be chosen.
         direct_ms: lower quartile of the times of the whole net for a batch with direct convolutions, in ms.
-        ms: the same for the net in which every layer that passed both tests is replaced, in ms.
+        ms: lower quartile of the times of the whole net for a batch with each layer replaced that was chosen alone, in
+            ms. If this net is not faster, ``auto`` gives a surgery without layers.
     """
 
     surgery: Winograd
