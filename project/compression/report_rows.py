@@ -217,5 +217,5 @@ def _remark(row: ReportRow) -> str | None:
         return None
     return (
         f"{row.step}: {row.sparsity:.0%} of the weights are zero, but the speed is {' and '.join(slow)}: "
-        "dense kernels multiply by zeros all the same."
+        "dense kernels multiply by zeros too."
     )

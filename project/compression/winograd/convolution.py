@@ -30,7 +30,7 @@ from project.models.kernels import can_run_winograd, count_tiles, pack_panels, s
 from project.models.surgery import register_surgery
 
 TILES = (2, 4)
-"""Possible sides m of an output tile."""
+"""Possible sides of an output tile: ``tile`` in the code, m in the equations."""
 
 Matrix = list[list[float]]
 
