@@ -26,8 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class WinogradConvolutions(AfterFit):
-    """Times the 3x3 convolutions of the best checkpoint at the end of a fit and replaces those that Winograd makes
-    faster.
+    """Replaces those 3x3 convolutions of the best checkpoint that Winograd's algorithm makes faster, after training.
 
     The times are measured on this machine's processor. ``best.ckpt`` is written again with the replaced layers; the
     weights do not change. The net with direct convolutions is kept as ``checkpoints/level_0.ckpt``, unless another

@@ -194,7 +194,7 @@ class WinogradChooser:
         net(images)
         for handle in handles:
             handle.remove()
-        # A layer that is faster alone may be slower in the net: compare the whole nets, and keep all layers or none.
+        # A layer that is faster alone may be slower in the net. Compare the whole nets, and keep all layers or none.
         fast = deepcopy(net)
         _surgery(rows).apply_(fast)
         direct, own = self._times([partial(net, images), partial(fast, images)])
@@ -287,6 +287,5 @@ def _wins(own: list[float], direct: list[float]) -> bool:
 
 
 def _typical(samples: list[float]) -> float:
-    """The lower quartile of the times. Other processes only make a call slower, so the low times are the typical
-    ones."""
+    """The lower quartile of the times: other processes can only make a call slower, never faster."""
     return float(torch.tensor(samples, dtype=torch.float64).quantile(0.25))
