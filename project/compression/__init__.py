@@ -1,4 +1,4 @@
-"""Every technique of efficient inference, a folder each; here their public names."""
+"""The public names of all techniques of efficient inference. Each technique has a folder of its own."""
 
 from project.frame.rooms import lazily
 
