@@ -12,7 +12,9 @@ __version__ = "0.1.0"
 _FORMER_PACKAGES: tuple[str, ...] = ()
 """Former names of this package. ``scripts/rename.py`` adds one, so that older runs are found under the new name."""
 _FORMER = {
+    "project.callbacks.distillation": "project.compression.distillation.callback",
     "project.cli": "project.frame.cli",
+    "project.losses.distillation": "project.compression.distillation.loss",
     "project.optimizers": "project.learning.optimizers",
     "project.paths": "project.frame.paths",
     "project.schedules": "project.learning.schedules",

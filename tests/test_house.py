@@ -50,6 +50,7 @@ def test_no_compression_callback_imports_another():
 
 VERBS = {"deployment": "export", "deployment/benchmark": "benchmark", "tuning": "tune"}
 CLASSES = {
+    "compression/distillation": "DistillFrom",
     "compression/low_bit": "TernaryWeights",
     "compression/low_rank": "LowRank",
     "compression/pruning": "IterativeMagnitudePruning",

@@ -4,7 +4,7 @@ from project.frame.rooms import lazily
 
 _HOMES = {
     "BestAndLast": "project.callbacks.checkpoint",
-    "DistillFrom": "project.callbacks.distillation",
+    "DistillFrom": "project.compression.distillation.callback",
     "EMA": "project.callbacks.ema",
     "HParams": "project.callbacks.hparams",
     "IterativeMagnitudePruning": "project.compression.pruning.callback",

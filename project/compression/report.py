@@ -16,8 +16,8 @@ from project.deployment.engines import Engine, engines
 from project.deployment.fastest_file import read_result
 from project.deployment.latency import Latency, measure
 from project.deployment.model_file import ModelFile
+from project.deployment.report_plots import plot_report
 from project.frame.paths import Run
-from project.frame.report_plots import plot_report
 from project.learning.checkpoints import load_net
 from project.learning.classifier import Classifier
 

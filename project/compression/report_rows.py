@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from project.deployment.latency import Latency, best
+from project.deployment.table import markdown_line, write_csv, write_latency, write_number
 from project.frame.paths import write_whole
-from project.frame.table import markdown_line, write_csv, write_latency, write_number
 from project.metrics.complexity import count_macs, count_nonzero, count_parameters
 
 

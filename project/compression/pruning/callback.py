@@ -26,7 +26,7 @@ from project.compression.pruning.round_lengths import After, RoundLengths, steps
 from project.compression.pruning.schedules import Gradual, Iterative, QualityFactors, Rounds, share_to_take
 from project.compression.report import Step, report_steps
 from project.data import ImageDataModule
-from project.frame.report_plots import plot_levels
+from project.deployment.report_plots import plot_levels
 from project.learning.classifier import Classifier
 from project.metrics.complexity import count_macs
 from project.models.layers import reinit_

@@ -19,8 +19,8 @@ import project
 from project.deployment.metadata import Metadata
 from project.deployment.packed.packing import PACKAGE, Packed, PackedTensors, pack
 from project.deployment.recipe import Recipe
+from project.deployment.table import markdown_line, write_csv, write_number
 from project.frame.paths import write_whole
-from project.frame.table import markdown_line, write_csv, write_number
 from project.models.surgery import from_plain, to_plain
 
 _INDEX_BITS = 5

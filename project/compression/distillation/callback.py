@@ -1,7 +1,7 @@
 """Knowledge distillation: train a net with the outputs of a teacher net beside the labels.
 
 The teacher is the net of another run, or this run's own dense net while the run prunes it. Paper: Hinton et al. 2015
-(arXiv:1503.02531). The formula is in :mod:`project.losses.distillation`.
+(arXiv:1503.02531). The formula is in :mod:`project.compression.distillation.loss`.
 """
 
 import logging
@@ -12,10 +12,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from project.callbacks.places import run_of
+from project.compression.distillation.loss import Distillation, check_distillation
 from project.frame.paths import Run
 from project.learning.checkpoints import load_net
 from project.learning.classifier import Classifier
-from project.losses.distillation import Distillation, check_distillation
 
 log = logging.getLogger(__name__)
 
