@@ -13,6 +13,11 @@ _FORMER_PACKAGES: tuple[str, ...] = ()
 """Former names of this package. ``scripts/rename.py`` adds one, so that older runs are found under the new name."""
 _FORMER = {
     "project.callbacks.distillation": "project.compression.distillation.callback",
+    "project.callbacks.hparams": "project.callbacks.observe.hparams",
+    "project.callbacks.log_graph": "project.callbacks.observe.log_graph",
+    "project.callbacks.look_at_batch": "project.callbacks.observe.look_at_batch",
+    "project.callbacks.test_report": "project.callbacks.observe.report_of_test",
+    "project.callbacks.weight_histograms": "project.callbacks.observe.weight_histograms",
     "project.cli": "project.frame.cli",
     "project.losses.distillation": "project.compression.distillation.loss",
     "project.optimizers": "project.learning.optimizers",

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WHOLE = ("compression", "deployment", "models/kernels", "tuning")
+WHOLE = ("callbacks/observe", "compression", "deployment", "models/kernels", "tuning")
 """Optional folders. The core is everything else."""
 
 
@@ -20,7 +20,14 @@ class House:
         self.package = package
         techniques = sorted(path.parent.name for path in package.glob("compression/*/__init__.py"))
         rooms = [f"compression/{name}" for name in techniques]
-        rooms += ["deployment/benchmark", "deployment/int8", "deployment/packed", "models/kernels", "tuning"]
+        rooms += [
+            "deployment/benchmark",
+            "deployment/int8",
+            "deployment/packed",
+            "models/kernels",
+            "tuning",
+            "callbacks/observe",
+        ]
         self.rooms = [room for room in rooms if (package / room).is_dir()]
         """Folders that may be taken out one by one."""
         self.modules = {self._name(path): path for path in sorted(package.rglob("*.py"))}

@@ -5,16 +5,12 @@ from collections.abc import Sequence
 from lightning.pytorch.callbacks import Callback, ProgressBar
 
 from project.callbacks.checkpoint import BestAndLast
-from project.callbacks.hparams import HParams
-from project.callbacks.log_graph import LogGraph
-from project.callbacks.look_at_batch import LookAtBatch
 from project.callbacks.nan_guard import StopOnNaN
 from project.callbacks.progress_bars import default_progress_bar
 from project.callbacks.start_lines import StartLines
 from project.callbacks.stopping import TellHowToResume
 from project.callbacks.summary import WriteSummary
-from project.callbacks.test_report import TestReport
-from project.callbacks.weight_histograms import WeightHistograms
+from project.frame.rooms import optional
 
 
 def default_callbacks(
@@ -30,8 +26,8 @@ def default_callbacks(
         progress: whether to add a progress bar (on a terminal) or progress lines (elsewhere).
     """
     kinds: list[type[Callback]] = [StartLines, StopOnNaN, WriteSummary]
-    if observe:
-        kinds += [LookAtBatch, LogGraph, WeightHistograms, TestReport, HParams]
+    if observe and (room := optional("callbacks.observe")) is not None:
+        kinds += room.CALLBACKS
     callbacks = [*own, *(kind() for kind in kinds if not _has(own, kind))]
     if progress and not _has(own, ProgressBar):
         # First, so that an epoch's line is printed before other callbacks report on the next epoch.

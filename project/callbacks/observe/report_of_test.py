@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from project.callbacks.look_at_batch import denormalize
+from project.callbacks.observe.look_at_batch import denormalize
 from project.callbacks.places import run_of, show_figure, tensorboard
 from project.frame.paths import write_whole
 from project.learning.whole_batch import gather
