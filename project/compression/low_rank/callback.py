@@ -57,7 +57,7 @@ class LowRank(Callback):
     stages = ("low rank", "smaller net")
     company = Company(
         never={
-            "early stopping": "it could end the run at any time, even before the factorisation: leave EarlyStopping out",
+            "early stopping": "it could end the run before or after the factorisation: leave EarlyStopping out",
             "pruning": "the pruning's masks would belong to layers that are gone: do the first of the two in a run of "
             "its own, and start the second from best.ckpt of that run (--ckpt_path)",
         }

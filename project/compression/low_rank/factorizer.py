@@ -54,11 +54,12 @@ class Factorizer:
         energy: share of the sum of squares that is kept, in (0, 1], for ``ranks: energy``. The squares are those of the
             layer's responses if ``num_images`` is above 0 and the kind is ``svd`` or ``spatial``, and otherwise those
             of its weight.
-        round_to: divisor of the ranks, 1 or more. Dense kernels work on 8 or 16 channels at a time, and on a processor
-            with 512-bit vectors a rank of 24 takes as long as a rank of 32.
-        num_images: number of training images on which the layers' responses are measured, 0 or more. ``svd`` and
-            ``spatial`` then keep the responses instead of the weights, and a layer's loss is measured in the logits. At
-            0 only the weights are used.
+        round_to: divisor of the ranks, 1 or more. A rank is rounded up to a multiple, at most to the largest possible
+            rank. Dense kernels work on 8 or 16 channels at a time, and on a processor with 512-bit vectors a rank of 24
+            takes as long as a rank of 32.
+        num_images: number of training images on which the layers' responses are measured, 0 or more. Above 0, ``svd``
+            and ``spatial`` keep the responses instead of the weights, and ``ranks: macs`` measures the loss of a layer
+            in the logits. At 0 only the weights are used.
         include: regular expressions; a layer is factorised only if one of them is found in its name. Null includes all.
         exclude: regular expressions; a layer is not factorised if one of them is found in its name. Null excludes the
             stem (the first layer) and the head (the last layer).
@@ -90,7 +91,8 @@ class Factorizer:
             )
         if not 0 < energy <= 1:
             raise ValueError(
-                f"energy is {energy}, but it is the share of the squares that is kept: choose a number above 0, up to 1."
+                f"energy is {energy}, but it is the share of the squares that is kept: choose a number above 0, at "
+                "most 1."
             )
         if round_to < 1 or num_images < 0:
             raise ValueError(
@@ -160,7 +162,8 @@ class Factorizer:
             for pattern in patterns:
                 if not any(re.search(pattern, name) for name in layers):
                     raise ValueError(
-                        f"{argument} has {pattern!r}, which finds no layer: choose among the layers {', '.join(layers)}."
+                        f"{argument} has {pattern!r}, which finds no layer of the net: choose among "
+                        f"{', '.join(layers)}."
                     )
         ends = [f"^{re.escape(name)}$" for name in (*list(layers)[:1], *list(layers)[-1:])]
         excluded = ends if self.exclude is None else self.exclude
