@@ -38,10 +38,10 @@ class Group:
         parameters: names of the parameters that are masked; the first is the layer's weight.
         coupled: names of other layers that have the same units, for example because a residual connection adds them
             together.
-        readers: for groups of units, the layers that read the units, each with the number of its inputs that one unit
-            fills (1, or several where a channel is flattened). Empty for groups of single weights.
-        units: for groups of single weights that are pruned with their dead ends, the weights that read each unit of the
-            layer. ``None`` if there are no dead ends to look for, or if the readers are not known.
+        readers: the layers that read the units, each with the number of its inputs that one unit fills (1, or several
+            if a channel is flattened). Empty for groups of single weights.
+        units: the layer's units and the inputs that read each of them, for groups of single weights that are pruned
+            with their dead ends. ``None`` if dead ends are not pruned, or if the readers are not known.
     """
 
     layer: str
@@ -67,7 +67,7 @@ def removed_units(groups: Iterable[Group], masks: Mapping[str, Tensor]) -> dict[
     """For each layer, the numbers of the units whose mask is 0, which thinning removes.
 
     Args:
-        groups: groups of units.
+        groups: the groups of units that were pruned.
         masks: the mask of each pruned parameter, by the parameter's name.
     """
     return {

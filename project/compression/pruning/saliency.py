@@ -66,7 +66,7 @@ def saliency_of_units(
 
     Args:
         net: a net that maps images ``[N, C, H, W]`` to logits ``[N, K]``. It runs in eval mode and is not changed.
-        units: for each layer, the names of the parameters whose first dimension is the layer's units; the first is the
+        units: names of the parameters whose first dimension is the layer's units, for each layer; the first is the
             layer's weight.
         criterion: the kind of score; ``magnitude`` and ``random`` need no images.
         images, labels: normalised images ``[N, C, H, W]`` and class numbers ``[N]`` that gradients are taken of.

@@ -30,8 +30,8 @@ class Macs:
     Args:
         net: the net with all its units.
         image_shape: shape (C, H, W) of an image.
-        groups: for each group, by the name of its first layer: the layers whose outputs are its units, and the layers
-            that read them, each with the number of its inputs that one unit fills.
+        groups: the layers whose outputs are a group's units, and the layers that read them, each with the number of its
+            inputs that one unit fills. The key of a group is the name of its first layer.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ def take_cheapest(
 
     Args:
         scores: saliency of each layer's units ``[num_units]``, 0 or more.
-        left: for each layer, whether each unit is still there, bools ``[num_units]``.
+        left: whether each unit is still there, bools ``[num_units]`` for each layer.
         amount: share that is removed, in [0, 1), of the units that are left, or with ``macs`` of the present
             multiply-accumulates. The last step may remove too much, by less than ``round_to`` units of one layer.
         keep: share of each layer's ``num_units`` that stays, in [0, 1).

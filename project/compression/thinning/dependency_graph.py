@@ -50,8 +50,8 @@ class UnitGroup:
         num: number of units, 1 or more.
         outputs: names of the modules whose parameters have these units as their first dimension, in the same order: the
             layer, its norms, and coupled layers.
-        inputs: for each layer that reads the units, pairs (number of the unit, number of the layer's input). A unit has
-            several inputs if its channel is flattened.
+        inputs: pairs (number of the unit, number of the reading layer's input), by the name of each layer that reads
+            the units. A unit has several inputs if its channel is flattened.
     """
 
     num: int

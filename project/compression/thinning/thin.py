@@ -52,7 +52,7 @@ class Units:
         coupled: names of other layers that have the same units, for example because a residual connection adds them
             together.
         readers: the layers that read the units, each with the number of its inputs that one unit fills (1, or several
-            where a channel is flattened).
+            if a channel is flattened).
     """
 
     num: int
@@ -79,11 +79,11 @@ class Thin:
         [(2, 4), (2,), (2, 2), (2,)]
 
     Args:
-        kept_out: for each module, the indices that stay in the first dimension of its parameters and running
-            statistics.
-        kept_in: for each layer, the indices that stay in the second dimension of its weight.
-        out_channels: for each block that states its width in an attribute ``out_channels``, as Inception blocks do, the
-            new value of the attribute.
+        kept_out: indices, from 0, that stay in the first dimension of a module's parameters and running statistics, by
+            the module's name.
+        kept_in: indices, from 0, that stay in the second dimension of a layer's weight, by the layer's name.
+        out_channels: new width of each block that states its width in an attribute ``out_channels``, as Inception
+            blocks do, by the block's name.
     """
 
     kept_out: dict[str, list[int]]
@@ -173,7 +173,7 @@ def plan_thinning(net: nn.Module, removed: Mapping[str, Sequence[int]], image_sh
 
     Args:
         net: a net that takes images ``[N, C, H, W]``. It is not changed, and only its structure matters.
-        removed: for each layer, the numbers of the units to remove. Coupled layers must name the same units.
+        removed: numbers of the units to remove, from 0, by the layer's name. Coupled layers must have the same numbers.
         image_shape: shape (C, H, W) of an image.
 
     Raises:
