@@ -123,10 +123,11 @@ class IterativeMagnitudePruning(Callback):
         self._amounts: list[float] = []
         self._held = HeldMasks()
 
-    # -- the course of a run -------------------------------------------------------------------------------------
+    # -- during a run --------------------------------------------------------------------------------------------
 
     @property
     def stages(self) -> tuple[str, ...]:
+        """The words by which other callbacks know this one, see :mod:`project.compression.company`."""
         removed = self.pruner.structure == "units" and self.thin
         return ("pruning", "smaller net", *(["units removed at the end"] if removed else []))
 
@@ -249,6 +250,7 @@ class IterativeMagnitudePruning(Callback):
     # -- a round -------------------------------------------------------------------------------------------------
 
     def _begin_round(self, trainer: Trainer, module: Classifier) -> None:
+        """End the present level, prune, set the weights as ``after`` says, and make the round's optimizer."""
         self.keep_level(trainer, module)
         assert isinstance(self.schedule, Rounds)
         amount = self._amounts[self.round]
@@ -274,6 +276,7 @@ class IterativeMagnitudePruning(Callback):
         log.info("round %d of %d: %.2f %% of the %s pruned", self.round, len(self._amounts), share, counted)
 
     def _share_gone(self, module: Classifier) -> float:
+        """The share of the schedule's quantity that the present masks remove."""
         return self.pruner.share_gone(module.net, self._groups, self.masks, module.image_shape)
 
     def _prune(self, trainer: Trainer, module: Classifier, amount: float) -> None:
@@ -333,12 +336,14 @@ class IterativeMagnitudePruning(Callback):
             show_figure(trainer, "pruning/score_by_weights_left", plot_levels(points, str(best.monitor)))
 
     def _draw_sparsity(self, trainer: Trainer, module: Classifier) -> None:
+        """Write the sparsity of each layer to TensorBoard."""
         if (writer := tensorboard(trainer)) is not None:
             for group in self._groups:
                 share = sparsity({group.parameters[0]: self.masks[group.parameters[0]]}, module.net)
                 writer.add_scalar(f"sparsity/{group.layer}", share, trainer.global_step)
 
     def _tell_that_it_stopped(self, trainer: Trainer) -> None:
+        """Warn that the run ended before its last epoch, and say how to finish it."""
         timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         log.warning(
             "stopped after epoch %d of %s, before the pruning was over: there is no report and no thinned net yet. To "
@@ -350,6 +355,7 @@ class IterativeMagnitudePruning(Callback):
         )
 
     def _images(self, trainer: Trainer, module: Classifier) -> tuple[Tensor, Tensor]:
+        """Training images and their labels, for criteria that take gradients."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ImageDataModule)
         images, labels = data.sample(self.pruner.num_images)
@@ -357,9 +363,11 @@ class IterativeMagnitudePruning(Callback):
 
 
 def _emas(trainer: Trainer) -> list[EMA]:
+    """The run's callbacks that average weights."""
     return [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
 
 
 def _seed(trainer: Trainer) -> int:
+    """The seed of the run; 0 without an ImageDataModule."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data.run_seed if isinstance(data, ImageDataModule) else 0

@@ -227,6 +227,11 @@ def share_to_take(before: float, after: float) -> float:
 
 
 def _check_share(name: str, share: float) -> None:
+    """Check that an argument lies between 0 and 1, both excluded.
+
+    Raises:
+        ValueError: if it does not.
+    """
     if not 0 < share < 1:
         raise ValueError(
             f"{name} has {share}, but it is the share that is pruned: choose a number between 0 and 1, such as 0.8."
