@@ -77,10 +77,11 @@ class IterativeMagnitudePruning(Callback):
             epoch 0.
         report: whether ``report.csv`` and ``report.md`` are written, with the accuracy of each level on validation and
             test images and its size.
-        latency: whether the report has the latency of the dense net and of the last two steps.
+        latency: whether the report has the latency of its first step (the dense net, if there are rounds) and of its
+            last two steps.
 
     Raises:
-        ValueError: if a number is out of its range, or if two arguments contradict each other.
+        ValueError: if a number is outside its range, or if two arguments contradict each other.
     """
 
     def __init__(
