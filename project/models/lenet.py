@@ -5,8 +5,8 @@ III.C.2. The nets here are the versions of the pruning papers (Han et al. 2015, 
 Frankle & Carbin 2019, arXiv:1803.03635, figure 2): ReLU instead of scaled tanh, and for LeNet-5 the widths of Caffe's
 example (``examples/mnist/lenet_train_test.prototxt``).
 
-Layers have the names of Han et al., ``fc1 fc2 fc3`` and ``conv1 conv2 fc1 fc2``. Neither paper has norms. A norm, if one
-is chosen, stands before the activation; a vector goes through it as a 1x1 map.
+Layers have the names of Han et al., ``fc1 fc2 fc3`` and ``conv1 conv2 fc1 fc2``. Neither paper has norms. A chosen norm
+stands before the activation; a vector goes through it as a 1x1 map.
 """
 
 from collections.abc import Callable
@@ -31,9 +31,9 @@ from project.models.layers import (
 
 
 class LeNet300100(nn.Module):
-    """An MLP with hidden layers of 300 and 100 units: ``[N, C, H, W] -> [N, num_classes]``; 266,610 weights on MNIST.
+    """An MLP with hidden layers of 300 and 100 units: ``[N, C, H, W] -> [N, num_classes]``.
 
-    Biases are counted too.
+    It has 266,610 parameters on MNIST.
 
     Example::
 

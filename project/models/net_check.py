@@ -130,7 +130,7 @@ def _refusal(
 
 
 def _hint(value: str, described: Mapping[str, Any] | None) -> str | None:
-    """The line of YAML that gives a value of the data to the net; ``None`` if the net seems to have no argument for it."""
+    """The line of YAML that gives a value of the data to the net; ``None`` if no argument of the net seems to fit."""
     pattern, usual = _NAMES[value]
     name = next(filter(pattern.fullmatch, _arguments(described)), None)
     if name is None and described and takes_any(find(described["class_path"])):
