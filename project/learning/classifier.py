@@ -206,7 +206,7 @@ class Classifier(LightningModule):
         A resumed run then repeats the same draws. With ``sync_batchnorm`` all processes have the same seed, as
         :mod:`project.learning.whole_batch` needs.
         """
-        # `torch.manual_seed` would be slow: it also queues a call, with its stack trace, for each absent kind of device.
+        # `torch.manual_seed` is slow: it also queues a call, with its stack trace, for each absent kind of device.
         process = 0 if getattr(self.trainer, "sync_batchnorm", False) else self.global_rank
         seed = hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, process)) % 2**63
         torch.default_generator.manual_seed(seed)
@@ -301,7 +301,7 @@ class Classifier(LightningModule):
             group["lr"] = group["lr"] * scale * (self.phase.lr_factor if self.phase else 1.0)
         total_steps = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = total_steps / max(self.trainer.max_epochs or 1, 1)
-        if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:  # total_steps is then not that of epochs
+        if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:  # the epochs do not give total_steps
             steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         first_step = 0
         if self.phase is not None:  # the schedule has the length of the phase, not of the run

@@ -93,7 +93,8 @@ class Muon(Optimizer):
         grads = [_grad(parameter) for parameter in params]
         momenta = self._state(params, "momentum")
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        directions = torch._foreach_lerp(grads, momenta, group["momentum"])  # Nesterov: the momentum of the next step
+        # Nesterov: the momentum after another step with the same gradient.
+        directions = torch._foreach_lerp(grads, momenta, group["momentum"])
         updates = orthogonalize([update.flatten(1) for update in directions])
         rates = [-group["lr"] * math.sqrt(max(1.0, len(update) / update.shape[1])) for update in updates]
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 
 class Schedule:
-    """A constant rate after an optional linear warm-up, and the base class of the schedules that override :meth:`decay`.
+    """A constant rate after an optional linear warm-up; the base class of all schedules, which override :meth:`decay`.
 
     Example::
 

@@ -1,8 +1,8 @@
 """Cross entropy with label smoothing and class weights, for class numbers and for mixed targets.
 
 Rethinking the Inception architecture, Szegedy et al. 2015 (arXiv:1512.00567, sec. 7): the target distribution becomes
-``q'(k) = (1 - eps) q(k) + eps / K``. For a one-hot ``q`` this is the paper's equation. The soft ``q`` of MixUp or CutMix
-goes through the same formula.
+``q'(k) = (1 - eps) q(k) + eps / K``. For a one-hot ``q`` this is the paper's equation. The soft ``q`` of MixUp or
+CutMix goes through the same formula.
 """
 
 from collections.abc import Sequence
@@ -60,7 +60,7 @@ class CrossEntropy(nn.Module):
         self.register_buffer("class_weights", weights, persistent=False)
 
     def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """The loss, a scalar. Logits are ``[N, K]``, targets class numbers ``[N]`` int64 or distributions ``[N, K]``."""
+        """The loss, a scalar. Logits are ``[N, K]``; targets are classes ``[N]`` int64 or distributions ``[N, K]``."""
         weights = None if self.class_weights is None else self.class_weights.to(logits.dtype)
         return F.cross_entropy(logits, targets, weight=weights, label_smoothing=self.label_smoothing)
 

@@ -90,8 +90,8 @@ def count_macs(net: nn.Module, image_shape: tuple[int, int, int], batch: int = 1
 def complexity_by_layer(net: nn.Module, image_shape: tuple[int, int, int]) -> list[LayerComplexity]:
     """One row for every module that has parameters or MACs of its own, in the order of ``net.named_modules()``.
 
-    The sum of ``macs`` is :func:`count_macs`. The sum of ``num_params`` is :func:`count_parameters`, unless layers share
-    parameters or are never called.
+    The sum of ``macs`` is :func:`count_macs`. The sum of ``num_params`` is :func:`count_parameters`, unless layers
+    share parameters or are never called.
 
     Args:
         net: network that takes images ``[N, C, H, W]``.
