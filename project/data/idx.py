@@ -61,7 +61,7 @@ def parse_idx(contents: bytearray, path: Path) -> Tensor:
     if len(contents) != expected:
         fault = "truncated" if len(contents) < expected else "too long"
         raise ValueError(
-            f"{path} is {fault}: expected {expected} bytes by its header, but found {len(contents)} (unzipped): "
+            f"{path} is {fault}: expected {expected} bytes by its header, found {len(contents)} (unzipped): "
             "delete it and download it again."
         )
     values = torch.frombuffer(contents, dtype=torch.uint8)[start:] if expected > start else torch.empty(0).byte()
