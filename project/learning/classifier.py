@@ -145,7 +145,7 @@ class Classifier(LightningModule):
             },
             compute_groups=False,
         )
-self.distillation: nn.Module | None = None
+        self.distillation: nn.Module | None = None
         """A teacher whose outputs are learned beside the labels, in training only; ``None`` without one."""
         self._is_checked = False
         self._train_sums: Tensor | None = None
