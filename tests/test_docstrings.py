@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ["callbacks", "compression", "data", "frame", "deployment", "learning", "losses", "metrics", "models"]
+ROOMS = ["callbacks", "compression", "data", "frame", "deployment", "learning", "losses", "metrics", "models", "tuning"]
 FRAGMENT = re.compile(
     r"(of|likewise|in|from|for|to|as|with|by|at|on|and|or|that|which|whose|what|who|see|same|ditto)\b", re.IGNORECASE
 )
