@@ -142,6 +142,7 @@ def test_the_example_runs(name, tmp_path, monkeypatch):
     example = section(CLASSES[name].__doc__, "Example::")
     monkeypatch.setenv("PROJECT_LOGS_DIR", str(tmp_path))
     if example.startswith(">>>"):
+        monkeypatch.chdir(tmp_path)  # for the files that it writes
         test = doctest.DocTestParser().get_doctest(example, {}, name, None, None)
         result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
         assert result.attempted and not result.failed
