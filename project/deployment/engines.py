@@ -48,7 +48,7 @@ FP32 = ("eager", "contiguous", "compiled", "onnxruntime", "openvino")
 def engine(name: str, net: nn.Module, image_shape: tuple[int, int, int]) -> Engine:
     """An engine on a copy of the net in eval mode. The net itself does not change.
 
-    The compiled engines take up to eight batch sizes. They compile at the first call of each size (seconds to a minute).
+    Compiled engines take up to eight batch sizes. They compile at the first call of each size (seconds to a minute).
 
     Args:
         name: name of the engine, one of those above, such as ``onnxruntime``.
