@@ -1,4 +1,4 @@
-"""From a checkpoint to a model file and its worth: export, check, time and benchmark nets. The public names stand here."""
+"""From a checkpoint to a model file: export, check, time and benchmark nets. The public names stand here."""
 
 from project.frame.rooms import lazily
 

@@ -108,7 +108,7 @@ def export(
         format: format of the file: onnx (fp32), onnx-int8, pt2 or packed.
         tolerance: largest accepted difference of a logit, as a share of the largest logit; 0 or more. ``None`` takes
             the value of :data:`TOLERANCE`.
-        calibration: normalised training images ``[N, C, H, W]`` to find the ranges of activations; onnx-int8 needs them.
+        calibration: normalised training images ``[N, C, H, W]``, which onnx-int8 finds the ranges of activations with.
         quantizer: settings of onnx-int8; ``None`` takes the defaults.
         fp32: path of an fp32 ONNX file of this net to start from; ``None`` exports the net.
         recipe: description of how to build the net; packed needs it. A packed file also gets a table of its layers.

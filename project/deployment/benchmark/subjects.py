@@ -1,4 +1,4 @@
-"""The nets that :mod:`project.deployment.benchmark.measure` measures: those of runs, with their weights and model files."""
+"""What a benchmark measures: the nets of runs, each with its weights and its model files."""
 
 import os
 from collections.abc import Sequence
@@ -75,8 +75,8 @@ def check_data(subject: Subject, data: ImageDataModule) -> None:
     own, wanted = (module.class_names, module.image_shape), (tuple(data.class_names), tuple(data.image_shape))
     if own != wanted:
         raise ValueError(
-            f"{subject.name} has {words(*own)}, but the test data of this benchmark have {words(*wanted)}: compare runs "
-            "on the same data set."
+            f"{subject.name} has {words(*own)}, but the test data of this benchmark have {words(*wanted)}: compare "
+            "runs on the same data set."
         )
 
 
