@@ -65,6 +65,14 @@ class PostTrainingQuantization(AfterFit):
         self.latency = latency
 
     def after_fit(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
+        """Export the checkpoint as fp32 and int8, choose the fastest accurate file, and add the report's row.
+
+        Args:
+            trainer: trainer that ran the fit; its data module gives the images.
+            module: classifier that was trained.
+            run: run whose folder the files are written to.
+            source: path of the checkpoint to export.
+        """
         data = trainer.datamodule  # type: ignore[attr-defined]
         export_checkpoint(module, data, source, run.model_file("onnx"))
         exported, drop = self._quantize(run, module, data, source)

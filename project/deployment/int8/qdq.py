@@ -76,9 +76,10 @@ class Plan:
 
     Args:
         layers: layers with integer weights, by the name of their output.
-        group_of: for each tensor that becomes integers: the name of the tensor whose scale it uses. That tensor holds
-            all values of its group.
-        activation_of: for each layer whose output only a ReLU reads: the name of that ReLU's output.
+        group_of: name of the tensor whose scale a tensor uses, by the name of each tensor that becomes integers. The
+            tensor with the scale holds all values of its group.
+        activation_of: name of the output of the ReLU behind a layer, by the layer's output; only if nothing else reads
+            that output.
     """
 
     layers: dict[str, Layer]
@@ -115,8 +116,8 @@ def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) 
     activation_of = _fused_activations(graph, by_output, outputs)
     # From the front of the graph: a tensor can be integers if the node that writes it is one of the layers, or if this
     # node has an integer kernel and all activations that it reads are integers.
-    # From the front of the graph: a tensor can be integers if one of the layers writes it, or if its node has an integer
-    # kernel and reads integers only.
+    # From the front of the graph: a tensor can be integers if one of the layers writes it, or if its node has an
+    # integer kernel and reads integers only.
     quantized = {layer.input for layer in layers}
     tensors, fused = _activations(graph), set(activation_of.values())
     for node in graph.node:
