@@ -41,7 +41,7 @@ def find_lr(
         datamodule: data module that gives the training images.
         folder: folder that the picture ``learning_rate.png`` is written to.
         min_lr: learning rate of the first step; above 0.
-        max_lr: learning rate of the last step; above ``min_lr``.
+        max_lr: learning rate of the last step; any number above ``min_lr``.
         num_steps: number of training steps; 20 or more.
 
     Returns:
@@ -139,7 +139,7 @@ def find_batch_size(
         tuner = Tuner(_plain(trainer, scratch))
         options: dict[str, Any] = {"mode": mode, "init_val": first, "max_val": largest}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")  # at one step too many, see below
+            warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")  # in the step too many
             size = tuner.scale_batch_size(model, datamodule=datamodule, **options)
     assert size is not None
     size = min(size, largest)  # Lightning 2.6 takes one step too many

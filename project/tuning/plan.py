@@ -89,8 +89,8 @@ class Plan:
             )
         if len(self.objectives) > 1 and (self.pruner != "none" or self.sampler == "cma-es"):
             raise ValueError(
-                f"objective has {len(self.objectives)} names, with pruner {self.pruner} and sampler {self.sampler}: name "
-                "one objective, or choose pruner none and sampler grid, random or tpe."
+                f"objective has {len(self.objectives)} names, with pruner {self.pruner} and sampler {self.sampler}: "
+                "name one objective, or choose pruner none and sampler grid, random or tpe."
             )
         if self.baseline and self.sampler == "grid":
             raise ValueError("baseline is true, but a grid has its own points: add the configuration's values to them.")
@@ -143,7 +143,7 @@ class Plan:
         lengths = searched or [self.base["trainer"]["max_epochs"]]
         if not all(isinstance(length, int) and length > 0 for length in lengths):
             raise ValueError(
-                f"pruner is {self.pruner}, which compares trials by their epochs, but {key} is {lengths[0]}: set it to 1 "
+                f"pruner is {self.pruner}, which compares trials by their epochs, but {key} is {lengths}: set it to 1 "
                 "or more."
             )
         return max(lengths)

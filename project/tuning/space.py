@@ -80,7 +80,7 @@ class Space:
             values = dimension.grid()
             points = [new for old in points for new in _spread(dimension, old, values)]
             if len(points) > _MANY:
-                raise ValueError(f"space: this grid has more than {_MANY:,} points: take fewer values, or sampler random.")
+                raise ValueError(f"space: this grid has over {_MANY:,} points: take fewer values, or sampler random.")
         return points
 
     def probes(self) -> list[Params]:

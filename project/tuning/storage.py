@@ -23,7 +23,7 @@ _LOCK_S = 10
 
 
 class HeartbeatJournal(JournalStorage, BaseHeartbeat):
-    """A journal with heartbeats. Each running trial has a file beside it, and the file's time of change is the heartbeat.
+    """A journal with heartbeats: each running trial has a file beside it whose time of change is the heartbeat.
 
     These times are compared with that of a file that is changed just now. On NFS all of them come from the server's
     clock.
@@ -84,8 +84,8 @@ def open_storage(url: str, heartbeat_s: int) -> BaseStorage:
                         raise
     except ImportError:
         raise ValueError(
-            f"storage is {shown!r}, but no driver for it is installed: run pip install -e '.[postgres]', or install the "
-            "driver that the URL names, such as mysql+pymysql://."
+            f"storage is {shown!r}, but no driver for it is installed: run pip install -e '.[postgres]', or install "
+            "the driver that the URL names, such as mysql+pymysql://."
         ) from None
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
