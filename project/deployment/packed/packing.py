@@ -7,9 +7,9 @@ the last step. It needs no information about the steps before: the values of eac
 
     magic  version  CRC-32 of all that follows  CRC-32 of the tensors  length of the header  header  range coder's bytes
 
-The header is JSON, compressed by zlib; the caller chooses its content. Names, shapes and types of the tensors are not in
-the file, because the net that is rebuilt from the header has them. A file of n bytes may hold at most ``2^24 + 4096 n``
-values, so that a small file cannot ask for much memory.
+The header is JSON, compressed by zlib; the caller chooses its content. Names, shapes and types of the tensors are not
+in the file, because the net that is rebuilt from the header has them. A file of n bytes may hold at most
+``2^24 + 4096 n`` values, so that a small file cannot ask for much memory.
 """
 
 import json
@@ -42,7 +42,7 @@ _DICTIONARY = (
     b'{"class_path":"project.models.ReLU"},"conv_dropout":0.0,"conv_dropout_type":{"class_path":"torch.nn.Dropout2d",'
     b'"init_args":{"inplace":false}},"fc_dropout":0.0,"weight_init":"torch.nn.init.kaiming_normal_"}},"surgeries":[]}}'
 )
-"""Texts that are frequent in headers, for zlib. They are part of the format: if they change, the version must change."""
+"""Texts that are frequent in headers, for zlib. They are part of the format: a change needs another version."""
 
 
 @dataclass(frozen=True)
