@@ -111,8 +111,8 @@ def open_packed(path: Path, trust: Sequence[str] = ()) -> tuple[nn.Module, Metad
 
 
 def _shorter(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """A surgery that gives the same shapes in a shorter text. It needs no indices of the units that
-    stayed, because the file holds their weights.
+    """A surgery that gives the same shapes in a shorter text. It needs no indices of the units that stayed, because the
+    file holds their weights.
     """
     surgery = from_plain(plain)
     shorten = getattr(surgery, "of_first_units", None)
