@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ["callbacks", "compression", "data", "frame", "deployment", "learning", "losses", "metrics", "models"]
+ROOMS = ["callbacks", "compression", "data", "frame", "deployment", "learning", "losses", "metrics", "models", "tuning"]
 FRAGMENT = re.compile(
     r"(of|likewise|in|from|for|to|as|with|by|at|on|and|or|that|which|whose|what|who|see|same|ditto)\b", re.IGNORECASE
 )
@@ -144,6 +144,7 @@ def test_the_example_runs(name, tmp_path, monkeypatch):
     example = section(CLASSES[name].__doc__, "Example::")
     monkeypatch.setenv("PROJECT_LOGS_DIR", str(tmp_path))
     if example.startswith(">>>"):
+        monkeypatch.chdir(tmp_path)  # for the files that it writes
         test = doctest.DocTestParser().get_doctest(example, {}, name, None, None)
         result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
         assert result.attempted and not result.failed
