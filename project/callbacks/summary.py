@@ -38,7 +38,7 @@ class WriteSummary(Callback):
         self._train, self._fit = Clock(), Clock()
         self._num_images = 0
         self._environment: dict[str, Any] = {}
-        self._now: dict[str, Any] = {}
+        self._now = self._environment
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":

@@ -39,7 +39,7 @@ def describe_environment() -> dict[str, Any]:
 def describe_kernels() -> dict[str, Any]:
     """Whether the C kernels may run, the types they are built for, and the names of those that have run."""
     room = optional("models.kernels")
-    return {"on": False, "built": [], "used": []} if room is None else room.describe()
+    return room.describe() if room else {"on": False, "built": [], "used": []}
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -50,24 +50,20 @@ def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         now: environment of the fit that goes on with it.
     """
     before, after = _of_bits(was), _of_bits(now)
-    return [
-        f"{name} was {value}, is {after[name]}"
-        for name, value in before.items()
-        if None not in (value, after[name]) and value != after[name]
-    ]
+    return [f"{key} was {before[key]}, is {after[key]}" for key in before if after.get(key, before[key]) != before[key]]
 
 
 def _of_bits(environment: Mapping[str, Any]) -> dict[str, Any]:
+    """What the last bits depend on. On a graphics card the processor, its threads and its kernels do not matter."""
     device = environment.get("device")
-    on_cpu = device == "cpu"
-    kernels = environment.get("kernels")
-    return {
-        "kernels": ("on" if kernels["on"] else "off") if kernels and on_cpu else None,
-        "num_threads": environment.get("num_threads") if device in ("cpu", None) else None,
-        "precision": environment.get("precision"),
-        "processor": f"{environment.get('cpu')} ({environment.get('cpu_abilities')})" if on_cpu else device,
-        "torch": environment.get("packages", {}).get("torch"),
-    }
+    found = {"precision": environment.get("precision"), "torch": environment.get("packages", {}).get("torch")}
+    found["processor"] = device
+    if device in ("cpu", None):
+        found["num_threads"] = environment.get("num_threads")
+    if device == "cpu":
+        found["processor"] = f"{environment.get('cpu')} ({environment.get('cpu_abilities')})"
+        found["kernels"] = {True: "on", False: "off"}.get(environment.get("kernels", {}).get("on"))
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def cpu_model() -> str | None:

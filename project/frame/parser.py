@@ -144,10 +144,10 @@ class _NamedItems(Action):
         if len(args) != 4:
             return super().__call__(*args, **kwargs)
         parser, config, value, option = args
-        given = config.get(self.dest)
-        items = given if isinstance(given, list) else [given] if given else []
-        kinds = [str(item.class_path).rpartition(".")[2] for item in items]
-        name, _, rest = str(option).removeprefix(f"--{self.dest}.").partition(".")
+        given = config.get(self.dest) or []
+        items = given if isinstance(given, list) else [given]
+        kinds = [item.class_path.rpartition(".")[2] for item in items]
+        name, _, rest = option.removeprefix(f"--{self.dest}.").partition(".")
         if not rest or not (name in kinds or name[:1].isupper()):
             return super().__call__(*args)
         if kinds.count(name) != 1:
@@ -159,7 +159,6 @@ class _NamedItems(Action):
         if isinstance(given, list):
             changed = config[self.dest]
             changed.insert(kinds.index(name), changed.pop())
-        return None
 
 
 def one_sentence(message: str) -> str:

@@ -1,12 +1,12 @@
 """The Trainer of the command line: Lightning's verbs, those of every room, and one from a file outside the package.
 
 A room's verbs are the public methods of the class ``Verbs`` in its file ``verbs.py``. A verb from outside is a function
-of a file in the working directory; the command line calls it by its dotted name, ``project my_verbs.count_labels``.
+in a file of the working directory. The command line calls it by its dotted name: ``project my_verbs.count_labels``.
 """
 
 import difflib
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,11 @@ from project.frame.trainer import RunTrainer
 from project.learning.checkpoints import load_with_weights
 
 _PACKAGE = Path(__file__).parents[1]
-_ROOMS = [
-    file.parent.relative_to(_PACKAGE) for depth in ("*", "*/*") for file in sorted(_PACKAGE.glob(f"{depth}/verbs.py"))
+_FILES = [
+    file for depth in ("*", "*/*") for file in sorted(_PACKAGE.glob(f"{depth}/verbs.py")) if file.parent.name != "frame"
 ]
-_CLASSES: list[Any] = [
-    needed(".".join((*room.parts, "verbs")), "a verb").Verbs for room in _ROOMS if room.name != "frame"
-]
-_GIVEN = ["trainer", "model", "datamodule"]
-_TAKEN = {"self", "run", "ckpt_path", "data", "config", "net_arguments", "seed_everything"}
-_WEIGHTS = """\
-    run: a run's folder; its configuration, and the weights of its best checkpoint.
-    ckpt_path: file of a checkpoint, whose weights the model gets.
-"""
+_NAMES = [".".join(file.relative_to(_PACKAGE).with_suffix("").parts) for file in _FILES]
+_CLASSES: list[Any] = [needed(name, "a verb").Verbs for name in _NAMES]
 
 
 class Trainer(*_CLASSES, RunTrainer):  # type: ignore[misc]
@@ -59,13 +52,15 @@ def with_verb(name: str) -> tuple[str, type[Trainer]]:
     function = _find(name)
     try:
         signature = inspect.signature(function, eval_str=True)
-    except NameError as error:  # annotations may be text
+    except NameError as error:  # an annotation that is text
         raise ValueError(f"{name} is no verb, for {error}: import the types of its arguments in that file.") from error
-    options = list(signature.parameters.values())[3:]
-    if list(signature.parameters)[:3] != _GIVEN or not all(map(_is_option, options)):
+    given, options = list(signature.parameters)[:3], list(signature.parameters.values())[3:]
+    kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
+    typed = all(option.annotation is not option.empty and option.kind in kinds for option in options)
+    if given != ["trainer", "model", "datamodule"] or not typed:
         raise ValueError(
-            f"{name} is no verb, for its arguments are {signature}: begin with {', '.join(_GIVEN)}, and give each "
-            f"further one a type and another name than {', '.join(sorted(_TAKEN))}."
+            f"{name} is no verb, for its arguments are {signature}: begin with trainer, model, datamodule, and give "
+            "each further one a type."
         )
 
     def verb(
@@ -76,17 +71,15 @@ def with_verb(name: str) -> tuple[str, type[Trainer]]:
         return function(self, model, datamodule, **values)
 
     standard = list(inspect.signature(verb).parameters.values())[:-1]
-    options = [option.replace(kind=option.KEYWORD_ONLY) for option in options]
-    verb.__signature__ = inspect.Signature([*standard, *options])  # type: ignore[attr-defined]
+    own = [option.replace(kind=option.KEYWORD_ONLY) for option in options]
+    verb.__signature__ = inspect.Signature([*standard, *own])  # type: ignore[attr-defined]
     text, _, described = inspect.cleandoc(function.__doc__ or "").partition("Args:\n")
-    verb.__doc__ = f"{text}\n\nArgs:\n{_WEIGHTS}{described}"
+    weights = (
+        "    run: a run's folder; gives the configuration and the weights.\n    ckpt_path: checkpoint with the weights."
+    )
+    verb.__doc__ = f"{text}\n\nArgs:\n{weights}\n{described}"
     key = name.replace(".", "_")
     return key, type("Trainer", (Trainer,), {key: verb})
-
-
-def _is_option(parameter: inspect.Parameter) -> bool:
-    kinds = parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY
-    return parameter.kind in kinds and parameter.annotation is not parameter.empty and parameter.name not in _TAKEN
 
 
 def _find(name: str) -> Callable[..., Any]:
@@ -95,18 +88,16 @@ def _find(name: str) -> Callable[..., Any]:
     try:
         module = import_module(file)
     except (ImportError, SyntaxError) as error:
-        near = ""
-        if getattr(error, "name", None) == file:
-            near = _hint(file, [path.stem for path in Path.cwd().glob("*.py")])
-            near = near or f" Run the command in the folder that holds {file}.py."
-        raise ValueError(f"there is no verb {name}, for {file} cannot be imported: {error}.{near}") from error
-    found = getattr(module, function, None)
-    if not inspect.isfunction(found):
-        near = _hint(function, [key for key, value in vars(module).items() if inspect.isfunction(value)])
-        raise ValueError(f"there is no verb {name}, for {file} has no function {function}.{near}")
-    return found
+        near = _near(file, (path.stem for path in Path.cwd().glob("*.py")))
+        remedy = near or f"correct {file}.py, or run the command in its folder."
+        raise ValueError(f"there is no verb {name} ({error}): {remedy}") from error
+    functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
+    if function not in functions:
+        near = _near(function, functions) or "define it."
+        raise ValueError(f"there is no verb {name}, for {file} has no function {function}: {near}")
+    return functions[function]
 
 
-def _hint(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f" Did you mean {near[0]}?" if near else ""
+def _near(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, set(known) - {name}, n=1)
+    return f"did you mean {near[0]}?" if near else ""

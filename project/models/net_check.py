@@ -107,8 +107,8 @@ def check_on_net(argument: str, module: nn.Module, net: nn.Module) -> None:
         ValueError: if the module cannot take the net, or if penalties give anything but a scalar or ``None``.
     """
     name = f"model.{argument} is {type(module).__name__}, and it"
-    result = " and returns a scalar tensor or None" if argument == "penalties" else " and changes its weights in place"
-    wanted = f"choose a module whose forward takes the net alone{result}."
+    result = "returns a scalar tensor or None" if argument == "penalties" else "changes its weights in place"
+    wanted = f"choose a module whose forward takes the net alone and {result}."
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             value = copy.deepcopy(module)(copy.deepcopy(net))
