@@ -4,7 +4,6 @@ The command line writes these values into the net's part of the configuration be
 ``config.yaml`` and packed files therefore hold every argument that the net was built with.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from project.data import ImageDataModule
 from project.frame.parser import Parser
+from project.frame.rooms import nearest
 from project.models.signature import find, parameters, required, takes_any
 
 BY_NAME = ("num_classes", "image_shape")
@@ -70,8 +70,7 @@ def _checked(
                 "one of them, or put a value of your own into model.net.init_args."
             )
         if name not in known and not any_name:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"its arguments are {', '.join(known) or 'none'}."
+            hint = nearest(name, known, f"its arguments are {', '.join(known) or 'none'}.")
             raise ValueError(f"net_arguments names {name}, but {class_path} has no such argument: {hint}")
     return names
 

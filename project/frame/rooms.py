@@ -5,7 +5,7 @@ the core, imports none of them. It asks for a module by name and goes on without
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -53,6 +53,18 @@ def needed(name: str, what: str) -> ModuleType:
     return module
 
 
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The end of an error about a name that nobody knows: ``did you mean widths?``
+
+    Args:
+        name: name that was given.
+        known: names that are right.
+        otherwise: text for a name that is like none of them.
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
 def lazily(homes: Mapping[str, str]) -> Callable[[str], Any]:
     """A package's ``__getattr__``: imports the module that a name is defined in when the name is first used.
 
@@ -62,9 +74,8 @@ def lazily(homes: Mapping[str, str]) -> Callable[[str], Any]:
 
     def get(name: str) -> Any:
         if name not in homes:
-            near = difflib.get_close_matches(name, homes, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(sorted(homes))}"
-            raise AttributeError(f"there is no {name}: {hint}")
+            names = f"the names are {', '.join(sorted(homes))}"
+            raise AttributeError(f"there is no {name}: {nearest(name, homes, names)}")
         return getattr(needed(homes[name].partition(".")[2], name), name)
 
     return get

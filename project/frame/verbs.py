@@ -4,14 +4,13 @@ A room's verbs are the public methods of the class ``Verbs`` in its file ``verbs
 in a file of the working directory. The command line calls it by its dotted name: ``project my_verbs.count_labels``.
 """
 
-import difflib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from project.frame.rooms import needed
+from project.frame.rooms import nearest, needed
 from project.frame.trainer import RunTrainer
 from project.learning.checkpoints import load_with_weights
 
@@ -88,16 +87,11 @@ def _find(name: str) -> Callable[..., Any]:
     try:
         module = import_module(file)
     except (ImportError, SyntaxError) as error:
-        near = _near(file, (path.stem for path in Path.cwd().glob("*.py")))
-        remedy = near or f"correct {file}.py, or run the command in its folder."
+        others = [path.stem for path in Path.cwd().glob("*.py") if path.stem != file]
+        remedy = nearest(file, others, f"correct {file}.py, or run the command in its folder.")
         raise ValueError(f"there is no verb {name} ({error}): {remedy}") from error
     functions = {key: value for key, value in vars(module).items() if inspect.isfunction(value)}
     if function not in functions:
-        near = _near(function, functions) or "define it."
+        near = nearest(function, functions, "define it.")
         raise ValueError(f"there is no verb {name}, for {file} has no function {function}: {near}")
     return functions[function]
-
-
-def _near(name: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(name, set(known) - {name}, n=1)
-    return f"did you mean {near[0]}?" if near else ""
