@@ -214,12 +214,12 @@ def test_a_verb_runs_with_the_kernels_of_its_trainer(outside, kernels):
 @pytest.mark.parametrize(
     ("verb", "words"),
     [
-        ("my_verb.count_labels", ["No module named 'my_verb'", "Did you mean my_verbs?"]),
-        ("nowhere.count", ["Run the command in the folder that holds nowhere.py"]),
-        ("my_verbs.count_label", ["my_verbs has no function count_label", "Did you mean count_labels?"]),
+        ("my_verb.count_labels", ["No module named 'my_verb'", "did you mean my_verbs?"]),
+        ("nowhere.count", ["correct nowhere.py, or run the command in its folder."]),
+        ("my_verbs.count_label", ["my_verbs has no function count_label", "did you mean count_labels?"]),
         ("my_verbs.Classifier", ["my_verbs has no function Classifier"]),
         ("my_broken_verbs.count", ["invalid syntax", "line 1"]),
-        ("my_importer.count", ["No module named 'my_lost_module'."]),
+        ("my_importer.count", ["No module named 'my_lost_module'", "correct my_importer.py"]),
         ("my_further_verbs.of_the_net", ["its arguments are (model)", "begin with trainer, model, datamodule"]),
         ("my_further_verbs.untyped", ["least=0", "a type"]),
         ("my_further_verbs.any_options", ["**options"]),

@@ -1,6 +1,6 @@
 """The command line: ``project {fit,validate,test,predict,export,benchmark,tune,…} --config …``, on LightningCLI.
 
-A further verb is a method of a class ``Verbs`` in a room's ``verbs.py``: see :mod:`project.frame.verbs`.
+:mod:`project.frame.verbs` says how to add a verb.
 """
 
 import json
@@ -40,10 +40,18 @@ _LIST_OPTIONS = ("--compare", "--engines")
 class CLI(LightningCLI):
     """Builds classifier, data module and trainer from YAML and options, and runs a verb.
 
+    Example::
+
+        >>> from project.frame import CLI
+        >>> options = ["--data=project.data.Digits", "--model.net=project.models.LeNet300100", "--trainer.max_epochs=5"]
+        >>> cli = CLI(options, run=False)
+        >>> cli.datamodule.num_classes, cli.trainer.max_epochs, type(cli.model.net).__name__
+        (10, 5, 'LeNet300100')
+
     Args:
-        args: command line; ``None`` takes the process's.
-        run: run the verb that ``args`` begin with. Without it ``args`` have no verb, and ``model``, ``datamodule`` and
-            ``trainer`` are there to be used: ``CLI(["--config", "configs/digits.yaml"], run=False)``.
+        args: words of the command line; ``None`` takes those of this process.
+        run: whether the verb runs that ``args`` begin with. If false, ``args`` have no verb, and the attributes
+            ``model``, ``datamodule`` and ``trainer`` are ready for your own code.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
@@ -70,7 +78,7 @@ class CLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """Verbs, and which of their arguments the command line itself provides."""
+        """The verbs, and for each verb the arguments that the command line fills in itself."""
         return {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in self._verbs}}
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
@@ -92,7 +100,7 @@ class CLI(LightningCLI):
             self.config = parser.parse_object(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Configuration comes from YAML and options alone; of a checkpoint only that it is one is looked at here."""
+        """Check that ``ckpt_path`` is a checkpoint. Unlike Lightning, take no values of the configuration from it."""
         if "subcommand" not in self.config:
             return
         config = self.config[self.config.subcommand]
@@ -111,7 +119,7 @@ class CLI(LightningCLI):
             config.trainer.experiment = "_".join(Path(str(file)).stem for file in files)
 
     def instantiate_classes(self) -> None:
-        """Predicting on image files needs the checkpoint alone: the data set need not be there."""
+        """Build the parts of a verb. To predict on image files only the checkpoint is needed, not the data set."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if self.subcommand != "predict" or config.images is None:
             self._instantiate_data_first(config)
@@ -124,12 +132,12 @@ class CLI(LightningCLI):
         self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False)
 
     def _instantiate_data_first(self, config: Namespace) -> None:
-        """The data say what the net is built with, and the whole configuration is written down before it is built."""
+        """Build the data first, because they give arguments of the net. Keep the configuration as it is before that."""
         data = self._instantiate_only(Namespace(data=config.data)).data
         described = config.model.net, config.data
         if isinstance(config.model.net, Namespace):
             give_(config.model.net, config.net_arguments, data)
-        vars(self).pop("config_dump", None)  # Lightning's, from before
+        vars(self).pop("config_dump", None)  # Lightning's copy lacks the arguments that the data give
         self._dump_config()
         try:
             config.data = data
@@ -165,7 +173,7 @@ class CLI(LightningCLI):
         self.trainer.configuration = yaml.safe_load(whole_config(self._parser("tune"), self.config["tune"]))
 
     def after_fit(self) -> None:
-        """Say what came out, where it is, and what to type next."""
+        """Log the result, the folder of the run, and the next commands."""
         trainer = self.trainer
         assert isinstance(trainer, Trainer)
         if not trainer.is_global_zero or trainer.run is None:
@@ -189,7 +197,7 @@ class CLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the whole resolved configuration to the run's ``config.yaml`` when a fit begins."""
+    """Writes the whole configuration with all defaults to the run's ``config.yaml`` when a fit begins."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         run = getattr(trainer, "run", None)
@@ -200,7 +208,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:
-    """A run's configuration as YAML, defaults included, without the verb's own arguments."""
+    """The configuration of a run as YAML, with all defaults and without the arguments of the verb."""
     config = config.clone()
     for key in [key for key in config.__dict__ if key not in _OF_A_RUN]:
         del config[key]
@@ -208,7 +216,7 @@ def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:
 
 
 def _with_config_of_run(args: list[str]) -> list[str]:
-    """``verb --run DIR …`` -> ``verb --config DIR/config.yaml --run DIR …``; options after it still win."""
+    """``verb --run DIR …`` -> ``verb --config DIR/config.yaml --run DIR …``. Options after it override its values."""
     for index, arg in enumerate(args):
         option, _, value = arg.partition("=")
         if index > 0 and option in _RUN_OPTIONS:
@@ -219,7 +227,7 @@ def _with_config_of_run(args: list[str]) -> list[str]:
 
 
 def _with_lists(args: list[str]) -> list[str]:
-    """``--compare DIR DIR`` -> ``--compare ["DIR", "DIR"]``, the form that jsonargparse reads; that form stays."""
+    """``--compare DIR DIR`` -> ``--compare ["DIR", "DIR"]``, which jsonargparse reads. Lists in brackets stay."""
     done: list[str] = []
     rest = list(args)
     while rest:

@@ -1,4 +1,4 @@
-"""What a number was measured on: versions, commit, machine. Names no host, user or path."""
+"""The environment of a measurement: versions, commit and machine. It contains no host name, user name or path."""
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ _PACKAGES = ("torch", "lightning", "torchvision", "torchmetrics", "numpy", "json
 
 
 def describe_environment() -> dict[str, Any]:
-    """Plain values; ``None`` where something cannot be found out."""
+    """The environment as plain values; a value that cannot be found out is ``None``."""
     return {
         "python": platform.python_version(),
         "packages": {name: version for name in _PACKAGES if (version := _version(name))},
@@ -43,18 +43,18 @@ def describe_kernels() -> dict[str, Any]:
 
 
 def changes(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What changes the last bits of a training: each difference of two environments as ``torch was 2.14.0, is 2.15.0``.
+    """The differences of two environments that change the last bits of a training, as ``num_threads was 1, is 2``.
 
     Args:
-        was: content of a run's ``environment.json``. What an older run does not name is not compared.
-        now: environment of the fit that goes on with it.
+        was: content of a run's ``environment.json``. A value that an older run lacks is not compared.
+        now: environment of the fit that continues the run.
     """
     before, after = _of_bits(was), _of_bits(now)
     return [f"{key} was {before[key]}, is {after[key]}" for key in before if after.get(key, before[key]) != before[key]]
 
 
 def _of_bits(environment: Mapping[str, Any]) -> dict[str, Any]:
-    """What the last bits depend on. On a graphics card the processor, its threads and its kernels do not matter."""
+    """The values that the last bits depend on. With a GPU these are not the CPU, its threads and its kernels."""
     device = environment.get("device")
     found = {"precision": environment.get("precision"), "torch": environment.get("packages", {}).get("torch")}
     found["processor"] = device
@@ -67,7 +67,7 @@ def _of_bits(environment: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cpu_model() -> str | None:
-    """The processor's name."""
+    """The name of the processor."""
     if sys.platform == "darwin":
         return _output("sysctl", "-n", "machdep.cpu.brand_string")
     cpuinfo = Path("/proc/cpuinfo")
@@ -79,10 +79,10 @@ def cpu_model() -> str | None:
 
 
 def cpu_abilities() -> str:
-    """What decides how fast a processor computes with small numbers, such as ``AVX-512, no VNNI, no bfloat16``.
+    """The vector instructions of the processor, such as ``AVX-512, no VNNI, no bfloat16``.
 
-    VNNI multiplies bytes and adds the products in 32 bits: without it int8 is hardly faster than fp32. On other
-    processors than x86 the kind of processor alone is known.
+    They decide how fast int8 and bfloat16 are. VNNI multiplies bytes and adds the products in 32 bits; without it int8
+    is hardly faster than fp32. For a processor that is not x86, only its kind is known.
     """
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return platform.machine()
@@ -103,7 +103,7 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of a git command in the checkout that holds the package; ``None`` outside of one."""
+    """The output of a git command in the checkout that holds the package; ``None`` if there is no checkout."""
     checkout = Path(__file__).resolve().parents[2]
     return _output("git", "-C", str(checkout), *arguments) if (checkout / ".git").exists() else None
 

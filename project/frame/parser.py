@@ -25,17 +25,17 @@ _NO_MODULE = re.compile(r"No module named '(\w+)'")
 _BULLET = re.compile(r"^\s*- ", re.MULTILINE)
 _OTHER_KINDS = ("Expected a <class 'NoneType'>", "Expected a path but")
 _NESTED = ("Does not validate against any of the Union subtypes", "Not a valid subclass of")
-"""Branches that only say that those below them failed."""
+"""Branches that only say that the branches below them failed."""
 _BELOW = re.compile(r"Does not validate against any of the Union subtypes\s+Subtypes:.*Errors:\s*$", re.DOTALL)
-"""How a branch ends whose reason is in the next one."""
+"""The end of a branch whose reason is in the next branch."""
 _KEYS = re.compile(r'Parser key "([\w.]+)":\s*')
 _PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\s*")
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser whose errors fit on a line or two.
+    """LightningCLI's parser, with errors of one or two lines.
 
-    Abbreviated options are refused: a typo in an option and the same typo in YAML get the same answer.
+    Abbreviated options are refused, so a typo in an option and the same typo in YAML get the same answer.
     """
 
     _takes_any = False
@@ -44,7 +44,7 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def add_net_arguments(self, key: str) -> None:
-        """Let the data give arguments of the net at ``key``, and let ``net_arguments`` say which."""
+        """Let the data give arguments of the net at ``key``. The option ``net_arguments`` says which."""
         self.add_argument(
             "--net_arguments",
             type=dict[str, str | None] | None,
@@ -55,7 +55,7 @@ class Parser(LightningArgumentParser):
         self.take_any_arguments_of(key)
 
     def take_any_arguments_of(self, key: str) -> None:
-        """Require no argument of the net at ``key``, and take all that its ``**kwargs`` may take."""
+        """Require no argument of the net at ``key``, and accept any name if the net has ``**kwargs``."""
         action = next(action for action in self._actions if action.dest == key)
         action.sub_add_kwargs |= {"of_net": True, "fail_untyped": False}  # type: ignore[attr-defined]
 
@@ -70,7 +70,7 @@ class Parser(LightningArgumentParser):
         return added
 
     def _ask_no_more_than_data(self, maker: Any, of_net: bool) -> None:
-        """Of the net's own arguments none is required yet, for the data may give it, and ``**kwargs`` takes all."""
+        """Require none of the net's arguments yet, because the data may give it. Accept any name for ``**kwargs``."""
         if not of_net:
             return
         left_out = left_to_code(maker)
@@ -81,9 +81,9 @@ class Parser(LightningArgumentParser):
         self._takes_any = takes_any(maker)
 
     def name_items_of(self, key: str) -> None:
-        """Let ``--KEY.CLASS.argument`` reach the one object of this class in the list at ``key``, wherever it stands.
+        """Let ``--KEY.CLASS.argument`` set an argument of the one object of this class in the list at ``key``.
 
-        Without a class, ``--KEY.argument`` reaches the last object of the list: jsonargparse does this.
+        Without a class, ``--KEY.argument`` sets an argument of the last object: jsonargparse does this.
         """
         action = next(action for action in self._actions if action.dest == key)
         action.__class__ = type("_NamedItems", (_NamedItems, type(action)), {})
@@ -98,7 +98,7 @@ class Parser(LightningArgumentParser):
         return super().parse_args(args, *further, **kwargs)
 
     def _learn(self, names: Iterable[str]) -> None:
-        """Make arguments of names that only a net's ``**kwargs`` takes."""
+        """Add an argument for each name that only the ``**kwargs`` of a net accept."""
         known = {action.dest for action in self._actions}
         for name in names if self._takes_any else ():
             if name not in known:
@@ -117,7 +117,7 @@ class Parser(LightningArgumentParser):
         sys.exit(2)
 
     def _nearest(self, message: str) -> str | None:
-        """The known key that is most like the one that ``message`` complains of."""
+        """The known key that is most similar to the unknown key in ``message``."""
         match = next((match for pattern in _UNKNOWN if (match := pattern.search(message))), None)
         if match is None:
             return None
@@ -162,7 +162,7 @@ class _NamedItems(Action):
 
 
 def one_sentence(message: str) -> str:
-    """One sentence for jsonargparse's tree of lines, which has a branch for each type a value could have had."""
+    """One sentence for an error of jsonargparse, which is a tree of lines with a branch for each type of the value."""
     branches = [branch.strip() for branch in _BULLET.split(message)]
     head, tried = branches[0], [branch for branch in branches[1:] if not branch.startswith(_OTHER_KINDS)]
     tried = [branch for branch in tried if not branch.startswith(_NESTED)] or tried
@@ -180,7 +180,7 @@ def _closest(key: str, known: list[str]) -> str | None:
 
 
 def _parameters(class_path: str) -> list[str]:
-    """Names of all keyword arguments of a class and its bases."""
+    """The names of all keyword arguments of a class and of its base classes."""
     module, _, name = class_path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     classes = inspect.getmro(kind) if inspect.isclass(kind) else (kind,)

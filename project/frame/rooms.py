@@ -1,4 +1,4 @@
-"""Optional rooms: folders of the package that a fork may delete. What stays finds them here by their names.
+"""Optional rooms: folders of the package that a fork may delete. The rest of the package asks for them here by name.
 
 ``compression/<technique>``, ``deployment``, ``tuning`` and ``models/kernels`` are optional. The rest of the package,
 the core, imports none of them. It asks for a module by name and goes on without it where the folder is gone.
@@ -17,7 +17,7 @@ import project
 
 @cache
 def optional(name: str) -> ModuleType | None:
-    """The module of an optional room, imported; ``None`` where this copy of the package does not have it.
+    """Import the module of an optional room; ``None`` if this copy of the package does not have it.
 
     Args:
         name: dotted name below the package, such as ``"tuning.verbs"``.
@@ -31,18 +31,18 @@ def optional(name: str) -> ModuleType | None:
 
 
 class MissingRoomError(ValueError, AttributeError):
-    """Something needs a folder that was taken out of the package."""
+    """Something needs a folder that was deleted from the package."""
 
 
 def needed(name: str, what: str) -> ModuleType:
-    """The module of an optional room that something cannot do without.
+    """The module of an optional room, for something that cannot work without it.
 
     Args:
         name: dotted name below the package.
-        what: what needs it, as the subject of the error's sentence.
+        what: subject of the error's sentence: the thing that needs the module.
 
     Raises:
-        MissingRoomError: where this copy of the package does not have it.
+        MissingRoomError: if this copy of the package does not have the module.
     """
     module = optional(name)
     if module is None:
@@ -54,22 +54,22 @@ def needed(name: str, what: str) -> ModuleType:
 
 
 def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
-    """The end of an error about a name that nobody knows: ``did you mean widths?``
+    """The hint for an unknown name, such as ``did you mean width?``
 
     Args:
-        name: name that was given.
-        known: names that are right.
-        otherwise: text for a name that is like none of them.
+        name: unknown name that was given.
+        known: names that exist.
+        otherwise: text that is returned if no existing name is similar.
     """
     near = difflib.get_close_matches(name, list(known), n=1)
     return f"did you mean {near[0]}?" if near else otherwise
 
 
 def lazily(homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__``: imports the module that a name is defined in when the name is first used.
+    """A package's ``__getattr__``, which imports the module of a name when the name is first used.
 
     Args:
-        homes: name -> full name of the module that defines it.
+        homes: public names, each with the full name of the module that defines it.
     """
 
     def get(name: str) -> Any:

@@ -21,9 +21,20 @@ _FILES = [
 _NAMES = [".".join(file.relative_to(_PACKAGE).with_suffix("").parts) for file in _FILES]
 _CLASSES: list[Any] = [needed(name, "a verb").Verbs for name in _NAMES]
 
+_TAKEN = ("run", "ckpt_path", "self", "data", "config", "net_arguments", "seed_everything")
+"""Names that no option of a verb from outside may have."""
+
 
 class Trainer(*_CLASSES, RunTrainer):  # type: ignore[misc]
-    """Trains, shrinks, measures and deploys; all its arguments are :class:`~project.frame.trainer.RunTrainer`'s."""
+    """The trainer with all verbs. Its arguments are those of :class:`~project.frame.trainer.RunTrainer`.
+
+    Example::
+
+        trainer:
+          max_epochs: 20
+          precision: auto
+          kernels: "off"
+    """
 
 
 VERBS = {
@@ -32,7 +43,7 @@ VERBS = {
     for name in vars(kind)
     if callable(getattr(kind, name)) and name[0] != "_"
 }
-"""The rooms' verbs, and whether each needs trained weights."""
+"""The verbs of the rooms, each with whether it needs trained weights."""
 
 
 def with_verb(name: str) -> tuple[str, type[Trainer]]:
@@ -55,11 +66,11 @@ def with_verb(name: str) -> tuple[str, type[Trainer]]:
         raise ValueError(f"{name} is no verb, for {error}: import the types of its arguments in that file.") from error
     given, options = list(signature.parameters)[:3], list(signature.parameters.values())[3:]
     kinds = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY
-    typed = all(option.annotation is not option.empty and option.kind in kinds for option in options)
-    if given != ["trainer", "model", "datamodule"] or not typed:
+    fits = [each.annotation is not each.empty and each.kind in kinds and each.name not in _TAKEN for each in options]
+    if given != ["trainer", "model", "datamodule"] or not all(fits):
         raise ValueError(
             f"{name} is no verb, for its arguments are {signature}: begin with trainer, model, datamodule, and give "
-            "each further one a type."
+            f"each further one a type and another name than {', '.join(_TAKEN)}."
         )
 
     def verb(

@@ -51,7 +51,7 @@ def test_on_the_same_machine_there_is_no_line(command, run):
 def test_kernels_and_precision_are_named(command, run, kernels):
     first = json.loads(run.environment.read_text())
     (line,) = lines(resume(command, run, "--trainer.kernels=off", "--trainer.precision=bf16-mixed"))
-    assert line == f"{LINE}: kernels was on, is off; precision was 32-true, is bf16-mixed."
+    assert line == f"{LINE}: precision was 32-true, is bf16-mixed; kernels was on, is off."
     after = json.loads(run.environment.read_text())
     assert after["kernels"] == first["kernels"] and after["resumes"][0]["kernels"]["on"] is False
     assert after["resumes"][0]["precision"] == "bf16-mixed"

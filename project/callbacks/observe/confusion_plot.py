@@ -11,12 +11,14 @@ if TYPE_CHECKING:
 
 
 def plot_confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> "Figure":
-    """True classes down, predicted ones across. Colour is the share of the true class, on a square-root scale, since
-    the few mistakes are what one looks for; up to 25 classes have their counts written in.
+    """A confusion matrix: a row for each true class, a column for each predicted class.
+
+    The colour is the share of the true class. Its scale is a square root, so that the few mistakes are visible. Up to 25
+    classes have their counts in the cells.
 
     Args:
-        matrix: counts ``[K, K]``.
-        class_names: K names.
+        matrix: counts of the pairs of true and predicted class, ``[K, K]``.
+        class_names: names of the K classes.
     """
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
@@ -46,7 +48,7 @@ def plot_confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> "Figure
 
 
 def _write_counts(axis: "Axes", counts: Tensor, shares: Tensor) -> None:
-    """Counts in the cells, white on dark; zeros stay empty."""
+    """Write the counts into the cells, in white on dark cells. Cells with 0 stay empty."""
     for true, predicted in counts.nonzero().tolist():
         axis.text(
             predicted,
