@@ -132,7 +132,7 @@ class CLI(LightningCLI):
         self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False)
 
     def _instantiate_data_first(self, config: Namespace) -> None:
-        """Build the data first, because they give arguments of the net. Keep the configuration as it is before that."""
+        """Build the data first, which give arguments of the net. Record the configuration before the net is built."""
         data = self._instantiate_only(Namespace(data=config.data)).data
         described = config.model.net, config.data
         if isinstance(config.model.net, Namespace):

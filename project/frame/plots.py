@@ -112,7 +112,7 @@ def figure_to_image(figure: "Figure", dpi: int = 100) -> Any:
     """The pixels of a figure as a uint8 array ``[H, W, 3]``, for ``SummaryWriter.add_image(…, dataformats="HWC")``.
 
     Args:
-        figure: figure of matplotlib.
+        figure: figure of matplotlib to draw.
         dpi: pixels per inch of the figure's size, 1 or more.
     """
     import numpy as np

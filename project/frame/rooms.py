@@ -58,7 +58,7 @@ def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
 
     Args:
         name: unknown name that was given.
-        known: names that exist.
+        known: all names that exist.
         otherwise: text that is returned if no existing name is similar.
     """
     near = difflib.get_close_matches(name, list(known), n=1)

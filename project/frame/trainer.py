@@ -239,7 +239,7 @@ class RunTrainer(pl.Trainer):
         """Classify images and write a CSV of class names and probabilities.
 
         Args:
-            model: classifier that predicts.
+            model: classifier that makes the predictions.
             dataloaders: loader of images; null takes the test images of the data module.
             datamodule: data module with the images.
             return_predictions: argument of Lightning that is not used, because predictions are always returned.

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 def plot_confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> "Figure":
     """A confusion matrix: a row for each true class, a column for each predicted class.
 
-    The colour is the share of the true class. Its scale is a square root, so that the few mistakes are visible. Up to 25
-    classes have their counts in the cells.
+    The colour is the share of the true class. Its scale is a square root, so that the few mistakes are visible. Up to
+    25 classes have their counts in the cells.
 
     Args:
         matrix: counts of the pairs of true and predicted class, ``[K, K]``.
