@@ -48,7 +48,9 @@ def test_on_the_same_machine_there_is_no_line(command, run):
     assert list(run.folder.glob(".*environment*")) == []
 
 
-def test_kernels_and_precision_are_named(command, run, kernels):
+def test_kernels_and_precision_are_named(command, run):
+    if not json.loads(run.environment.read_text())["kernels"]["on"]:
+        pytest.skip("there are no kernels here")
     first = json.loads(run.environment.read_text())
     (line,) = lines(resume(command, run, "--trainer.kernels=off", "--trainer.precision=bf16-mixed"))
     assert line == f"{LINE}: precision was 32-true, is bf16-mixed; kernels was on, is off."
