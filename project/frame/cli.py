@@ -129,7 +129,8 @@ class CLI(LightningCLI):
         self.config_init = self.config
         self.datamodule = None
         self.model = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-        self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False)
+        kernels = config.trainer.kernels
+        self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False, kernels=kernels)
 
     def _instantiate_data_first(self, config: Namespace) -> None:
         """Build the data first, which give arguments of the net. Record the configuration before the net is built."""

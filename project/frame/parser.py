@@ -5,11 +5,12 @@ import importlib
 import inspect
 import re
 import sys
-from argparse import SUPPRESS, Action, ArgumentError, ArgumentParser
+from argparse import SUPPRESS, ArgumentError, ArgumentParser
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
+from jsonargparse._typehints import ActionTypeHint
 from lightning.pytorch.cli import LightningArgumentParser
 
 from project.models.signature import left_to_code, takes_any
@@ -86,7 +87,7 @@ class Parser(LightningArgumentParser):
         Without a class, ``--KEY.argument`` sets an argument of the last object: jsonargparse does this.
         """
         action = next(action for action in self._actions if action.dest == key)
-        action.__class__ = type("_NamedItems", (_NamedItems, type(action)), {})
+        action.__class__ = _NamedItems
 
     def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Namespace:
         self._learn(dict(cfg_obj or {}))
@@ -137,8 +138,8 @@ class Parser(LightningArgumentParser):
         return next((found[name] for found in parsers if name in found), self)
 
 
-class _NamedItems(Action):
-    """Mixed into jsonargparse's action of a list of objects: an option may name the object by its class."""
+class _NamedItems(ActionTypeHint):
+    """jsonargparse's action of a list of objects, whose options may name the object by its class."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if len(args) != 4:
