@@ -108,7 +108,7 @@ def test_a_chain_killed_at_any_moment_ends_in_the_same_file(tmp_path: Path, logs
         ([Packing(), WeightSharing()], "stands before WeightSharing"),
         ([Packing(), pruning()], "stands before IterativeMagnitudePruning"),
         ([Packing(), TernaryWeights()], "stands before TernaryWeights"),
-        ([Packing(), PostTrainingQuantization()], "an ONNX file's"),
+        ([Packing(), PostTrainingQuantization()], "only an ONNX file stores"),
     ],
 )
 def test_an_order_that_makes_no_sense_is_refused(tmp_path: Path, callbacks: list[Callback], sentence: str) -> None:
