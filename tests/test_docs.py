@@ -44,7 +44,7 @@ PARSED = {
 }
 """Scripts whose options are parsed and no more, and why."""
 SHORTER = {
-    "run_seeds.py": ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2", "--trainer.observe=false"],
+    "run_seeds.py": ["--seeds=0", "--", "--trainer.max_epochs=1", "--trainer.limit_train_batches=2"],
     "benchmark_startup.py": ["--rounds=1"],
     "benchmark_kernels.py": ["--rounds=1"],
     "benchmark_pruning.py": ["--steps=2"],
@@ -260,9 +260,7 @@ def run_script(script: Path, args: list[str], patch: pytest.MonkeyPatch) -> None
 
     if script.name in PARSED:
         patch.setattr(argparse.ArgumentParser, "parse_args", parse)
-    options = SHORTER.get(script.name, [])
-    options = ["--", *options] if options[:1] == ["--trainer.max_epochs=1"] and "--" not in args else options
-    patch.setattr("sys.argv", [script.name, *args, *options])
+    patch.setattr("sys.argv", [script.name, *args, *SHORTER.get(script.name, [])])
     patch.setattr("sys.path", [*sys.path])
     threads = torch.get_num_threads()
     try:
