@@ -1,8 +1,9 @@
 """README.md and docs/*.md say what is true of commands and files: every command runs, every file named is there.
 
-A document's commands run in its order, in a working directory of their own, on small data (:func:`small_data`) and with
-options that cut training and timing short (:func:`shorter`). A command is a line of a ```bash block, and what begins with
-``project`` or ``python scripts/`` in indented or inline code, unless it has a placeholder (``RUN``, ``…``).
+A document's commands run in its order, in a working directory of their own, on small data (:func:`small_data`), with
+options that cut training and timing short (:func:`shorter`). Commands are lines of ```bash blocks, and what begins with
+``project`` or ``python scripts/`` in indented or inline code, unless it has a placeholder (``RUN``, ``…``) or ends with
+an option that lacks its value.
 """
 
 import argparse
@@ -51,8 +52,14 @@ SHORTER = {
 }
 """Options of the scripts that run."""
 
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
 CODE = re.compile(r"^```(\w*)\n(.*?)^```$|^ {4}(\S[^\n]*)$|`([^`]+)`", re.MULTILINE | re.DOTALL)
-PLACEHOLDER = re.compile(r"…|\.\.\.|<\w+>|\b[A-Z]{2,}\b(?!=)")
+PARTIAL = re.compile(r"…|\.\.\.|<\w+>|\b[A-Z]{2,}\b(?!=)| --(?!help$)[\w.]+$")
+"""A placeholder, or an option without its value at the end."""
 NAMED = re.compile(r"(?<![\w/.-])(?:configs|scripts|docs|tests|project|\.ci)/[\w./-]*\w")
 FILE = re.compile(r"```(?:python|yaml)\n# (my[\w.]*)\n(.*?)```", re.DOTALL)
 
@@ -61,11 +68,13 @@ def commands_of(text: str) -> list[str]:
     """The commands of a document, in its order."""
     commands = []
     for language, block, indented, inline in CODE.findall(text):
-        lines = block.replace("\\\n", " ").splitlines() if language == "bash" else [indented or " ".join(inline.split())]
+        lines = (
+            block.replace("\\\n", " ").splitlines() if language == "bash" else [indented or " ".join(inline.split())]
+        )
         for line in lines:
             for part in re.split(r"&&|^#.*|\s#.*", line):
                 part = " ".join(part.split())
-                is_one = re.match(r"project \S+ .*--|python scripts/", part) and not PLACEHOLDER.search(part)
+                is_one = re.match(r"project \S+ .*--|python scripts/", part) and not PARTIAL.search(part)
                 if part and (is_one or language == "bash"):
                     commands.append(part)
     return commands
@@ -73,7 +82,7 @@ def commands_of(text: str) -> list[str]:
 
 def test_commands_are_found():
     text = """Text with `project test --run logs/digits`, `project export` and `project fit --config
-configs/a.yaml --trainer.max_epochs 1`, `project benchmark --run RUN`.
+configs/a.yaml --trainer.max_epochs 1`, `project benchmark --run RUN`, `project fit --resume`.
 
 ```bash
 NPROC=2 scripts/a.sh x --y  # a comment
@@ -116,7 +125,7 @@ def anchors_of(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_links_and_files_named_are_there(path):
     text = path.read_text()
     for name in set(NAMED.findall(text)) - set(LATER):
@@ -129,7 +138,7 @@ def test_links_and_files_named_are_there(path):
             assert not anchor or anchor in anchors_of(target.read_text()), f"{path.name} links to {link}"
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_classes_and_modules_named_are_there(path):
     for name in set(re.findall(r"(?<![\w./-])project\.[a-z_]+(?:\.\w+)*", path.read_text())):
         pkgutil.resolve_name(name)
@@ -289,7 +298,9 @@ def assumed_runs(text: str) -> list[str]:
     for name in ("digits", "fashion_mnist"):
         commands = commands_of(text)
         looked = [i for i, line in enumerate(commands) if f"logs/{name}" in line]
-        trained = [i for i, line in enumerate(commands) if re.search(rf"project fit --config configs/{name}\.yaml", line)]
+        trained = [
+            i for i, line in enumerate(commands) if re.search(rf"project fit --config configs/{name}\.yaml", line)
+        ]
         if looked and looked[0] < min(trained, default=len(commands)):
             found.append(name)
     return found
@@ -302,7 +313,7 @@ def kept_runs() -> dict[str, Path]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+@pytest.mark.parametrize("path", DOCUMENTS, ids=name_of)
 def test_every_command_runs(path, command, folder, logs, brief_timing, kept_runs, tmp_path_factory, monkeypatch):
     text = path.read_text()
     write_files(text, folder, monkeypatch)
