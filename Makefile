@@ -1,3 +1,5 @@
+# What each target does is described in CONTRIBUTING.md.
+
 check:
 	ruff check . && ruff format --check . && mypy && codespell
 

@@ -9,8 +9,17 @@ from typing import Any
 
 __version__ = "0.1.0"
 
+_FORMER_PACKAGES: tuple[str, ...] = ()
+"""Former names of this package. ``scripts/rename.py`` adds one, so that older runs are found under the new name."""
 _FORMER = {
+    "project.callbacks.distillation": "project.compression.distillation.callback",
+    "project.callbacks.hparams": "project.callbacks.observe.hparams",
+    "project.callbacks.log_graph": "project.callbacks.observe.log_graph",
+    "project.callbacks.look_at_batch": "project.callbacks.observe.look_at_batch",
+    "project.callbacks.test_report": "project.callbacks.observe.report_of_test",
+    "project.callbacks.weight_histograms": "project.callbacks.observe.weight_histograms",
     "project.cli": "project.frame.cli",
+    "project.losses.distillation": "project.compression.distillation.loss",
     "project.optimizers": "project.learning.optimizers",
     "project.paths": "project.frame.paths",
     "project.schedules": "project.learning.schedules",
@@ -23,10 +32,17 @@ class _FormerNames(MetaPathFinder, Loader):
     """Imports a module under its former name as the same module object."""
 
     def find_spec(self, name: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        return ModuleSpec(name, self) if name in _FORMER else None
+        return ModuleSpec(name, self) if _today(name) != name else None
 
     def exec_module(self, module: ModuleType) -> None:
-        sys.modules[module.__name__] = import_module(_FORMER[module.__name__])
+        sys.modules[module.__name__] = import_module(_today(module.__name__))
+
+
+def _today(name: str) -> str:
+    """The present name of a module."""
+    package, dot, rest = name.partition(".")
+    name = __name__ + dot + rest if package in _FORMER_PACKAGES else name
+    return _FORMER.get(name, name)
 
 
 sys.meta_path.insert(0, _FormerNames())

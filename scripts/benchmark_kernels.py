@@ -1,8 +1,9 @@
-"""The kernels against torch's own operations, forward and backward, on the maps of a net: milliseconds and ratios.
+"""Compares the C kernels with torch's own operations, forward and backward, on the feature maps of a net.
 
-Both run in turn on the same map, as often as ``--rounds`` says; the medians and the spread of the rounds' ratios. The
-first layer is compared as a whole, with torch's operations and, below the sum, with torch's convolution and the other
-two kernels.
+Kernel and torch operation run in turn on the same map, ``--rounds`` times. For each operation the script prints both
+medians in milliseconds, and the median and the quartiles of the ratio (kernel time / torch time). The first layer is
+measured as a whole: against torch's operations, and, below the sum, against torch's convolution followed by the kernel
+for batch norm with ReLU and the kernel for max pooling.
 
     python scripts/benchmark_kernels.py --config configs/fashion_mnist.yaml --threads 1
 """
@@ -22,11 +23,11 @@ from project.models.layers import ConvNormAct, MaxPool
 
 Operation = Callable[[Tensor], Tensor | None]
 Row = tuple[str, Tensor, Operation, Operation]
-"""Name, input, the kernel, what it is compared with."""
+"""Name, input, the kernel, and the operation that it is compared with."""
 
 
 def find_first(net: nn.Module, images: Tensor) -> ConvNormAct | None:
-    """The layer that sees the images, if there is a kernel for it."""
+    """The layer that receives the images; ``None`` if there is no kernel for it."""
     layer = next((module for module in net.modules() if isinstance(module, ConvNormAct)), None)
     if layer is None or first_layer(images, layer.conv, layer.norm, layer.act, getattr(layer, "pool", None)) is None:
         return None
@@ -34,7 +35,7 @@ def find_first(net: nn.Module, images: Tensor) -> ConvNormAct | None:
 
 
 def first_layers(layer: ConvNormAct, images: Tensor, autocast: torch.autocast) -> list[Row]:
-    """The net's first layer against torch's operations and against the other kernels."""
+    """Rows that compare the net's first layer with torch's operations and with the other kernels."""
     conv, norm, relu, pool = layer.conv, layer.norm, layer.act, getattr(layer, "pool", nn.Identity())
 
     def whole(x: Tensor) -> Tensor | None:
@@ -62,7 +63,10 @@ def torch_pool(pool: nn.Module) -> nn.MaxPool2d:
 
 
 def operations(net: nn.Module, images: Tensor, first: nn.Module | None) -> list[Row]:
-    """Each distinct batch norm and pool of the net behind the first layer; a layer's own pool with its norm."""
+    """A row for each distinct batch norm and max pooling of the net after the first layer.
+
+    The pooling of a layer is measured together with the layer's norm.
+    """
     found: dict[str, Row] = {}
     relu = nn.ReLU(inplace=True)
     layers = [module for module in net.modules() if isinstance(module, ConvNormAct) and hasattr(module, "pool")]
@@ -103,7 +107,7 @@ def milliseconds(operation: Operation, x: Tensor, grad: Tensor) -> float:
 
 
 def compare(row: Row, rounds: int) -> tuple[float, float]:
-    """Print and return the medians."""
+    """Measure one row, print it, and return the medians in ms: kernel, torch."""
     name, x, kernel, plain = row
     grad = torch.randn_like(plain(x))  # type: ignore[arg-type]
     for operation in (kernel, plain):
@@ -117,9 +121,11 @@ def compare(row: Row, rounds: int) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/fashion_mnist.yaml")
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--config", default="configs/fashion_mnist.yaml", help="configuration of the net and the batch size"
+    )
+    parser.add_argument("--rounds", type=int, default=50, help="number of measurements of each operation")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="number of CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     cli = CLI(["--config", args.config], run=False)

@@ -1,8 +1,9 @@
-"""What the pruning callback costs in a training step: its masks multiply the weights after each step of the optimizer.
+"""Measures how much time the pruning callback adds to a training step.
 
-Steps with and without it take turns on one net and batch, and in who goes first. Printed are the medians, what a step
-costs more in percent (median, its interval, quartiles of all pairs), and the products alone, timed on their own: where
-other work disturbs the machine, that number is the sharper one.
+After each step of the optimizer the callback multiplies the weights by their masks. Steps with and without masks take
+turns on the same net and batch, and each kind goes first in every second pair. The script prints both medians, the
+additional time in percent (median, its confidence interval, quartiles of all pairs), and the time of the products
+measured on their own. This last number is the more accurate one if other work disturbs the machine.
 
     python scripts/benchmark_pruning.py --config configs/fashion_mnist.yaml --steps 60
 """
@@ -22,8 +23,12 @@ from project.frame.cli import CLI
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/fashion_mnist.yaml")
-    parser.add_argument("--steps", type=int, default=60, help="of each kind")
+    parser.add_argument(
+        "--config", default="configs/fashion_mnist.yaml", help="configuration of the net, batch size and optimizer"
+    )
+    parser.add_argument(
+        "--steps", type=int, default=60, help="number of training steps with masks, and of those without"
+    )
     args = parser.parse_args()
     cli = CLI(["--config", args.config], run=False)
     data, model = cli.datamodule, cli.model
@@ -62,14 +67,14 @@ def main() -> None:
     masked, plain = (statistics.median(column) for column in zip(*pairs, strict=True))
     low, middle, high = statistics.quantiles([100 * (one / other - 1) for one, other in pairs], n=4)
     print(f"step with masks {masked:.1f} ms, without {plain:.1f} ms")  # noqa: T201
-    error = 1.57 * (high - low) / args.steps**0.5  # McGill, Tukey & Larsen 1978: about 95 % of a median
+    error = 1.57 * (high - low) / args.steps**0.5  # McGill, Tukey & Larsen 1978: half of a 95 % interval of the median
     print(f"cost of the masks {middle:.2f} ± {error:.2f} % (quartiles {low:.2f} to {high:.2f}), {args.steps} pairs")  # noqa: T201
     alone = products_ms(net, masks, 10 * args.steps)
     print(f"the products alone {alone:.3f} ms, {100 * alone / plain:.2f} % of a step")  # noqa: T201
 
 
 def products_ms(net: nn.Module, masks: Masks, repeats: int) -> float:
-    """Median time of what the hook does after each step."""
+    """Median time in ms of the products of weights and masks, which the hook computes after each step."""
     times = []
     for _ in range(repeats):
         start = time.perf_counter()

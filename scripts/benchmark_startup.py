@@ -1,6 +1,6 @@
-"""How long ``project --help`` and ``project fit --help`` take, against importing Lightning's own command line.
+"""Measures how long ``project --help`` and ``project fit --help`` take, relative to importing Lightning's CLI module.
 
-The three are started in turn, round after round; the ratios are taken within a round.
+Each round starts the three commands one after the other. Ratios are computed within a round.
 
     python scripts/benchmark_startup.py --rounds 5
 """
@@ -26,10 +26,10 @@ def seconds(arguments: list[str]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each command is started")
     args = parser.parse_args()
     for arguments in COMMANDS.values():
-        seconds(arguments)  # fills the page cache
+        seconds(arguments)  # one start that is not counted: it fills the page cache
     rounds = [{name: seconds(arguments) for name, arguments in COMMANDS.items()} for _ in range(args.rounds)]
     base = next(iter(COMMANDS))
     for name in COMMANDS:

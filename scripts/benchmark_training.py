@@ -1,7 +1,7 @@
-"""How fast ``project fit`` trains, against the usual template way and against a loop written by hand.
+"""Compares the training speed of ``project fit`` with the usual way of templates and with a loop written by hand.
 
-Each round starts the three programs one after the other, so that a machine whose speed drifts treats them alike; the
-ratios are taken within a round.
+Each round starts the three programs one after the other, so that a drift of the machine's speed affects all of them
+alike. Ratios are computed within a round.
 
     python scripts/benchmark_training.py --config configs/fashion_mnist.yaml --rounds 5
 """
@@ -18,22 +18,18 @@ HERE = Path(__file__).resolve().parent
 
 
 def fit(config: str, steps: int) -> float:
-    """Images per second of ``project fit``, as its own summary states them."""
+    """Images per second of ``project fit``, from its ``summary.json``."""
     with tempfile.TemporaryDirectory() as logs:
         options = ["--trainer.logs_dir", logs, "--trainer.max_epochs", "1", "--trainer.limit_train_batches", str(steps)]
         options += ["--trainer.test_after_fit", "false", "--trainer.limit_val_batches", "0"]
-        options += [
-            "--trainer.observe",
-            "false",
-            "--trainer.experiment",
-            "speed",
-        ]  # no pictures in the other two either
+        # The other two programs draw no pictures, so observe is off.
+        options += ["--trainer.observe", "false", "--trainer.experiment", "speed"]
         run([sys.executable, "-m", "project", "fit", "--config", config, *options])
         return float(json.loads((Path(logs) / "speed/version_0/summary.json").read_text())["images_per_second"])
 
 
 def script(name: str, *options: str) -> float:
-    """Images per second that one of the baselines prints."""
+    """Images per second, as one of the two baseline scripts prints them."""
     output = run([sys.executable, str(HERE / name), *options])
     return float(output.split("images_per_second")[-1].split()[0])
 
@@ -48,9 +44,11 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/fashion_mnist.yaml")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument(
+        "--config", default="configs/fashion_mnist.yaml", help="configuration that all three programs train"
+    )
+    parser.add_argument("--rounds", type=int, default=5, help="how often each program is started")
+    parser.add_argument("--steps", type=int, default=150, help="number of training steps in each program")
     args = parser.parse_args()
     options = ["--config", args.config, "--steps", str(args.steps)]
     ours, hand, usual = [], [], []

@@ -1,8 +1,9 @@
-"""Winograd's algorithm against direct convolution: the 3x3 layers of the shipped nets, whole nets, and rounding errors.
+"""Compares Winograd's algorithm with direct convolution: single 3x3 layers, whole nets, and rounding errors.
 
-All that is compared takes turns in rounds; printed are medians of milliseconds and the 5th to the 95th percentile of
-the gain. Direct convolution is PyTorch's own (oneDNN), channels-last, without gradients, and the same with its weight
-packed once (``torch.utils.mkldnn``); the gain is over the faster of the two.
+The layers and nets are those of this package. All variants take turns in rounds. The script prints median times in
+milliseconds, and the median and the 5th to the 95th percentile of the speedup. Direct convolution is measured in two
+variants: PyTorch's own (oneDNN), channels-last and without gradients, and the same with a weight that is packed once
+(``torch.utils.mkldnn``). The speedup is relative to the faster of the two.
 
     python scripts/benchmark_winograd.py layers --net GoogLeNet --batch-size 64 --threads 1
     python scripts/benchmark_winograd.py nets --net SmallInception --batch-size 64 --threads 1
@@ -34,10 +35,10 @@ NETS: dict[str, tuple[Callable[..., nn.Module], tuple[int, int, int]]] = {
     "InceptionV3": (InceptionV3, (3, 299, 299)),
 }
 VGG = [(64, 112, 128), (128, 56, 256), (256, 28, 256), (64, 56, 64), (128, 28, 128), (512, 14, 512)]
-"""Channels, side, output channels, of nets that are 3x3 convolutions throughout."""
+"""Channels, side and output channels of layers of nets that have only 3x3 convolutions."""
 
 Layer = tuple[int, int, int, int, int]
-"""Channels, height, width, output channels, padding."""
+"""Channels, height, width, output channels and padding of a layer."""
 Times = dict[str, list[float]]
 
 
@@ -62,7 +63,7 @@ def layers_of(name: str) -> list[Layer]:
 
 
 def make(layer: Layer, batch_size: int) -> tuple[nn.Conv2d, Tensor]:
-    """A convolution, and maps after a ReLU."""
+    """A convolution of this size, and random input maps that are never negative, as after a ReLU."""
     channels, height, width, out_channels, padding = layer
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, out_channels, 3, padding=padding).to(memory_format=torch.channels_last).eval()
@@ -71,7 +72,10 @@ def make(layer: Layer, batch_size: int) -> tuple[nn.Conv2d, Tensor]:
 
 
 def take_turns(runs: Mapping[str, Callable[[], object]], rounds: int, budget_s: float) -> Times:
-    """Milliseconds; each timed call follows an untimed one. Three rounds at least."""
+    """Times in milliseconds. An untimed call comes before each timed one.
+
+    The measurement ends after ``rounds`` rounds, or earlier if three rounds are done and ``budget_s`` seconds are over.
+    """
     times: Times = {name: [] for name in runs}
     start = time.perf_counter()
     for number in range(rounds):
@@ -112,7 +116,7 @@ def compare_layer(layer: Layer, batch_size: int, rounds: int, budget_s: float) -
 
 
 def compare_net(name: str, batch_size: int, rounds: int, budget_s: float, names: list[str]) -> None:
-    """Eager PyTorch with the layers that ``auto`` keeps, against the engines of the net before."""
+    """Compare eager PyTorch, with the Winograd layers that ``auto`` chooses, with engines that run the original net."""
     net_class, image_shape = NETS[name]
     torch.manual_seed(0)
     net = net_class(10, image_shape).eval()
@@ -141,15 +145,17 @@ def compare_errors() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["layers", "nets", "errors"])
-    parser.add_argument("--net", default="GoogLeNet", choices=[*NETS, "VGG"])
-    parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=25, help="at most")
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds for a layer or a net, after three rounds")
-    parser.add_argument("--engines", nargs="+", default=["eager", "onnxruntime"], help="of the net before")
+    parser.add_argument("what", choices=["layers", "nets", "errors"], help="what to compare: times or rounding errors")
+    parser.add_argument("--net", default="GoogLeNet", choices=[*NETS, "VGG"], help="net to measure; VGG: layers only")
+    parser.add_argument("--batch-size", type=int, default=64, help="number of images in a batch")
+    parser.add_argument("--threads", type=int, default=1, help="number of CPU threads")
+    parser.add_argument("--rounds", type=int, default=25, help="largest number of measurements")
+    parser.add_argument(
+        "--budget", type=float, default=5.0, help="time limit in seconds for a layer or a net, after three rounds"
+    )
+    parser.add_argument("--engines", nargs="+", default=["eager", "onnxruntime"], help="engines for the original net")
     args = parser.parse_args()
-    warnings.filterwarnings("ignore", ".*torch.jit.*")  # of torch.utils.mkldnn
+    warnings.filterwarnings("ignore", ".*torch.jit.*")  # torch.utils.mkldnn uses it
     torch.set_num_threads(args.threads)
     tune_process()  # as every verb of the project does
     with torch.inference_mode():

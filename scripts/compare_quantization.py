@@ -1,12 +1,14 @@
-"""Int8 after training: this project's quantizer beside ONNX Runtime's ``quantize_static`` and NNCF's default.
+"""Compares int8 quantizers after training: this project's, ONNX Runtime's ``quantize_static`` and NNCF's default.
 
-The same fp32 file, the same calibration images, the whole test set; each file runs in ONNX Runtime and, where it is
-installed, in OpenVINO. Times are medians of interleaved rounds. ``--keep`` leaves the files for other machines.
+All quantizers get the same fp32 file and the same calibration images. Accuracy is measured on the whole test set. Each
+file runs in ONNX Runtime and, if it is installed, in OpenVINO. Times are medians of interleaved rounds. ``--keep``
+keeps the files, for example for a measurement on another machine.
 
     pip install -e '.[openvino]' nncf
     python scripts/compare_quantization.py --runs logs/fashion_mnist/version_0 logs/fashion_mnist/version_1
 
-OpenVINO runs as it would on a processor without VNNI with this variable; its times then are not those of such a one:
+With the following variable OpenVINO computes as on a processor without VNNI instructions. Its times are not those of
+such a processor:
 
     ONEDNN_MAX_CPU_ISA=AVX512_CORE python scripts/compare_quantization.py --runs … --rounds 0
 """
@@ -45,7 +47,7 @@ NNCF = importlib.util.find_spec("nncf") is not None
 
 
 def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
-    """An int8 file of each maker, beside the fp32 file."""
+    """Write an int8 file with each quantizer beside the fp32 file; return all files by name."""
     files = {"fp32": fp32}
     quantizers = {observer: Quantizer(observer=observer) for observer in get_args(Method)}
     quantizers["mse, full range"] = Quantizer(reduce_range=False)
@@ -66,7 +68,10 @@ def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
 
 
 def quantize_static(source: Path, target: Path, calibration: np.ndarray, reduce_range: bool) -> None:
-    """With the settings its documentation advises for convolutional nets on x86: QDQ, u8s8, per channel."""
+    """Quantize with ONNX Runtime.
+
+    The settings are those that its documentation advises for convolutional nets on x86: QDQ, u8s8, per channel.
+    """
     from onnxruntime import quantization
 
     class Reader(quantization.CalibrationDataReader):
@@ -97,12 +102,15 @@ def quantize_nncf(source: Path, target: Path, calibration: np.ndarray) -> None:
 
 
 def right_answers(engine: Engine, images: Tensor, labels: Tensor) -> Tensor:
-    """Of each image ``[N]``: whether its class is found."""
+    """Whether the engine finds the right class, for each image: ``[N]``."""
     return torch.cat([engine(x).argmax(1) for x in images.split(500)]) == labels
 
 
 def compare_pairs(right: dict[str, list[Tensor]]) -> None:
-    """Of every maker against NNCF in the same engine: McNemar's exact test on the images that only one gets right."""
+    """Compare each quantizer with NNCF in the same engine.
+
+    The p value is that of McNemar's exact test on the images that only one of the two classifies correctly.
+    """
     print("| file | engine | right where NNCF is wrong | wrong where NNCF is right | p |")  # noqa: T201
     print("| --- | --- | ---: | ---: | ---: |")  # noqa: T201
     for name, answers in right.items():
@@ -128,10 +136,10 @@ def load(run: Run) -> tuple[torch.nn.Module, ImageDataModule]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True)
-    parser.add_argument("--images", type=int, default=512, help="calibration images")
-    parser.add_argument("--rounds", type=int, default=30, help="rounds of timing; 0 times nothing")
-    parser.add_argument("--keep", type=Path, help="folder that keeps the files, in a subfolder for each run: 1, 2 …")
+    parser.add_argument("--runs", nargs="+", required=True, help="folders of trained runs")
+    parser.add_argument("--images", type=int, default=512, help="number of calibration images")
+    parser.add_argument("--rounds", type=int, default=30, help="number of timing rounds; 0 measures no times")
+    parser.add_argument("--keep", type=Path, help="folder to keep the files in, with subfolders 1, 2 … for the runs")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     right: dict[str, list[Tensor]] = {}

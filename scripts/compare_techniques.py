@@ -27,11 +27,11 @@ from technique_report import TechniqueRow, plot_techniques, to_markdown
 
 from project.compression.report import accuracy
 from project.deployment.model_file import ModelFile
+from project.deployment.table import write_csv
 from project.frame.cli import CLI
 from project.frame.environment import describe_environment
 from project.frame.paths import Paths, Run
 from project.frame.plots import figure_to_image
-from project.frame.table import write_csv
 from project.learning.checkpoints import load_net
 
 ROOT = Path(__file__).resolve().parent.parent

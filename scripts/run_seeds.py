@@ -1,9 +1,9 @@
-"""Train one configuration with several seeds and print mean and standard deviation of the test accuracy.
+"""Trains one configuration with several seeds and prints mean and standard deviation of the test accuracy.
 
     python scripts/run_seeds.py --config configs/digits.yaml --seeds 0 1 2
     python scripts/run_seeds.py --config configs/digits.yaml -- --model.net.width 2
 
-What follows ``--`` goes to ``project fit``. Runs land in the logs folder as ever.
+Options after ``--`` are passed to ``project fit``. The runs are written to the logs folder, as by ``project fit``.
 """
 
 import argparse
@@ -18,9 +18,9 @@ from project.frame.paths import Paths, Run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("options", nargs="*", help="further options of project fit, after --")
+    parser.add_argument("--config", required=True, help="configuration to train")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run for each seed")
+    parser.add_argument("options", nargs="*", help="more options of project fit, after --")
     args = parser.parse_args()
 
     experiment = Path(args.config).stem

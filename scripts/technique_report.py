@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from project.frame.report_plots import round_ticks
-from project.frame.table import markdown_line, write_latency
+from project.deployment.table import markdown_line, write_latency
+from project.frame.plots import round_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

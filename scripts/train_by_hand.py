@@ -1,7 +1,7 @@
-"""The template's fast path without Lightning: a loop written by hand, to see what the framework costs.
+"""Trains with a loop written by hand, without Lightning, to measure how much time the framework takes.
 
-The same net, data tensor, batched augmentation, memory layout, precision, optimizer, schedule and loss as ``project
-fit``; and the accuracy and loss of the epoch, summed up without waiting for them.
+Net, data tensor, batched augmentation, memory layout, precision, optimizer, schedule and loss are those of ``project
+fit``. Accuracy and loss of the epoch are summed up on the device, without waiting for their values.
 
     python scripts/train_by_hand.py --config configs/fashion_mnist.yaml --steps 150
 """
@@ -18,9 +18,11 @@ from project.frame.cli import CLI
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/fashion_mnist.yaml")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=150, help="steps of an epoch, at most")
+    parser.add_argument(
+        "--config", default="configs/fashion_mnist.yaml", help="configuration of data, net, loss and optimizer"
+    )
+    parser.add_argument("--epochs", type=int, default=1, help="number of epochs to train")
+    parser.add_argument("--steps", type=int, default=150, help="largest number of steps in an epoch")
     args = parser.parse_args()
 
     cli = CLI(["--config", args.config], run=False)

@@ -1,7 +1,7 @@
-"""The way most templates train: torchvision's data set, transforms per image, DataLoader workers, contiguous layout.
+"""Trains as most templates do: torchvision's data set, transforms per image, DataLoader workers, contiguous layout.
 
-The same net, batch size, optimizer, schedule and flips as ``project fit`` on Fashion-MNIST, through Lightning with
-torchmetrics and ``self.log`` in each step, as the templates do; layers are torch's own, without compiled kernels.
+Net, batch size, optimizer, schedule and flips are those of ``project fit`` on Fashion-MNIST. Lightning runs the loop,
+with torchmetrics and ``self.log`` in each step. All layers use torch's own operations, without compiled kernels.
 
     python scripts/train_the_usual_way.py --config configs/fashion_mnist.yaml --steps 150 --workers 2
 """
@@ -25,11 +25,11 @@ from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, ToT
 from project.data.mnist import FashionMNIST
 from project.frame.cli import CLI
 
-WARMUP = 10  # steps not counted: workers start, kernels are chosen
+WARMUP = 10  # first steps, not counted: workers start and torch chooses its kernels
 
 
 class UsualModule(pl.LightningModule):
-    """Net, cross entropy, accuracy; logged in each step."""
+    """A net with cross entropy; loss and accuracy are logged in each step."""
 
     def __init__(self, net: torch.nn.Module, label_smoothing: float, optimizer: dict[str, Any]) -> None:
         super().__init__()
@@ -59,12 +59,16 @@ class UsualModule(pl.LightningModule):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="configs/fashion_mnist.yaml")
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--config",
+        default="configs/fashion_mnist.yaml",
+        help="configuration of net and optimizer; its data must be Fashion-MNIST",
+    )
+    parser.add_argument("--steps", type=int, default=150, help="number of training steps that are timed")
+    parser.add_argument("--workers", type=int, default=2, help="number of DataLoader worker processes")
     args = parser.parse_args()
 
-    os.environ["PROJECT_KERNELS"] = "0"  # their output is channels-last
+    os.environ["PROJECT_KERNELS"] = "0"  # the kernels would change the layout to channels-last
     cli = CLI(["--config", args.config], run=False)
     assert isinstance(cli.datamodule, FashionMNIST)
     batch_size = cli.datamodule.batch_size

@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Train in several processes of this machine. The same command again, after a crash or a kill, goes on where the run stopped,
-# in the same folder, to the same bits; of a finished run it does nothing.
+# Train in several processes on this machine. If the run was stopped, the same command continues it in the same
+# folder, and the run ends with the same bits as one that was never stopped. If the run is finished, the command does
+# nothing.
 #
 #     NPROC=2 scripts/train_torchrun.sh NAME --config configs/digits.yaml --trainer.sync_batchnorm true
 #
-# NAME is the experiment, whose folder below logs/ holds this run alone. All further options are those of `project fit`; they count
-# at the first start, later ones go by the run's config.yaml. NPROC is the number of GPUs, else 1; PYTHON the interpreter.
+# NAME is the experiment: its folder in logs/ must hold no other run. All other options are passed to `project fit` at
+# the first start; a restart uses the run's config.yaml. NPROC is the number of processes: by default the number of
+# GPUs, or 1 without a GPU. PYTHON is the interpreter, by default python.
 set -euo pipefail
 
 if [ $# -lt 2 ] || [ "${1#-}" != "$1" ]; then

@@ -1,15 +1,15 @@
-"""Every callback by its name, wherever it is defined: those of every run here, the others beside their technique."""
+"""The names of all callbacks. Those of every run are defined in this folder, the others in their technique's folder."""
 
 from project.frame.rooms import lazily
 
 _HOMES = {
     "BestAndLast": "project.callbacks.checkpoint",
-    "DistillFrom": "project.callbacks.distillation",
+    "DistillFrom": "project.compression.distillation.callback",
     "EMA": "project.callbacks.ema",
-    "HParams": "project.callbacks.hparams",
+    "HParams": "project.callbacks.observe.hparams",
     "IterativeMagnitudePruning": "project.compression.pruning.callback",
-    "LogGraph": "project.callbacks.log_graph",
-    "LookAtBatch": "project.callbacks.look_at_batch",
+    "LogGraph": "project.callbacks.observe.log_graph",
+    "LookAtBatch": "project.callbacks.observe.look_at_batch",
     "LowRank": "project.compression.low_rank.callback",
     "Packing": "project.deployment.packed.callback",
     "PostTrainingQuantization": "project.deployment.int8.callback",
@@ -19,8 +19,8 @@ _HOMES = {
     "StopOnNaN": "project.callbacks.nan_guard",
     "TellHowToResume": "project.callbacks.stopping",
     "TernaryWeights": "project.compression.low_bit.ternary_callback",
-    "TestReport": "project.callbacks.test_report",
-    "WeightHistograms": "project.callbacks.weight_histograms",
+    "TestReport": "project.callbacks.observe.report_of_test",
+    "WeightHistograms": "project.callbacks.observe.weight_histograms",
     "WeightSharing": "project.compression.weight_sharing.callback",
     "WinogradConvolutions": "project.compression.winograd.callback",
     "WriteSummary": "project.callbacks.summary",

@@ -1,4 +1,4 @@
-"""Best and last checkpoint, under names that do not change: ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``."""
+"""Saves the best and the last checkpoint under fixed names: ``checkpoints/best.ckpt`` and ``checkpoints/last.ckpt``."""
 
 import re
 import shutil
@@ -15,14 +15,25 @@ from project.frame.paths import Run, write_whole
 
 
 class BestAndLast(ModelCheckpoint):
-    """Keeps the best epoch by ``monitor`` and the last one; without validation data, the last one alone.
+    """Keeps a checkpoint of the best epoch and of the last epoch; without validation data, of the last epoch only.
 
-    If the run has another ``ModelCheckpoint`` that has a ``monitor`` and keeps files, that one decides what is best:
-    ``best.ckpt`` is a copy of its ``best_model_path``, and ``monitor`` here is not used.
+    The best epoch is the one with the best value of ``monitor``. If two epochs are equally good, the later one counts
+    as the best.
+
+    If the run has another ``ModelCheckpoint`` that has a ``monitor`` and keeps files, that callback decides which
+    epoch is the best: ``best.ckpt`` is then a copy of its ``best_model_path``, and ``monitor`` here is ignored.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.BestAndLast
+              init_args: {monitor: val/loss, every_n_epochs: 5}
 
     Args:
-        monitor: logged metric; names that end in ``loss`` are to fall, all others to rise.
-        every_n_epochs: how often checkpoints are written.
+        monitor: name of the logged metric that decides which epoch is the best. A metric whose name ends in ``loss``
+            is better when it is lower, every other metric when it is higher.
+        every_n_epochs: number of epochs from one checkpoint to the next, 1 or more.
     """
 
     def __init__(self, monitor: str = "val/accuracy", every_n_epochs: int = 1) -> None:
@@ -37,11 +48,11 @@ class BestAndLast(ModelCheckpoint):
             every_n_epochs=every_n_epochs,
         )
         self.followed: ModelCheckpoint | None = None
-        """The user's own callback that decides what is best; ``None`` if this one does."""
+        """The user's checkpoint callback that decides which epoch is the best; ``None`` if this callback decides."""
         self._copied: tuple[Path, int] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        with warnings.catch_warnings():  # a resumed run writes where it has written before
+        with warnings.catch_warnings():  # a resumed run writes into the folder that it already has
             warnings.filterwarnings("ignore", "Checkpoint directory .* exists and is not empty")
             super().setup(trainer, pl_module, stage)
         others = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c is not self]
@@ -54,25 +65,32 @@ class BestAndLast(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """The best score of a run whose folder was moved is still the best; that of another run is not."""
+        """Correct the paths if the run's folder was moved, so that its best score stays valid.
+
+        The best score of another run is dropped.
+        """
         states = checkpoint.get("callbacks", {})
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
                 states[callback.state_key] = _in_folder(states[callback.state_key], Path(str(callback.dirpath)))
 
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        """Lightning 2.6 writes the last checkpoint only in epochs that wrote another: every epoch counts as one."""
+        """Let the last checkpoint be written in every epoch.
+
+        Lightning 2.6 writes it only in an epoch that also wrote another checkpoint. Setting the saved step makes every
+        epoch such an epoch.
+        """
         super()._save_topk_checkpoint(trainer, monitor_candidates)
         self._last_global_step_saved = trainer.global_step
 
     def forget_best(self) -> None:
-        """What comes now is compared with nothing before it; ``best.ckpt`` stays until the next is saved."""
+        """Forget the best score so far. ``best.ckpt`` stays on disk until the next checkpoint replaces it."""
         _forget_best(self)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.followed is None and (not trainer.enable_validation or not any(trainer.num_val_batches)):
             self.monitor = None
-        if self.followed is not None:  # a resumed run has copied it already, unless it was killed just before
+        if self.followed is not None:  # a resumed run may already have this copy
             best, named = _version(str(self._best)), _version(self.followed.best_model_path)
             self._copied = named if best and named and best[1] >= named[1] else None
         super().on_train_start(trainer, pl_module)
@@ -86,13 +104,19 @@ class BestAndLast(ModelCheckpoint):
         self._follow(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Lightning 2.6 writes a last checkpoint of ``fast_dev_run`` too, into the working directory."""
+        """Write the last checkpoint, but not after ``fast_dev_run``.
+
+        Lightning 2.6 would write it into the working directory then.
+        """
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().on_train_end(trainer, pl_module)
             self._follow(trainer)
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
-        """Whether ``current`` is at least as good as the best: of equal epochs the later one has learned for longer."""
+        """Whether ``current`` is at least as good as the best score so far.
+
+        Of two equally good epochs the later one is kept, since it has trained for longer.
+        """
         if current is not None and self.best_model_score is not None:
             better = current <= self.best_model_score if self.mode == "min" else current >= self.best_model_score
             return bool(trainer.strategy.reduce_boolean_decision(bool(better)))
@@ -103,7 +127,10 @@ class BestAndLast(ModelCheckpoint):
         return Path(str(self.dirpath)) / "best.ckpt"
 
     def _follow(self, trainer: pl.Trainer) -> None:
-        """Copy the file that the followed callback names as the best; until it names one, the last checkpoint."""
+        """Copy the file that the followed callback names as its best to ``best.ckpt``.
+
+        Until that callback names a file, the last checkpoint is copied.
+        """
         if self.followed is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         version = _version(self.followed.best_model_path or self.last_model_path)
@@ -116,7 +143,10 @@ class BestAndLast(ModelCheckpoint):
 
 
 def forget_best(trainer: pl.Trainer) -> None:
-    """A new level begins: see :meth:`BestAndLast.forget_best`. A callback that it follows begins anew too."""
+    """Start a new level: the checkpoints from now on are not compared with earlier ones.
+
+    This resets :class:`BestAndLast` and the callback that it follows, if there is one.
+    """
     for callback in trainer.checkpoint_callbacks:
         if isinstance(callback, BestAndLast):
             callback.forget_best()
@@ -128,8 +158,10 @@ def forget_best(trainer: pl.Trainer) -> None:
 
 
 def keep_best_as(run: Run, level: int) -> None:
-    """Copy the best checkpoint, else the last, to a level's name, once: a resumed run may already have begun the next
-    level.
+    """Copy the best checkpoint, or the last one if there is no best, to ``level_<level>.ckpt``.
+
+    An existing file is kept: a resumed run may already have begun the next level, and its best checkpoint is then
+    one of that level.
     """
     source = run.best_or_last
     kept = run.level_checkpoint(level)
@@ -144,12 +176,12 @@ def _forget_best(callback: ModelCheckpoint) -> None:
 
 
 def _version(path: str) -> tuple[Path, int] | None:
-    """A file and when it was written, which tells apart what was written to one name; ``None`` without a file."""
+    """The file and its time of modification, which tells two files of the same name apart; ``None`` without a file."""
     return (Path(path), Path(path).stat().st_mtime_ns) if path and Path(path).is_file() else None
 
 
 def _in_folder(state: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The state of a checkpoint callback with its paths in ``folder``; empty if the best file is not there."""
+    """The state of a checkpoint callback, with its paths moved to ``folder``; empty if the best file is not there."""
     before = Path(str(state["dirpath"]))
 
     def moved(path: str) -> str:

@@ -1,6 +1,4 @@
-"""A clock of the training alone: it stands still during validation, test pictures and all that lies between two
-epochs.
-"""
+"""A stopwatch for training time. It can pause, so that validation and the work between epochs are not counted."""
 
 import time
 
@@ -8,7 +6,11 @@ import torch
 
 
 class Clock:
-    """Seconds between ``start`` and ``stop``, less those between ``pause`` and ``resume``."""
+    """Counts the seconds between ``start`` and ``stop``, without those between ``pause`` and ``resume``.
+
+    Args:
+        seconds: time that is already counted, in seconds, 0 or more.
+    """
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
@@ -25,7 +27,7 @@ class Clock:
         self._paused = False
 
     def stop(self) -> None:
-        """Stop, after the work that an accelerator still has in its queue."""
+        """Stop the clock, after an accelerator has finished the work in its queue."""
         if self._since is not None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
@@ -33,12 +35,12 @@ class Clock:
         self._paused = False
 
     def pause(self) -> None:
-        """Stop for a while, if it runs at all."""
+        """Stop the clock for a while; no effect if it does not run."""
         running = self._since is not None
         self.stop()
         self._paused = running
 
     def resume(self) -> None:
-        """Go on, if it was paused."""
+        """Continue if the clock was paused; no effect otherwise."""
         if self._paused:
             self.start()

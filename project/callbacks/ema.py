@@ -1,15 +1,16 @@
-"""Exponential moving average of the weights, for validation, test and the saved model.
+"""Exponential moving average (EMA) of the weights, used for validation, test and the saved model.
 
-Polyak & Juditsky 1992, Acceleration of stochastic approximation by averaging; the running average of Szegedy et al.
-2015 (arXiv:1512.00567, sec. 8). The warm-up of the decay, ``min(decay, (1 + t) / (10 + t))``, keeps the first, bad
-weights from lingering in a short run. Batch norm's running statistics are averaged with the weights they belong to.
+Papers: Polyak & Juditsky 1992, Acceleration of stochastic approximation by averaging; the running average of Szegedy
+et al. 2015 (arXiv:1512.00567, sec. 8). The decay grows at the start as ``min(decay, (1 + t) / (10 + t))``, so that the
+first, poor weights leave the average soon, also in a short run. Batch norm's running statistics are averaged together
+with the weights.
 
-A checkpoint's ``state_dict`` holds the averaged weights, so that every verb takes them; the raw ones lie beside it
-and a resumed run goes on from those.
+The ``state_dict`` of a checkpoint holds the averaged weights, so that every verb uses them. The checkpoint also holds
+the raw weights, from which a resumed run continues.
 
-Lightning's ``EMAWeightAveraging`` (2.6.6) does the same sum, but until its start step it validates and saves the
-untrained weights, its weights-only checkpoints hold the raw ones, and an update of a small Inception (190 k
-parameters, 182 tensors) took 10.7 ms on one CPU core against 0.25 ms here.
+Lightning's ``EMAWeightAveraging`` (2.6.6) computes the same average. Before its start step, however, it validates and
+saves the untrained weights, and its weights-only checkpoints hold the raw weights. One update of a small Inception net
+(190 k parameters, 182 tensors) took 10.7 ms on one CPU core there, and 0.25 ms here.
 """
 
 from collections.abc import Mapping
@@ -26,49 +27,62 @@ _RAW = "ema_raw_weights"
 
 
 class EMA(Callback):
-    """``average = d * average + (1 - d) * weight`` after each optimizer step, starting from the weights of the first
-    one.
+    """Keeps ``average = d * average + (1 - d) * weight``, updated after each optimizer step.
 
-    Who keeps some weights at zero (a pruning mask) must do so to the averages as well (:meth:`mask_`). Layers may be
-    replaced between epochs; a tensor of a new name or shape starts a new average.
+    The average starts as a copy of the weights after the first counted step. A callback that keeps some weights at
+    zero (a pruning mask) must call :meth:`mask_`, so that their averages stay zero too. Layers may be replaced between
+    epochs: a tensor with a new name or shape starts a new average.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.EMA
+              init_args: {decay: 0.999, start_step: 200}
 
     Args:
-        decay: d, in [0, 1); 0.999 averages about the last 1000 steps.
-        warmup: d is ``min(decay, (1 + t) / (10 + t))`` at update t.
-        start_step: optimizer steps before the average begins; until then the raw weights are validated and saved.
+        decay: number d of the formula, in [0, 1); 0.999 averages about the last 1000 steps.
+        warmup: whether d is ``min(decay, (1 + t) / (10 + t))`` at update t instead of ``decay``.
+        start_step: number of optimizer steps before the average begins, 0 or more. Until then the raw weights are
+            validated and saved.
 
     Raises:
-        ValueError: for a decay outside [0, 1), a negative start, or checkpoints without the training state.
+        ValueError: if ``decay`` or ``start_step`` is outside its range, or if a checkpoint callback of the run has
+            ``save_weights_only: true``.
     """
 
     def __init__(self, decay: float = 0.999, warmup: bool = True, start_step: int = 0) -> None:
         if not 0 <= decay < 1:
-            raise ValueError(f"decay is {decay}, but the share of the old average lies in [0, 1): choose about 0.999.")
+            raise ValueError(f"decay is {decay}, but it must be at least 0 and less than 1: choose about 0.999.")
         if start_step < 0:
             raise ValueError(f"start_step is {start_step}, but it counts optimizer steps: choose 0 or more.")
         self.decay, self.warmup, self.start_step = decay, warmup, start_step
         self.num_updates = 0
         self.averages: dict[str, Tensor] = {}
-        """Averages by the names of the LightningModule's parameters and buffers; while the averages are in the net
-        (validation, end of training), the raw weights."""
+        """Averages, by the names of the LightningModule's parameters and buffers. While the averages are in the net
+        (during validation and at the end of training), this holds the raw weights."""
         self._live: list[Tensor] | None = None  # the net's tensors, in the order of averages
         self._swapped = False
         self._last_step = 0
 
     def decay_at(self, update: int) -> float:
-        """d of the update with this number; the first, number 0, copies the weights."""
+        """The number d that is used at one update. Update 0 does not use it: it copies the weights.
+
+        Args:
+            update: number of the update, counted from 0; 0 or more.
+        """
         return min(self.decay, (1 + update) / (10 + update)) if self.warmup else self.decay
 
     def restart(self) -> None:
-        """Begin anew with the next step's weights."""
+        """Discard the averages; a new average begins with the weights after the next step."""
         self.averages, self._live, self.num_updates, self._swapped = {}, None, 0, False
 
     @torch.no_grad()
     def mask_(self, masks: Mapping[str, Tensor]) -> None:
-        """Keep averages at zero where the weights are.
+        """Set the averages of pruned weights to zero.
 
         Args:
-            masks: by the names of :attr:`averages`, 0 or 1, broadcast.
+            masks: tensors of zeros and ones, by the names of :attr:`averages`; each is broadcast to its weight's shape.
         """
         for name, mask in masks.items():
             if name in self.averages:
@@ -80,9 +94,9 @@ class EMA(Callback):
         self.restart()
         checkpoints = (each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint))
         if any(each.save_weights_only for each in checkpoints):
-            raise ValueError(  # Lightning calls no callback then, so the raw weights would be saved
+            raise ValueError(  # Lightning then calls no on_save_checkpoint, so the raw weights would be saved
                 "save_weights_only is true, but such checkpoints would hold the raw weights instead of EMA's averages: "
-                "set it to false."
+                "set save_weights_only to false, or remove EMA."
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,7 +109,7 @@ class EMA(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if step == self._last_step or step <= self.start_step:  # gradients are being accumulated, or too early
+        if step == self._last_step or step <= self.start_step:  # still accumulating, or before the start
             return
         self._last_step = step
         self._update(pl_module)
@@ -134,7 +148,7 @@ class EMA(Callback):
         self._swap(pl_module, averages_in=swapped)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The net already holds ``state_dict``, which are the averages; put the raw weights back for training."""
+        """Put the raw weights into the net for training; it holds the averages, which are the ``state_dict``."""
         if trainer.state.fn != TrainerFn.FITTING or _RAW not in checkpoint:
             return
         tensors = _tensors(pl_module)
@@ -152,8 +166,9 @@ class EMA(Callback):
 
     @torch.no_grad()
     def _swap(self, module: LightningModule, averages_in: bool) -> None:
-        """Exchange the net's weights and the averages where they are not yet as asked; by copy, so that they stay
-        put.
+        """Exchange the net's weights and the averages, unless they already are where ``averages_in`` wants them.
+
+        Values are copied, so that each tensor keeps its place in memory.
         """
         if self._swapped == averages_in or not self.averages:
             return
@@ -164,7 +179,7 @@ class EMA(Callback):
         self._swapped = averages_in
 
     def _follow(self, module: LightningModule) -> list[Tensor]:
-        """The net's tensors, each with an average on its device; a tensor that has none begins one."""
+        """The net's tensors. Each has an average on the same device; a tensor without an average starts one."""
         if self._live is None:
             tensors = _tensors(module)
             old, self.averages = self.averages, {}
@@ -176,8 +191,9 @@ class EMA(Callback):
 
 
 def _tensors(module: LightningModule) -> dict[str, Tensor]:
-    """All floating-point parameters and buffers by name, shared ones once; names are the same under
-    ``torch.compile``.
+    """All floating-point parameters and buffers by name. A shared tensor appears once.
+
+    ``torch.compile`` does not change the names.
     """
     named = chain(module.named_parameters(), module.named_buffers())
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in named if tensor.is_floating_point()}

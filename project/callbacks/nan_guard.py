@@ -1,4 +1,4 @@
-"""Stop a run whose loss is no number any more, before it burns hours or overwrites its last good checkpoint."""
+"""Stops a run when its loss becomes NaN or infinite, before it wastes hours or overwrites its last good checkpoint."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,17 +9,24 @@ from torch import Tensor
 
 
 class StopOnNaN(Callback):
-    """Raises at the first loss that is NaN or infinite, naming its step.
+    """Raises an error that names the step of the first loss that is NaN or infinite.
 
-    The losses are kept on their device and looked at together, since reading each one would make an accelerator wait at
-    every step. They are also looked at before validation and before a checkpoint is written. Several processes look at
-    the means of theirs, so that all of them end.
+    The losses stay on their device and are checked together, because reading every single loss would make an
+    accelerator wait at every step. They are also checked before validation and before a checkpoint is written. With
+    several processes the mean of their losses is checked, so that all of them stop.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.StopOnNaN
+              init_args: {every_n_steps: 1}  # find the batch at once, in a slower training
 
     Args:
-        every_n_steps: training batches between looks, 1 or more.
+        every_n_steps: number of training batches from one check to the next, 1 or more.
 
     Raises:
-        ValueError: for a number below 1; during training, for a loss that is not finite.
+        ValueError: if ``every_n_steps`` is below 1; during training, if a loss is not finite.
     """
 
     def __init__(self, every_n_steps: int = 50) -> None:
@@ -34,7 +41,7 @@ class StopOnNaN(Callback):
         self._losses, self._moments = [], []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # read here: at the batch's end the schedule has moved on and the step is counted
+        # read here: at the end of the batch, step and learning rate are those of the next one
         self._step = trainer.global_step
         self._lr = trainer.optimizers[0].param_groups[0]["lr"] if trainer.optimizers else float("nan")
 
@@ -74,5 +81,5 @@ class StopOnNaN(Callback):
         raise ValueError(
             f"the loss is {values[first].item()} at step {step} (epoch {epoch}, batch {batch}) "
             f"with learning rate {float(lr):.3g}: lower the learning rate, clip gradients "
-            "(--trainer.gradient_clip_val 1), or look at that batch for broken images."
+            "(--trainer.gradient_clip_val 1), or check that batch for broken images."
         )

@@ -1,4 +1,4 @@
-"""Where callbacks write: TensorBoard, the run's folder; and files that are never half written."""
+"""The places that callbacks write to: TensorBoard and the run's folder."""
 
 from typing import TYPE_CHECKING
 
@@ -14,22 +14,24 @@ if TYPE_CHECKING:
 
 
 def tensorboard(trainer: Trainer) -> "SummaryWriter | None":
-    """The writer of the first TensorBoard logger; ``None`` without one, and on every process but the first."""
+    """The writer of the first TensorBoard logger; ``None`` without such a logger and in all processes but the first."""
     if not trainer.is_global_zero:
         return None
     return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
 
 def run_of(trainer: Trainer) -> Run | None:
-    """The run a trainer writes to; ``None`` where it has none (a plain Lightning trainer) and beyond the first
-    process.
+    """The run that a trainer writes to.
+
+    ``None`` if it has no run, as a plain Lightning trainer, or if this is not the first process.
     """
     return getattr(trainer, "run", None) if trainer.is_global_zero else None
 
 
 def is_complete(trainer: Trainer) -> bool:
-    """Whether a fit has ended for good: after its last epoch or step, or by EarlyStopping. One that a time limit or a
-    signal has ended is to be resumed.
+    """Whether a fit is complete: it has reached its last epoch or step, or EarlyStopping has ended it.
+
+    A fit that a time limit or a signal has ended is not complete: it can be resumed.
     """
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, EarlyStopping) and callback.stopping_reason.value for callback in callbacks):
@@ -40,7 +42,10 @@ def is_complete(trainer: Trainer) -> bool:
 
 
 def show_figure(trainer: Trainer, tag: str, figure: "Figure") -> None:
-    """Put a figure into TensorBoard as ``tag`` and into the run's folder as ``<last part of tag>.png``, drawn once."""
+    """Draw a figure once, and write it to TensorBoard and to the run's folder.
+
+    In TensorBoard its name is ``tag``, in the folder ``<last part of tag>.png``.
+    """
     from PIL import Image
 
     from project.frame.plots import figure_to_image

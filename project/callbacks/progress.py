@@ -1,4 +1,7 @@
-"""Progress: bars on a terminal, one plain line for each epoch elsewhere (a log file, a scheduler's output)."""
+"""Progress as one plain line for each epoch, for a log file or a scheduler's output.
+
+On a terminal :mod:`project.callbacks.progress_bars` draws bars instead.
+"""
 
 import logging
 from typing import Any
@@ -14,8 +17,14 @@ log = logging.getLogger(__name__)
 class ProgressLines(ProgressBar):
     """Logs ``epoch 3/20: train/loss 0.4012, val/accuracy 0.9011, … (12.1 s, 4512 images/s)`` after each epoch.
 
-    Seconds and images per second are those of the training, without validation. A line is written when all metrics
-    are in, which is just before the next epoch.
+    Seconds and images per second count training only, without validation. The line is written when all metrics of the
+    epoch are known, which is just before the next epoch.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.ProgressLines  # lines also on a terminal
     """
 
     def __init__(self) -> None:
@@ -66,6 +75,9 @@ class ProgressLines(ProgressBar):
 
 
 def _metrics(trainer: Trainer) -> list[tuple[str, Any]]:
-    """Train before val, loss before the others; names such as ``val/loss``, not those of a step or of test."""
+    """Metrics named ``train/…`` and ``val/…``, training before validation, the loss before other metrics.
+
+    Test metrics and metrics of a single step are left out.
+    """
     metrics = [(name, value) for name, value in trainer.callback_metrics.items() if name.startswith(("train/", "val/"))]
     return sorted(metrics, key=lambda metric: (metric[0].split("/")[0], not metric[0].endswith("/loss"), metric[0]))

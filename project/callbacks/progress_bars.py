@@ -1,4 +1,4 @@
-"""Progress on a terminal: bars for the epoch and the fit, and above them one line for each epoch so far."""
+"""Progress on a terminal: a bar for the epoch, a bar for the fit, and above them one line for each finished epoch."""
 
 import math
 import os
@@ -18,16 +18,23 @@ from project.learning.classifier import Classifier
 
 
 class ProgressBars(ProgressLines):
-    """Shows epoch, time left, images per second and the epoch's training loss and accuracy so far.
+    """Shows the epoch, the time left, images per second, and the training loss and accuracy of the epoch so far.
 
-    What callbacks log or print meanwhile appears above the bars. Loss and accuracy are read from the device when the
-    bars are drawn, not at every step.
+    Text that callbacks log or print meanwhile appears above the bars. Loss and accuracy are read from the device when
+    the bars are drawn, not at every step.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.progress_bars.ProgressBars
+              init_args: {refresh_s: 1}
 
     Args:
-        refresh_s: least time between two drawings, in seconds, 0 or more.
+        refresh_s: shortest time between two drawings, in seconds, 0 or more.
 
     Raises:
-        ValueError: for a negative ``refresh_s``.
+        ValueError: if ``refresh_s`` is negative.
     """
 
     def __init__(self, refresh_s: float = 0.25) -> None:
@@ -106,7 +113,7 @@ class ProgressBars(ProgressLines):
     # -- drawing -------------------------------------------------------------------------------------------------
 
     def _begin_pass(self, trainer: Trainer) -> None:
-        """One pass over images that are only looked at; within a fit it gets a bar below those of the fit."""
+        """Begin a pass without training, such as validation. Within a fit its bar is below the bars of the fit."""
         self._num_batches = 0
         if trainer.state.fn != "fit":
             self._rows = []
@@ -142,8 +149,8 @@ class ProgressBars(ProgressLines):
 
     def _open(self) -> None:
         if self._live is None and self._enabled:
-            # No thread draws: it might hold a lock while the loader's workers are forked.
-            # The terminal wraps what is too long for it, so that a path or a command can be copied whole.
+            # auto_refresh would draw in a thread, which might hold a lock while the loader's workers are forked.
+            # soft_wrap lets the terminal wrap long lines, so that a path or a command can be copied as a whole.
             console = Console(soft_wrap=True)
             self._live = Live(console=console, auto_refresh=False, transient=True, redirect_stderr=sys.stderr.isatty())
             self._live.start()
@@ -155,7 +162,7 @@ class ProgressBars(ProgressLines):
     def _draw(self, rows: list[tuple[str, Bar, str]]) -> None:
         if self._live is None:
             return
-        width = self._live.console.width - len("^C ")  # an echo that begins a new line would shift what is overwritten
+        width = self._live.console.width - len("^C ")  # if the echo of Ctrl-C broke the line, the bars would shift
         table = Table.grid(padding=(0, 1), expand=True)
         table.width = max(width, 1)
         table.add_column(no_wrap=True)
@@ -173,14 +180,14 @@ class ProgressBars(ProgressLines):
 
 
 def _bar(done: float, total: float) -> tuple[Bar, str]:
-    """A bar and its percentage; neither is known if the total is infinite."""
+    """A bar and its percentage. If the total is infinite or not positive, the bar pulses and has no percentage."""
     if not math.isfinite(total) or total <= 0:
         return Bar(total=None, pulse=True), "    "
     return Bar(total=total, completed=done), f"{100 * done / total:3.0f} %"
 
 
 def _share_of_fit(trainer: Trainer, num_batches: int = 0) -> float:
-    """How much of the fit is done, from 0 to 1, ``num_batches`` into the present epoch; 0 if it has no end."""
+    """The share of the fit that is done, in [0, 1], after ``num_batches`` of this epoch; 0 if the fit has no end."""
     shares = [0.0]
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
         shares.append((trainer.current_epoch + num_batches / trainer.num_training_batches) / trainer.max_epochs)
@@ -198,7 +205,10 @@ def _time_left(seconds: float) -> str:
 
 
 def default_progress_bar() -> ProgressBar:
-    """What suits the output: :class:`ProgressBars` if it is a terminal that can move its cursor, else lines."""
+    """The progress display that suits the output.
+
+    :class:`ProgressBars` on a terminal that can move its cursor, else :class:`~project.callbacks.ProgressLines`.
+    """
     if sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
         return ProgressBars()
     return ProgressLines()

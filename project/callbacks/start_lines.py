@@ -1,4 +1,4 @@
-"""What a fit is about to do, in three lines: on which device, with which data, into which folder."""
+"""Three lines at the start of a fit: its device, its data and its folder."""
 
 import logging
 
@@ -14,7 +14,18 @@ log = logging.getLogger(__name__)
 
 
 class StartLines(Callback):
-    """Logs device and precision, number of images and classes, and the run's folder when a fit begins."""
+    """Logs device and precision, number of images and classes, and the run's folder when a fit begins.
+
+    Every run has this callback; a plain Lightning Trainer can take it as well.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> from project.callbacks import StartLines
+        >>> trainer = Trainer(accelerator="cpu", logger=False, callbacks=[StartLines()])
+        >>> any(isinstance(callback, StartLines) for callback in trainer.callbacks)
+        True
+    """
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero:

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM during a fit: the first ends the run in order and says how to resume it, the second kills it."""
+"""Ctrl-C and SIGTERM during a fit.
+
+The first signal ends the run in order and shows how to resume it. A second signal ends the process at once.
+"""
 
 import logging
 import signal
@@ -16,12 +19,24 @@ log = logging.getLogger(__name__)
 
 
 class TellHowToResume(Callback):
-    """Says what a stopped run has kept, and the command that resumes it."""
+    """Logs what a stopped run has kept, and the command that resumes it.
+
+    :func:`~project.callbacks.default_callbacks` puts it into every run.
+
+    Example::
+
+        >>> from project.callbacks import TellHowToResume, default_callbacks
+        >>> type(default_callbacks(progress=False)[0]) is TellHowToResume
+        True
+    """
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lightning waits for the end of the batch after a SIGTERM, and for ever after further ones."""
+        """Let a second SIGTERM end the process.
+
+        Lightning waits for the end of the batch after the first SIGTERM, and ignores further ones.
+        """
         if threading.current_thread() is not threading.main_thread():
-            return  # only the main thread may set handlers
+            return  # only the main thread may set signal handlers
         handler = signal.getsignal(signal.SIGTERM)
 
         def stop(signum: int, frame: FrameType | None) -> None:
@@ -35,12 +50,12 @@ class TellHowToResume(Callback):
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
             return
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, signal.SIG_DFL)  # Lightning ignores it from here on
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # otherwise Lightning ignores SIGINT from here on
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
         run = run_of(trainer)
         if run is None or trainer.state.fn not in ("fit", "test"):
             return
-        log.info("")  # the terminal has written ^C
+        log.info("")  # ends the line on which the terminal has written ^C
         if trainer.state.fn == "test":
             log.info("Stopped. To test again: project test --run %s", as_argument(run.folder))
             return

@@ -1,4 +1,4 @@
-"""``environment.json`` at the start of a run and ``summary.json`` at its end."""
+"""Writes ``environment.json`` at the start of a run and ``summary.json`` at its end."""
 
 import json
 from pathlib import Path
@@ -16,10 +16,18 @@ from project.metrics.complexity import count_parameters
 
 
 class WriteSummary(Callback):
-    """Writes what a run came to, as plain numbers, into its folder; a test that follows adds its metrics.
+    """Writes a run's final metrics and durations into ``summary.json`` in its folder; a later test adds its metrics.
 
-    ``train_seconds`` is the time in training epochs without validation, ``fit_seconds`` all from the start of ``fit``
-    to its end. Both add up over a run that is resumed. ``images_per_second`` is training images over ``train_seconds``.
+    ``train_seconds`` is the time of the training epochs without validation, ``fit_seconds`` the time from the start of
+    ``fit`` to its end. If a run is resumed, both include the time before. ``images_per_second`` is the number of
+    training images divided by ``train_seconds``. Every run has this callback.
+
+    Example::
+
+        >>> from project.callbacks import WriteSummary, default_callbacks
+        >>> callbacks = default_callbacks(observe=False, progress=False)
+        >>> any(isinstance(callback, WriteSummary) for callback in callbacks)
+        True
     """
 
     def __init__(self) -> None:
@@ -94,12 +102,12 @@ class WriteSummary(Callback):
 
 
 def read_summary(path: Path) -> dict[str, Any]:
-    """The summary of a run; empty before its end."""
+    """The content of a run's ``summary.json``; empty if the run has not ended."""
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:
-    """What the module has logged last under ``stage/name``."""
+    """The last values that the module has logged under names such as ``val/loss``."""
     return {name: value.item() for name, value in sorted(trainer.callback_metrics.items()) if "/" in name}
 
 

@@ -1,10 +1,12 @@
-"""Every technique of efficient inference, a folder each; here their public names."""
+"""The public names of all techniques of efficient inference. Each technique has a folder of its own."""
 
 from project.frame.rooms import lazily
 
 _HOMES = {
     "BinarizeInputs": "project.compression.low_bit.xnor",
     "Codebook": "project.compression.weight_sharing.codebook",
+    "DistillFrom": "project.compression.distillation.callback",
+    "Distillation": "project.compression.distillation.loss",
     "Factorize": "project.compression.low_rank.thin_layers",
     "Factorizer": "project.compression.low_rank.factorizer",
     "Gradual": "project.compression.pruning.schedules",

@@ -1,14 +1,15 @@
-"""Which compression callbacks go together in one run, and in which order.
+"""Checks which compression callbacks can be combined in one run, and in which order.
 
-Each callback declares this as data, and :func:`check_company` reads it. No callback needs to know another one's class:
-a technique that is new, or deleted, changes nothing in the others.
+Each callback declares this as data, and :func:`check_company` reads it. No callback needs to know the class of another:
+when a technique is added or deleted, the others do not change.
 
 A callback may have two attributes:
 
-- ``stages``: words that say what the callback does. Others refer to them. In use are ``smaller net`` (the net's weights
-  or layers change for good), ``pruning``, ``units removed at the end``, ``low rank``, ``shared weights``, ``low bit``,
-  ``integer training``, ``integer file``, ``own teacher`` and ``early stopping``.
-- ``company``: a :class:`Company`, what it cannot run with and what it must stand before or after.
+- ``stages``: words for what the callback does; other callbacks refer to them. These are in use: ``smaller net`` (the
+  weights or layers of the net change for good), ``pruning``, ``units removed at the end``, ``low rank``,
+  ``shared weights``, ``low bit``, ``integer training``, ``integer file``, ``own teacher`` and ``early stopping``.
+- ``company``: a :class:`Company` with the stages that the callback cannot run with and those that must come before or
+  after it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,12 +21,15 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 @dataclass(frozen=True)
 class Company:
-    """What a callback asks of the other callbacks of its run.
+    """The conditions that a callback sets for the other callbacks of its run.
+
+    Each of the three mappings has stages as keys. Its values say the reason and the remedy, as a part of an error
+    message that follows the word "but".
 
     Args:
-        never: for each stage that the callback cannot run with: the reason, and what to do instead.
-        after: for each stage that has to come before this callback: the reason, and what to do instead.
-        before: for each stage that has to come after this callback: the reason, and what to do instead.
+        never: stages that the callback cannot run with. Empty by default.
+        after: stages that have to come before this callback. Empty by default.
+        before: stages that have to come after this callback. Empty by default.
     """
 
     never: Mapping[str, str] = field(default_factory=dict)
@@ -34,21 +38,25 @@ class Company:
 
 
 def stages_of(callback: Callback) -> tuple[str, ...]:
-    """The words that a callback declares itself by; empty if it declares none."""
+    """The stages that a callback declares; empty if it declares none.
+
+    Args:
+        callback: any callback, also one of Lightning's.
+    """
     if isinstance(callback, EarlyStopping):
         return ("early stopping",)
     return tuple(getattr(callback, "stages", ()))
 
 
 def check_company(callbacks: Sequence[Callback], own: Callback) -> None:
-    """Compare what a callback declares with the run's other callbacks.
+    """Check that a callback can run with the other callbacks of the run, in the present order.
 
     Args:
         callbacks: all callbacks of the run, in their order.
-        own: one of them, with an attribute ``company``.
+        own: callback to check, one of ``callbacks``, with an attribute ``company``.
 
     Raises:
-        ValueError: for a callback that ``own`` cannot run with, and for one that stands on the wrong side of it.
+        ValueError: if there is a callback that ``own`` cannot run with, or one that stands on the wrong side of it.
     """
     company: Company = own.company  # type: ignore[attr-defined]
     name, place = type(own).__name__, callbacks.index(own)

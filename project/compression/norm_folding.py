@@ -1,11 +1,15 @@
-"""Norms as scale and shift, and both on a coarse grid: what stands beside shared weights in a small file.
+"""Turns batch norms into a scale and a shift and rounds these, so that they take few bytes in a file.
 
 Batch norm in eval mode is ``x * scale + shift`` with ``scale = weight / sqrt(var + eps)`` and
-``shift = bias - mean * scale`` (Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 2, line 11). Folded, a norm's weight and
-bias are these two, its running mean is 0 and its running variance ``1 - eps``: module and keys stay, the statistics are
-constants that need no room in a file. They are not folded into the convolution, whose few shared values would become
-different ones in every channel. Statistics anew from training images once the weights have changed: Sun et al. 2019
-(arXiv:1810.05723), batch norm's statistics under quantization.
+``shift = bias - mean * scale`` (Ioffe & Szegedy 2015, arXiv:1502.03167, Alg. 2, line 11). A folded norm has ``scale``
+as its weight, ``shift`` as its bias, 0 as its running mean and ``1 - eps`` as its running variance. The module and its
+keys stay, and the statistics are constants that need no space in a file.
+
+The scale is not folded into the convolution: each channel would multiply the few shared values of the layer by another
+number, so that they would not be shared any more.
+
+When the weights have changed, the statistics are computed again from training images: Sun et al. 2019
+(arXiv:1810.05723), on batch norm statistics under quantization.
 """
 
 import math
@@ -17,19 +21,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 @torch.no_grad()
 def reestimate_statistics_(net: nn.Module, images: Tensor, batch_size: int = 256) -> None:
-    """Running statistics of every batch norm: the means over batches of these images; dropout is off.
+    """Compute the running statistics of every batch norm again, as means over batches of images, without dropout.
 
     Args:
-        net: is left in eval mode.
-        images: ``[N, C, H, W]`` as the net takes them.
-        batch_size: the last images are left out where they do not fill a batch, unless they are all there are.
+        net: net whose statistics are replaced in place; it is left in eval mode.
+        images: training images ``[N, C, H, W]``, normalised as the net expects them.
+        batch_size: number of images in a batch, 1 or more. Images that do not fill the last batch are left out, unless
+            there are fewer images than one batch.
     """
     net.eval()
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the mean over all batches
+        norm.momentum = None  # the plain mean over all batches instead of a moving average
         norm.train()
     whole = len(images) // batch_size * batch_size or len(images)
     for batch in images[:whole].split(batch_size):
@@ -41,10 +46,14 @@ def reestimate_statistics_(net: nn.Module, images: Tensor, batch_size: int = 256
 
 @torch.no_grad()
 def fold_norms_(net: nn.Module) -> None:
-    """Each batch norm's statistics into its weight and bias; in eval mode the net computes what it did, up to rounding.
+    """Fold the running statistics of each batch norm into its weight and bias.
 
-    A second time changes nothing. In training mode batch norm takes the batch's statistics all the same: the net is
-    meant to be finished. Without weight and bias, or without statistics, there is nothing to fold into or to fold.
+    In eval mode the outputs stay the same up to rounding. A second call changes nothing. Do not train the net
+    afterwards: in training mode batch norm still uses the statistics of the batch. Norms without weight and bias, and
+    norms without running statistics, are not changed.
+
+    Args:
+        net: net whose batch norms are folded in place.
     """
     for norm in net.modules():
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None or not norm.affine:
@@ -52,7 +61,7 @@ def fold_norms_(net: nn.Module) -> None:
         assert norm.running_var is not None
         constant = torch.full_like(norm.running_var, 1 - norm.eps)
         if torch.equal(norm.running_var, constant) and not norm.running_mean.any():
-            continue
+            continue  # folded already
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
         norm.bias.copy_(norm.bias.double() - norm.running_mean.double() * scale)
         norm.weight.copy_(scale)
@@ -62,16 +71,26 @@ def fold_norms_(net: nn.Module) -> None:
 
 @torch.no_grad()
 def round_vectors_(net: nn.Module, num_bits: int = 8) -> None:
-    """Norms' scales and shifts and all biases to :func:`fixed_point`, a step for each tensor."""
+    """Round all biases and all scales and shifts of norms by :func:`fixed_point`, each tensor with a step of its own.
+
+    Args:
+        net: net whose parameters of at most one dimension are rounded in place.
+        num_bits: number of bits of each value with its sign, 2 or more.
+    """
     for parameter in net.parameters():
         if parameter.dim() <= 1:
             parameter.copy_(fixed_point(parameter, num_bits))
 
 
 def fixed_point(x: Tensor, num_bits: int) -> Tensor:
-    """``x`` rounded to multiples of the smallest power of two with which all are integers of so many bits, with sign.
+    """``x`` rounded to multiples of a step, which is a power of two.
 
-    The error is at most half a step, which is under ``2 ** (2 - num_bits)`` of the greatest magnitude.
+    The step is the smallest one with which all multiples fit in ``num_bits`` bits with a sign. The error is at most
+    half a step, which is below ``2 ** (2 - num_bits)`` times the largest magnitude.
+
+    Args:
+        x: tensor of finite numbers, of any shape.
+        num_bits: number of bits of each value with its sign, 2 or more.
     """
     most = 2 ** (num_bits - 1) - 1
     greatest = float(x.abs().max()) if x.numel() else 0.0

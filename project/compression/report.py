@@ -1,4 +1,4 @@
-"""The end of a compression run: each level's best net on validation and test images, its size and its speed."""
+"""The report at the end of a compression run: accuracy, size and speed of the best net of each step."""
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +16,8 @@ from project.deployment.engines import Engine, engines
 from project.deployment.fastest_file import read_result
 from project.deployment.latency import Latency, measure
 from project.deployment.model_file import ModelFile
+from project.deployment.report_plots import plot_report
 from project.frame.paths import Run
-from project.frame.report_plots import plot_report
 from project.learning.checkpoints import load_net
 from project.learning.classifier import Classifier
 
@@ -26,24 +26,31 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Step:
-    """A step of a compression run: its name and the checkpoint that it left."""
+    """A step of a compression run.
+
+    Args:
+        name: name of the step in the report, such as ``dense``.
+        checkpoint: checkpoint file that the step wrote.
+    """
 
     name: str
     checkpoint: Path
 
 
 def report_steps(trainer: Trainer, module: Classifier, steps: list[Step], *, measured: list[str]) -> list[ReportRow]:
-    """Evaluate the checkpoints, measure the named ones together, and write ``report.csv`` and ``report.md``.
+    """Evaluate checkpoints, time some of them, and write ``report.csv`` and ``report.md``.
 
     Args:
-        trainer: with a run's folder.
-        module: a classifier whose structure any of the checkpoints fits after their surgeries; left as it was.
-        steps: the first is the dense fp32 net, whose fastest engine the speedups compare with.
-        measured: names of the steps whose latency is measured, in one interleaved run with the dense net's; empty
-            measures nothing.
+        trainer: trainer of a run that has a folder and an ``ImageDataModule``.
+        module: classifier of the run; it is not changed. Each checkpoint must fit it after the checkpoint's surgeries.
+        steps: steps to report, at least one. The first is the dense fp32 net: speedups are relative to its fastest
+            engine.
+        measured: names of the steps to time, all in one interleaved run with the dense net. An empty list times
+            nothing.
     """
     run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
     assert run is not None and steps
+    # All nets are timed in one interleaved run, so that they meet the same load of the machine.
     nets = {step.name: load_net(module, step.checkpoint) for step in steps}
     named = {
         f"{step}/{engine}": function
@@ -51,7 +58,7 @@ def report_steps(trainer: Trainer, module: Classifier, steps: list[Step], *, mea
         for engine, function in engines(nets[step], module.image_shape, _ENGINES).items()
     }
     times = measure(named, module.image_shape, rounds=30, budget_s=20) if named else {}
-    by_step = {
+    by_step = {  # step -> (engine, batch size) -> time
         step: {
             (name.partition("/")[2], batch): time
             for (name, batch), time in times.items()
@@ -77,14 +84,14 @@ def report_steps(trainer: Trainer, module: Classifier, steps: list[Step], *, mea
 
 
 def add_file_row(trainer: Trainer, module: Classifier, step: Step, file: ModelFile, *, latency: bool) -> None:
-    """Add the row of a model file to the run's report, in place of an older one of its kind.
+    """Add a row for a model file to the report of the run. It replaces an older row of a file with the same name.
 
     Args:
-        trainer: with a run's folder that holds a report.
-        module: as in :func:`report_steps`.
-        step: its name, and the checkpoint that the file was made of.
-        file: accuracy and speed are those of the runtime that it has.
-        latency: measure the speed, in one interleaved run with the dense fp32 net's engines.
+        trainer: trainer of a run whose folder holds a report.
+        module: classifier of the run, as in :func:`report_steps`; it is not changed.
+        step: name for the row, and the checkpoint that the file was made from.
+        file: model file to evaluate; accuracy and speed are those of its own runtime.
+        latency: whether to time the file, in one interleaved run with the engines of the dense fp32 net.
     """
     run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
     assert run is not None
@@ -107,18 +114,20 @@ def add_file_row(trainer: Trainer, module: Classifier, step: Step, file: ModelFi
 def add_step_row(
     trainer: Trainer, module: Classifier, step: Step, *, latency: bool, names: Sequence[str] | None = None
 ) -> None:
-    """Add a step that left a checkpoint to the run's report, in place of an older one of its name.
+    """Add a row for a checkpoint to the report of the run. It replaces an older row with the same name.
 
     Args:
-        trainer, module, latency: as in :func:`add_file_row`.
-        step: its name and its checkpoint.
-        names: engines that have what was done; those of the dense net by default.
+        trainer: trainer of a run whose folder holds a report.
+        module: classifier of the run, as in :func:`report_steps`; it is not changed.
+        step: name for the row, and the checkpoint to evaluate.
+        latency: whether to time the net, in one interleaved run with the engines of the dense fp32 net.
+        names: engines to time, those that really use the change of this step. None means the engines of the dense net.
     """
     run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
     assert run is not None
     net = load_net(module, step.checkpoint)
     own_engines = engines(net, module.image_shape, names or _ENGINES)
-    named = {f"own {name}": function for name, function in own_engines.items()}
+    named = {f"own {name}": function for name, function in own_engines.items()}  # the dense net's names differ
     own, reference = _beside_dense(run, module, step, named) if latency else ({}, {})
     row = describe(
         step.name,
@@ -138,7 +147,8 @@ _Times = dict[tuple[str, int], Latency]
 
 
 def _beside_dense(run: Run, module: Classifier, step: Step, named: Mapping[str, Engine]) -> tuple[_Times, _Times]:
-    """Times of the named functions, and of the dense fp32 net's engines in the same interleaved run."""
+    """The times of the named functions, and those of the dense fp32 net's engines from the same interleaved run."""
+    # Level 0 is the dense net of a run that has one; otherwise the checkpoint itself counts as dense.
     dense = run.level_checkpoint(0) if run.level_checkpoint(0).is_file() else step.checkpoint
     everything = {**engines(load_net(module, dense), module.image_shape, _ENGINES), **named}
     own: _Times = {}
@@ -149,7 +159,7 @@ def _beside_dense(run: Run, module: Classifier, step: Step, named: Mapping[str, 
 
 
 def _publish(trainer: Trainer, rows: list[ReportRow], new: list[ReportRow]) -> None:
-    """Write the report, show it in TensorBoard, and say what is new."""
+    """Write the report, show it in TensorBoard, and log the new rows."""
     run = run_of(trainer)
     assert run is not None
     result = read_result(run)
@@ -175,7 +185,13 @@ _ENGINES = ["eager", "onnxruntime"]
 
 @torch.inference_mode()
 def accuracy(logits_of: Callable[[Tensor], Tensor], data: ImageDataModule, split: str) -> float | None:
-    """Share of right answers on the ``val`` or ``test`` images; ``None`` where there are none."""
+    """The accuracy, 0 to 1, on the ``val`` or ``test`` images; None if there are no such images.
+
+    Args:
+        logits_of: function of normalised images ``[N, C, H, W]`` that returns logits ``[N, K]``.
+        data: data module with the images.
+        split: set of images, ``val`` or ``test``.
+    """
     data.setup("test" if split == "test" else "validate")
     right, count = 0, 0
     for pixels, labels, _ in data.measured_images(split):
@@ -186,5 +202,6 @@ def accuracy(logits_of: Callable[[Tensor], Tensor], data: ImageDataModule, split
 
 
 def _accuracy(net: nn.Module, data: ImageDataModule, split: str) -> float | None:
+    """The accuracy of a PyTorch net, computed in the memory format channels-last, which is fast on CPUs."""
     net.to(memory_format=torch.channels_last)
     return accuracy(lambda images: net(images.contiguous(memory_format=torch.channels_last)), data, split)

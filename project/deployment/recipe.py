@@ -48,6 +48,15 @@ class Recipe:
         """Modules of all that it names, for whoever wrote it and trusts them."""
         return tuple({path.rpartition(".")[0] for path in _texts(self.net) if "." in path})
 
+    def renamed(self, package: str, name: str) -> "Recipe":
+        """The same recipe with another name of the package in its class paths.
+
+        Args:
+            package: name of the package that class paths begin with, such as ``"acme"``.
+            name: name that takes its place, such as ``"project"``.
+        """
+        return Recipe(_renamed(self.net, f"{package}.", f"{name}."), self.surgeries)
+
     def build(self, trust: Sequence[str] = ()) -> nn.Module:
         """The net on the meta device, in eval mode: shapes without values.
 
@@ -126,6 +135,15 @@ def _is_trusted(path: str, trust: tuple[str, ...]) -> bool:
 def _is_callable(hint: Any) -> bool:
     options = (hint, *typing.get_args(hint)) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
     return any(typing.get_origin(option) is Callable for option in options)
+
+
+def _renamed(value: Any, prefix: str, other: str) -> Any:
+    """Nested plain values, where each text that begins with a prefix begins with another."""
+    if isinstance(value, Mapping):
+        return {key: _renamed(item, prefix, other) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_renamed(item, prefix, other) for item in value]
+    return other + value.removeprefix(prefix) if isinstance(value, str) and value.startswith(prefix) else value
 
 
 def _texts(value: Any) -> list[str]:

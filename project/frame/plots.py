@@ -181,3 +181,17 @@ def _write_counts(axis: "Axes", counts: Tensor, shares: Tensor) -> None:
             fontsize=8,
             color="white" if shares[true, predicted] > 0.3 else "black",
         )
+
+
+def round_ticks(axes: "Axes", span: float) -> None:
+    """Round numbers along a logarithmic x-axis, few enough not to lie on each other.
+
+    Args:
+        axes: with a logarithmic x-axis.
+        span: the greatest value there over the smallest.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span > 5 else (1, 1.5, 2, 3, 4, 5, 7)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())

@@ -22,7 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from project.learning.checkpoints import check_checkpoint, mismatch
 from project.learning.schedules import Schedule
-from project.losses import CrossEntropy, Distillation, MaxNorm, Penalties
+from project.losses import CrossEntropy, MaxNorm, Penalties
 from project.models.net_check import build_lazy_, check_loss, check_net
 from project.models.surgery import Surgery, replay_, to_plain
 
@@ -129,7 +129,7 @@ class Classifier(LightningModule):
             },
             compute_groups=False,
         )
-        self.distillation: Distillation | None = None
+        self.distillation: nn.Module | None = None
         """A teacher beside the labels, of training alone."""
         self._is_checked = False
         self._train_sums: Tensor | None = None

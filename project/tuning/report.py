@@ -12,7 +12,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from project.frame.paths import write_whole
-from project.frame.report_plots import round_ticks
+from project.frame.plots import round_ticks
 from project.tuning.plan import Plan
 from project.tuning.progress import (
     FINISHED,

@@ -1,18 +1,22 @@
-"""Weights of two or three values: binary and ternary nets, trained through the rounding.
+"""Binary and ternary weights: each weight takes one of two or three values, and training goes through the rounding.
 
-Binary weights (BWN): Rastegari et al. 2016, XNOR-Net (arXiv:1603.05279, sec. 3.1): ``sign(w)`` times the mean of
-``|w|`` of the filter. Ternary weights (TWN): Li & Liu 2016 (arXiv:1605.04711, sec. 2.2): 0 below ``delta = 0.75
-E|w|``, above it the sign times the mean of those ``|w|``. Trained ternary quantization (TTQ): Zhu et al. 2017
-(arXiv:1612.01064, sec. 3): 0 below ``0.05 max |w|``, two learned values per layer for what is above it. All train float
-weights of which the net sees the rounded ones; the gradient is the straight-through estimator (Bengio et al. 2013,
-arXiv:1308.3432), of TTQ equations 7 and 8 of its paper.
+- Binary weights (BWN), Rastegari et al. 2016, XNOR-Net (arXiv:1603.05279, sec. 3.1): ``sign(w)`` times the mean of
+  ``|w|`` over the filter.
+- Ternary weights (TWN), Li & Liu 2016 (arXiv:1605.04711, sec. 2.2): 0 up to ``delta = 0.75 E|w|``. Above it,
+  ``sign(w)`` times the mean of the ``|w|`` that are above ``delta``.
+- Trained ternary quantization (TTQ), Zhu et al. 2017 (arXiv:1612.01064, sec. 3): 0 up to ``0.05 max |w|``. Above it,
+  one of two learned values of the layer, by the sign of ``w``.
 
-Incremental freezing: Zhou et al. 2017, INQ (arXiv:1702.03044, sec. 2.2): the largest part of the weights is rounded
-for good, the others make up for it; then the next part. Ours rounds to TWN's or BWN's values instead of powers of two,
-with the scale of the first time.
+The optimizer trains float weights, and the net computes with the rounded ones. The gradient of BWN and TWN is the
+straight-through estimator (Bengio et al. 2013, arXiv:1308.3432). The gradient of TTQ follows equations 7 and 8 of its
+paper.
 
-Scales are per layer for TWN and TTQ, as published, and per filter for BWN. A norm after the layer takes scales up, so
-that they matter to the gradient more than to the function.
+Incremental freezing, Zhou et al. 2017, INQ (arXiv:1702.03044, sec. 2.2): the weights of largest magnitude are rounded
+for good, and the others are trained further to compensate for the error. Then the next part is rounded. Two deviations:
+we round to the values of TWN or BWN instead of powers of two, and the scale is computed only once, at the first part.
+
+TWN and TTQ have one scale per layer, as published, and BWN has one scale per filter. A norm after the layer removes the
+scale, so the scale matters more for the gradient than for the output.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +32,11 @@ _TTQ_DELTA = 0.05
 
 
 def binary_weight(weight: Tensor) -> Tensor:
-    """``sign(w) mean|w|``, the mean over each filter ``[out, …]``; the sign of 0 is +. Straight-through gradient."""
+    """``sign(w) mean|w|``, with the mean over each filter, and + as the sign of 0. The gradient is straight-through.
+
+    Args:
+        weight: float weights ``[out_channels, ...]``.
+    """
     with torch.no_grad():
         scale = weight.flatten(1).abs().mean(1).view(-1, *[1] * (weight.dim() - 1))
         rounded = torch.where(weight >= 0, scale, -scale)
@@ -36,7 +44,13 @@ def binary_weight(weight: Tensor) -> Tensor:
 
 
 def ternary_weight(weight: Tensor) -> Tensor:
-    """0 where ``|w| <= 0.75 E|w|``, else the sign times the mean of those ``|w|``. Straight-through gradient."""
+    """0 where ``|w| <= 0.75 E|w|``, else ``sign(w)`` times the mean of all ``|w|`` above that threshold.
+
+    The gradient is straight-through.
+
+    Args:
+        weight: float weights of a layer, of any shape.
+    """
     with torch.no_grad():
         size = weight.abs()
         large = size > _TWN_DELTA * size.mean()
@@ -46,7 +60,7 @@ def ternary_weight(weight: Tensor) -> Tensor:
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The value of one tensor, bit for bit, and the gradient to the other."""
+    """Returns exactly the bits of ``rounded`` and passes the gradient to ``weight``."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor, rounded: Tensor) -> Tensor:
@@ -63,7 +77,11 @@ def _straight_through(weight: Tensor, rounded: Tensor) -> Tensor:
 
 
 class _TrainedTernary(torch.autograd.Function):
-    """TTQ, eq. 6 to 8: a value learns from the sum of its weights' gradients, a weight from its own times its value."""
+    """TTQ, eq. 6 to 8.
+
+    The gradient of a learned value is the sum of the gradients of its weights, negated for negative weights. The
+    gradient of a weight is multiplied by its learned value, or by 1 if the weight is rounded to 0.
+    """
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, weight: Tensor, values: Tensor) -> Tensor:
@@ -83,40 +101,44 @@ class _TrainedTernary(torch.autograd.Function):
 
 
 def trained_ternary_weight(weight: Tensor, values: Tensor) -> Tensor:
-    """``values[0]`` where ``w > 0.05 max|w|``, ``-values[1]`` where ``w < -0.05 max|w|``, else 0; TTQ's gradients.
+    """``values[0]`` where ``w > 0.05 max|w|``, ``-values[1]`` where ``w < -0.05 max|w|``, else 0; with TTQ's gradients.
 
     Args:
-        weight: float weights of any shape.
-        values: ``[2]``, both positive, float32.
+        weight: float weights of a layer, of any shape.
+        values: two learned values ``[2]`` of the layer, float32, both above 0.
     """
     result: Tensor = _TrainedTernary.apply(weight, values)
     return result
 
 
 class LowBitWeights:
-    """Puts binary or ternary weights into a net's forward pass, and at the end into its weights.
+    """Rounds the weights of a net to two or three values, in its forward pass or for good.
 
     Args:
-        method: ``bwn``, ``twn`` or ``ttq``.
-        layers: names of the convolutions and linear layers.
+        method: rounding method: ``bwn`` (binary), ``twn`` or ``ttq`` (both ternary).
+        layers: names of the convolutions and linear layers to round, at least one.
 
     Raises:
-        ValueError: for another method, no layers.
+        ValueError: if the method is unknown, or if there are no layers.
     """
 
     def __init__(self, method: Method, layers: Sequence[str]) -> None:
         if method not in ("bwn", "twn", "ttq"):
             raise ValueError(f"method is {method!r}: choose bwn (binary), twn or ttq (ternary).")
         if not layers:
-            raise ValueError("no layer is left to be rounded: exclude fewer of them.")
+            raise ValueError("no layer is left to round: exclude fewer layers, or include more.")
         self.method = method
         self.layers = list(layers)
         self.values: dict[str, Tensor] = {}
-        """TTQ's two values of each layer, leaves that require a gradient once attached."""
+        """The two learned values of each layer for ``ttq``. After :meth:`attach_` they require a gradient."""
         self._attached: list[nn.Module] = []
 
     def attach_(self, net: nn.Module) -> None:
-        """From now on the net computes with rounded weights; once, however often it is said."""
+        """Let the net compute with rounded weights. If it does so already, nothing changes.
+
+        Args:
+            net: net with the layers of ``layers``; the forward methods of these layers are replaced.
+        """
         if self._attached:
             return
         for name in self.layers:
@@ -131,20 +153,30 @@ class LowBitWeights:
             self._attached.append(module)
 
     def detach_(self) -> None:
-        """The net computes with its float weights again."""
+        """Let the net compute with its float weights again."""
         for module in self._attached:
             del module.forward
         self._attached = []
 
     def rounded(self, name: str, weight: Tensor) -> Tensor:
-        """What the net sees of a layer's float weights."""
+        """The rounded weights of a layer, as the forward pass uses them.
+
+        Args:
+            name: name of the layer, one of ``layers``.
+            weight: float weights of the layer ``[out_channels, ...]``.
+        """
         if self.method == "ttq":
             return trained_ternary_weight(weight, self.values[name])
         return binary_weight(weight) if self.method == "bwn" else ternary_weight(weight)
 
     @torch.no_grad()
     def write_(self, weights: dict[str, Tensor], prefix: str = "") -> None:
-        """Round the layers' weights in a state dict, for good."""
+        """Replace the float weights in a state dict by the rounded ones.
+
+        Args:
+            weights: state dict with the layers' weights; it is changed in place.
+            prefix: text before a layer's name in the keys of the state dict, such as ``net.``; empty by default.
+        """
         for name in self.layers:
             key = f"{prefix}{name}.weight"
             weights[key] = self.rounded(name, weights[key]).detach().clone()
@@ -155,35 +187,43 @@ class LowBitWeights:
 
 
 class Freezing:
-    """Rounds growing parts of the weights for good, the largest first, while the others go on training (INQ).
+    """Rounds a growing share of the weights for good, the largest first, while the others are trained further (INQ).
 
     Args:
-        low_bit: the values; ``bwn`` or ``twn``, since TTQ's are never final before the end.
+        low_bit: layers and rounding method; ``bwn`` or ``twn``. The values of ``ttq`` change until training ends, so
+            they cannot be frozen.
 
     Raises:
-        ValueError: for TTQ.
+        ValueError: if the method is ``ttq``.
     """
 
     def __init__(self, low_bit: LowBitWeights) -> None:
         if low_bit.method == "ttq":
-            raise ValueError("method is ttq, whose values are learned to the end: freeze with twn, or not at all.")
+            raise ValueError(
+                "method is ttq, but its values are trained until the end: choose twn, or leave freeze out."
+            )
         self.low_bit = low_bit
         self.frozen: dict[str, Tensor] = {}
-        """Of each layer: which weights are final."""
+        """For each layer, a mask that is true for the weights that are rounded for good."""
         self.targets: dict[str, Tensor] = {}
-        """Of each layer: what each of its weights is to become, of the first rounding."""
+        """For each layer, the rounded value of every weight, with the scale of the first rounding."""
 
     @torch.no_grad()
     def freeze_(self, net: nn.Module, portion: float) -> None:
-        """Round the share ``portion`` of each layer's weights, those that are frozen included."""
+        """Freeze a share of each layer's weights: those frozen before, and then the largest of the others.
+
+        Args:
+            net: net whose weights are rounded in place.
+            portion: share of all weights of a layer that is frozen afterwards, in (0, 1].
+        """
         for name in self.low_bit.layers:
             weight = net.get_submodule(name).get_parameter("weight")
             rounded = self.low_bit.rounded(name, weight)
-            if name in self.targets:  # later weights take the scale of the first
+            if name in self.targets:  # not the first part: use the scale of the first rounding
                 scale = self.targets[name].abs().flatten(1).amax(1).view(-1, *[1] * (weight.dim() - 1))
                 rounded = rounded.sign() * scale
             frozen = self.frozen.get(name, torch.zeros_like(weight, dtype=torch.bool))
-            size = weight.abs().masked_fill(frozen, torch.inf).flatten()
+            size = weight.abs().masked_fill(frozen, torch.inf).flatten()  # frozen weights come first
             count = round(portion * size.numel())
             chosen = torch.zeros_like(size, dtype=torch.bool)
             chosen[size.argsort(descending=True, stable=True)[:count]] = True
@@ -194,21 +234,35 @@ class Freezing:
 
     @torch.no_grad()
     def hold_(self, net: nn.Module) -> None:
-        """Put the frozen weights back to their values, after an optimizer's step."""
+        """Set the frozen weights to their rounded values again, after a step of the optimizer.
+
+        Args:
+            net: net whose frozen weights are overwritten in place.
+        """
         for name, frozen in self.frozen.items():
             weight = net.get_submodule(name).get_parameter("weight")
             weight.copy_(torch.where(frozen, self.targets[name], weight))
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
+        """The masks and the rounded values, as plain tensors."""
         return {"frozen": dict(self.frozen), "targets": dict(self.targets)}
 
     def load_state_dict(self, state: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Restore what :meth:`state_dict` saved.
+
+        Args:
+            state: dictionary with the keys ``frozen`` and ``targets``.
+        """
         self.frozen, self.targets = dict(state["frozen"]), dict(state["targets"])
 
 
 @torch.no_grad()
 def _first_values(weight: Tensor) -> Tensor:
-    """TTQ begins with the means of what is above its threshold (sec. 3.3 leaves the start open)."""
+    """The first two values of a layer for TTQ: the mean magnitude above the threshold, on the positive and negative
+    side.
+
+    Section 3.3 of the paper leaves the start open. If a side is empty, the mean of all ``|w|`` is used.
+    """
     delta = _TTQ_DELTA * weight.abs().amax()
     sides = [weight[weight > delta], -weight[weight < -delta]]
     return torch.stack([side.mean() if len(side) else weight.abs().mean() for side in sides]).float()

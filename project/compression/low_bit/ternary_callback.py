@@ -1,4 +1,5 @@
-"""Binary and ternary weights: a net that is trained through the rounding and ends with two or three values a layer.
+"""Binary and ternary weights: training with rounded weights, for a net with two or three values in each filter or
+layer.
 
 The mathematics and its sources are in :mod:`project.compression.low_bit.ternary`.
 """
@@ -25,41 +26,55 @@ from project.learning.classifier import Classifier
 log = logging.getLogger(__name__)
 
 _FINISHED = "ternary"
-"""Stands in a checkpoint whose weights are rounded: the method."""
+"""The checkpoint key that marks rounded weights. Its value: the method."""
 
 
 class TernaryWeights(Callback):
-    """Trains with binary or ternary weights in convolutions and linear layers; stem and head stay float.
+    """Trains with binary or ternary weights in convolutions and linear layers.
 
-    The optimizer keeps float weights, and validation measures the rounded ones. At the end ``best.ckpt`` and
-    ``level_1.ckpt`` hold the rounded weights, norms as scale and shift: a net to test, export and pack. With
-    ``begin_epoch`` the net is trained in float up to there, and its best epoch stays as ``level_0.ckpt``.
+    By default the first and the last layer keep float weights. The optimizer trains float weights, and validation
+    measures the rounded ones. At the end ``best.ckpt`` and ``level_1.ckpt`` hold the rounded weights, with norms as
+    scale and shift: a net to test, export and pack. With ``begin_epoch`` above 0 the net is first trained in float, and
+    the best of these epochs stays as ``level_0.ckpt``.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.TernaryWeights
+              init_args: {method: twn, begin_epoch: 10}
 
     Args:
-        method: ``bwn`` (binary), ``twn`` (ternary), or ``ttq`` (ternary with two learned values per layer).
-        begin_epoch: the first epoch, from 0, with rounded weights.
-        freeze: shares of each layer's weights that are rounded for good, the largest first, evenly over the epochs
-            from ``begin_epoch`` on, such as [0.5, 0.75, 0.875, 1]; the weights left are float until their turn. Null
-            rounds all from the beginning, and none for good.
-        include: regular expressions on layer names, searched as in ``re.search``; null is all layers.
-        exclude: likewise; null is the stem's first and the last layer.
-        lr: of Adam, which trains the values of ``ttq``; it follows the schedule of the run's learning rate.
-        report: add a row to ``report.csv`` and ``report.md``.
+        method: rounding method: ``bwn`` (binary), ``twn`` (ternary) or ``ttq`` (ternary with two learned values per
+            layer).
+        begin_epoch: first epoch with rounded weights, counted from 0; 0 or more.
+        freeze: shares of each layer's weights that are rounded for good, rising, above 0, and ending with 1, such as
+            [0.5, 0.75, 0.875, 1]. The steps are spread evenly over the epochs from ``begin_epoch`` on. Each step rounds
+            the largest weights that are left, and the others stay float. None rounds all weights in the forward pass
+            from ``begin_epoch`` on. ``ttq`` needs None.
+        include: regular expressions; a layer is rounded if one is found in its name (``re.search``). None means all
+            layers.
+        exclude: regular expressions; a layer is not rounded if one is found in its name. None means the first and the
+            last layer.
+        lr: learning rate of Adam for the values of ``ttq``, above 0; it follows the schedule of the run's learning
+            rate.
+        report: whether to add a row to ``report.csv`` and ``report.md``.
 
     Raises:
-        ValueError: for arguments outside their range or that do not fit each other.
+        ValueError: if an argument is outside its range, or if two arguments contradict each other.
     """
 
     stages = ("low bit", "smaller net")
     company = Company(
         never={
-            "early stopping": "it would end the run before or amid the rounded epochs: leave one out",
-            "pruning": "ternary weights have zeros of their own, and binary ones cannot have any: leave one out",
-            "integer training": "both round the weights, and eight bits hold two or three values anyway: leave one out",
-            "shared weights": "a layer's two or three values are shared already: leave one out",
-            "low rank": "thin layers would take the place of rounded ones: leave one out",
+            "early stopping": "it would end the run before or during the rounded epochs: remove one of the two",
+            "pruning": "ternary weights have zeros of their own, and binary weights cannot be 0: remove one of the two",
+            "integer training": "both round the weights, and eight bits hold two or three values without it: remove "
+            "one of the two",
+            "shared weights": "the two or three values of a layer are shared already: remove one of the two",
+            "low rank": "thin layers would replace the rounded layers: remove one of the two",
         },
-        before={"integer file": "it would quantize the float weights: give it after"},
+        before={"integer file": "it would quantize the float weights: put it after the rounding"},
     )
 
     def __init__(
@@ -76,10 +91,10 @@ class TernaryWeights(Callback):
         if begin_epoch < 0:
             raise ValueError(f"begin_epoch is {begin_epoch}, but epochs count from 0: choose 0 or more.")
         if lr <= 0:
-            raise ValueError(f"lr is {lr}, but it is a rate of learning: choose a number above 0.")
+            raise ValueError(f"lr is {lr}, but a learning rate is positive: choose a number above 0.")
         if freeze is not None:
             if not freeze or sorted(set(freeze)) != list(freeze) or freeze[0] <= 0 or freeze[-1] != 1:
-                raise ValueError(f"freeze is {freeze}: give rising shares above 0 that end with 1.")
+                raise ValueError(f"freeze is {freeze}: give shares above 0 that rise and end with 1, such as [0.5, 1].")
             Freezing(LowBitWeights(method, ["any"]))
         self.method: Method = method
         self.step: str = method
@@ -97,12 +112,14 @@ class TernaryWeights(Callback):
         if stage != "fit":
             return
         if not isinstance(pl_module, Classifier):
-            raise ValueError(f"the model is a {type(pl_module).__name__}, but what is rounded is a Classifier's net.")
+            raise ValueError(
+                f"the model is a {type(pl_module).__name__}, but {type(self).__name__} needs a Classifier."
+            )
         epochs = trainer.max_epochs or 0
         parts = len(self.freeze or [])
         if not trainer.fast_dev_run and 0 <= epochs < self.begin_epoch + max(parts, 1):  # type: ignore[attr-defined]
             given = f"begin_epoch is {self.begin_epoch}{f' and freeze has {parts} parts' if parts else ''}"
-            raise ValueError(f"{given}, but training ends after {epochs} epochs: begin before, or train longer.")
+            raise ValueError(f"{given}, but training ends after {epochs} epochs: begin earlier, or train longer.")
         check_company(trainer.callbacks, self)  # type: ignore[attr-defined]
         self.low_bit = LowBitWeights(self.method, self._layers(pl_module.net))
         self.freezing = None if self.freeze is None else Freezing(self.low_bit)
@@ -118,7 +135,7 @@ class TernaryWeights(Callback):
         if self.freezing is not None and (portion := self._portion(trainer)) is not None:
             self.freezing.freeze_(pl_module.net, portion)
             forget_best(trainer)
-            log.info("%g %% of the weights are rounded for good", 100 * portion)
+            log.info("%g %% of the weights of each layer are now rounded for good", 100 * portion)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._attach(trainer, pl_module)
@@ -128,7 +145,7 @@ class TernaryWeights(Callback):
             self._attach(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Between epochs the net is a plain one, which other callbacks may copy."""
+        """Restore the plain forward methods, so that other callbacks can copy the net between epochs."""
         if self.low_bit is not None:
             self.low_bit.detach_()
 
@@ -141,6 +158,7 @@ class TernaryWeights(Callback):
     ) -> None:
         if self._optimizer is None:
             return
+        # TTQ's values are no parameters of the net: they have this optimizer and are averaged over processes here.
         for group in self._optimizer.param_groups:
             rate = optimizer.param_groups[0]
             group["lr"] = self.lr * rate["lr"] / rate.get("initial_lr", rate["lr"])
@@ -150,7 +168,7 @@ class TernaryWeights(Callback):
         self._optimizer.zero_grad()
         for group in self._optimizer.param_groups:
             for values in group["params"]:
-                values.data.clamp_(min=1e-8)
+                values.data.clamp_(min=1e-8)  # the values stay positive
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -163,7 +181,7 @@ class TernaryWeights(Callback):
         assert isinstance(pl_module, Classifier)
         run = run_of(trainer)
         if trainer.current_epoch < (trainer.max_epochs or 0):
-            log.warning("stopped before the rounded weights were trained: the finished net waits for fit --resume")
+            log.warning("the run stopped before the rounded weights were trained: continue it with fit --resume")
             return
         if run is None or not (run.best_checkpoint.is_file() or run.last_checkpoint.is_file()):
             return
@@ -199,12 +217,15 @@ class TernaryWeights(Callback):
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _layers(self, net: nn.Module) -> list[str]:
+        """The names of the layers to round, after ``include`` and ``exclude``."""
         layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
         exclude = [f"^{re.escape(name)}$" for name in (layers[0], layers[-1])] if self.exclude is None else self.exclude
         for argument, patterns in (("include", self.include or []), ("exclude", self.exclude or [])):
             for pattern in patterns:
                 if not any(re.search(pattern, name) for name in layers):
-                    raise ValueError(f"{argument} has {pattern!r}, which no layer's name matches: {', '.join(layers)}.")
+                    raise ValueError(
+                        f"{argument} has {pattern!r}, which matches no layer: the layers are {', '.join(layers)}."
+                    )
         return [
             name
             for name in layers
@@ -213,13 +234,14 @@ class TernaryWeights(Callback):
         ]
 
     def _portion(self, trainer: Trainer) -> float | None:
-        """The share to be frozen as this epoch begins, if it is one of those."""
+        """The share of the weights to freeze at the start of this epoch; None if this epoch freezes nothing."""
         assert self.freeze is not None
         length = (trainer.max_epochs or 0) - self.begin_epoch
         begins = [self.begin_epoch + number * length // len(self.freeze) for number in range(len(self.freeze))]
         return dict(zip(begins, self.freeze, strict=True)).get(trainer.current_epoch)
 
     def _attach(self, trainer: Trainer, module: LightningModule) -> None:
+        """Let the net compute with rounded weights, once ``begin_epoch`` is reached."""
         if self.low_bit is None or self.freezing is not None or trainer.current_epoch < self.begin_epoch:
             return
         assert isinstance(module, Classifier)
@@ -230,7 +252,10 @@ class TernaryWeights(Callback):
                 self._optimizer.load_state_dict(self._saved)
 
     def _finish(self, module: Classifier, run: Run) -> None:
-        """The best checkpoint with rounded weights, by the values that were learned with them; once."""
+        """Write ``best.ckpt`` with rounded weights and folded norms; nothing happens if that was done before.
+
+        The learned values of ``ttq`` come from the same checkpoint as the weights, not from the last epoch.
+        """
         source = run.best_or_last
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
         if _FINISHED in checkpoint:
@@ -244,6 +269,6 @@ class TernaryWeights(Callback):
             weights = small.state_dict()
             best.write_(weights, prefix="net.")
             small.load_state_dict(weights)
-        fold_norms_(small.net)  # the fast recipe's file of 102 kB loses 6 by it
+        fold_norms_(small.net)  # saves 6 of 102 kB of a file of configs/fashion_mnist.yaml
         finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.step}
         write_whole(run.best_checkpoint, lambda part: torch.save(finished, part))

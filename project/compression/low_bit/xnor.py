@@ -1,25 +1,26 @@
-"""XNOR-Net: inputs that are signs beside weights that are signs, so that a product needs a bit of each.
+"""XNOR-Net: the inputs and the weights of a layer are signs, so that one product needs one bit of each.
 
-Rastegari et al. 2016 (arXiv:1603.05279). Section 3.2: a convolution of inputs ``I`` with weights ``W`` becomes
+Rastegari et al. 2016 (arXiv:1603.05279). By section 3.2, a convolution of inputs ``I`` with weights ``W`` becomes
 
-    I * W  ~  (sign(I) (*) sign(W)) . K a,      a = mean |W| of the filter,      K = mean_c |I_c| * k      (eq. 11),
+    I * W  ~  (sign(I) (*) sign(W)) . K a,      a = mean |W| of the filter,      K = mean_c |I_c| * k      (eq. 11).
 
-with ``k`` a box filter of the kernel's size, so that ``K`` is the mean of ``|I|`` over each window, all channels. The
-gradient of the sign goes straight through where ``|I| <= 1`` (sec. 3.1, Courbariaux et al. 2016, arXiv:1602.02830).
-Section 3.3: norm, sign, convolution, in this order. Here the norm is needed all the more, as inputs come out of a ReLU
-and would all have the sign +: each layer gets a batch norm of its own in front of the sign. What stood behind it, a
-norm and a ReLU, stays. Weights: :func:`project.compression.low_bit.ternary.binary_weight`.
+Here ``k`` is a box filter of the kernel's size, so ``K`` is the mean of ``|I|`` over all channels of each window. The
+gradient of the sign is straight-through where ``|I| <= 1`` (sec. 3.1, Courbariaux et al. 2016, arXiv:1602.02830).
 
-Without ``input_scale`` there is no ``K``. It matters little, says the paper itself; Bulat & Tzimiropoulos 2019
-(arXiv:1909.13863, XNOR-Net++) do better with learned scales, which the norm behind a layer has for each channel; and on
-the digits it does harm (``configs/compression/xnor.yaml``).
+Section 3.3 gives the order: norm, sign, convolution. The norm is necessary here, because the inputs come from a ReLU
+and would all have the sign +. So each layer gets a batch norm of its own before the sign. The norm and the ReLU that
+follow the layer stay. The weights are those of :func:`project.compression.low_bit.ternary.binary_weight`.
 
-Deviations: the sign of 0 is +, zero padding stays zero, the branches of an Inception block, which read one map, each
-have their own norm, and ``K`` counts as a constant in the gradient, as ``a`` does.
+Without ``input_scale`` there is no ``K``. The paper itself says that ``K`` matters little. Bulat & Tzimiropoulos 2019
+(arXiv:1909.13863, XNOR-Net++) get better results with learned scales, and the norm after a layer has such a scale for
+each channel. On the digits, ``K`` makes the accuracy worse (``configs/compression/xnor.yaml``).
 
-What this saves is the file: a bit a weight. It is not faster: no engine here has a kernel that counts bits (XNOR and
-popcount; the paper expects 58 times on a CPU, sec. 4.1), so signs are multiplied as floats, and norm and sign come on
-top. :func:`count_sign_macs` says what such a kernel would take over.
+Deviations: the sign of 0 is +. Zero padding stays zero. The branches of an Inception block read the same map, but each
+branch has its own norm. ``K`` is a constant in the gradient, as ``a`` is.
+
+The gain is a small file: one bit for each weight. The net is not faster. No engine here has a kernel that counts bits
+(XNOR and popcount; the paper expects 58 times on a CPU, sec. 4.1), so signs are multiplied as floats, and the norm and
+the sign take additional time. :func:`count_sign_macs` counts the operations that such a kernel could do.
 """
 
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ from project.models.surgery import register_surgery
 
 
 class _Sign(torch.autograd.Function):
+    """The sign with the straight-through gradient of :func:`binary_sign`."""
+
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
         ctx.save_for_backward(x)
@@ -44,22 +47,28 @@ class _Sign(torch.autograd.Function):
 
 
 def binary_sign(x: Tensor) -> Tensor:
-    """1 where ``x >= 0``, else -1; the gradient goes straight through where ``|x| <= 1`` and ends elsewhere."""
+    """1 where ``x >= 0``, else -1. The gradient is passed on unchanged where ``|x| <= 1``; elsewhere it is 0.
+
+    Args:
+        x: inputs of any shape.
+    """
     result: Tensor = _Sign.apply(x)
     return result
 
 
 class BinaryInput(nn.Module):
-    """A layer that sees the signs of its normed inputs: ``layer(sign(norm(x)))``, by ``K`` with ``input_scale``.
+    """A layer with binary inputs: ``layer(sign(norm(x)))``, multiplied by ``K`` if ``input_scale`` is true.
 
-    Its weights are what they are: :class:`~project.compression.low_bit.ternary.LowBitWeights` makes them binary, too.
+    This class does not change the weights. :class:`~project.compression.low_bit.ternary.LowBitWeights` makes them
+    binary.
 
     Args:
-        layer: a convolution ``[N, C, H, W]`` or a linear layer ``[N, C]``, which becomes a part of this one.
-        input_scale: multiply by ``K``; the layer's bias moves here, to be added afterwards.
+        layer: convolution for inputs ``[N, C, H, W]`` or linear layer for inputs ``[N, C]``. It becomes a submodule.
+        input_scale: whether to multiply the output by ``K``. The layer's bias then moves to this module, which adds it
+            after the multiplication.
 
     Raises:
-        ValueError: with ``input_scale``, for a convolution whose windows have no such mean.
+        ValueError: if ``input_scale`` is true and ``K`` is not defined for the convolution.
     """
 
     inputs_are_signs = True
@@ -68,7 +77,7 @@ class BinaryInput(nn.Module):
         super().__init__()
         self.input_scale = input_scale
         self.window = _window(layer) if input_scale and isinstance(layer, nn.Conv2d) else None
-        """Of a convolution: kernel's size, stride, padding."""
+        """Kernel size, stride and padding of a convolution with ``K``; None for other layers."""
         self.norm: nn.Module = (
             nn.BatchNorm2d(layer.in_channels) if isinstance(layer, nn.Conv2d) else nn.BatchNorm1d(layer.in_features)
         )
@@ -88,7 +97,11 @@ class BinaryInput(nn.Module):
         return y if self.bias is None else y + self.bias.view(-1, *[1] * (y.dim() - 2))
 
     def scale(self, z: Tensor) -> Tensor:
-        """``K``: ``[N, 1, H', W']``, of a linear layer ``[N, 1]``."""
+        """The scale ``K`` of eq. 11: ``[N, 1, H', W']`` for a convolution, ``[N, 1]`` for a linear layer.
+
+        Args:
+            z: normalised inputs ``[N, C, H, W]`` or ``[N, C]``, before the sign.
+        """
         size = z.abs().mean(1, keepdim=True)
         return size if self.window is None else nn.functional.avg_pool2d(size, *self.window)
 
@@ -96,53 +109,74 @@ class BinaryInput(nn.Module):
 @register_surgery
 @dataclass(frozen=True)
 class BinarizeInputs:
-    """Let layers see the signs of their inputs: each becomes a :class:`BinaryInput` with a fresh norm.
+    """Surgery that wraps layers in :class:`BinaryInput`, each with a new norm, so that they compute with binary inputs.
+
+    Example::
+
+        >>> import torch
+        >>> from project.compression import BinarizeInputs
+        >>> net = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
+        >>> BinarizeInputs(["2"]).apply_(net)
+        >>> list(dict(net[2].named_children()))
+        ['norm', 'layer']
 
     Args:
-        layers: names; the weight of ``name`` is ``name.layer.weight`` afterwards.
-        input_scale: of all of them.
+        layers: names of convolutions and linear layers. Afterwards the weight of ``name`` is ``name.layer.weight``.
+        input_scale: whether these layers multiply their outputs by ``K`` (eq. 11 of the paper).
     """
 
     layers: list[str]
     input_scale: bool = False
 
     def apply_(self, net: nn.Module) -> None:
-        """Wrap the layers of ``net`` in place.
+        """Wrap the layers in place.
+
+        Args:
+            net: net with these layers, all plain convolutions or linear layers.
 
         Raises:
-            ValueError: when ``net`` lacks a layer, one is no plain convolution or linear layer, or its inputs are signs
-                already; ``net`` is then as it was.
+            ValueError: if the net lacks a layer, if a layer is neither a plain convolution nor a plain linear layer, if
+                its inputs are binary already, or if ``K`` is not defined for it. The net is not changed then.
         """
         modules = dict(net.named_modules())
         for name in self.layers:
             layer, parent = modules.get(name), modules.get(name.rpartition(".")[0])
             if type(layer) not in (nn.Conv2d, nn.Linear) or isinstance(parent, BinaryInput):
                 raise ValueError(
-                    f"{type(net).__name__} has no plain convolution or linear layer {name} with inputs that are no "
-                    "signs yet: binarize the net that the plan was made for, and once."
+                    f"{type(net).__name__} has no plain convolution or linear layer {name} whose inputs are still "
+                    "floats: apply the surgery to the net that it was planned for, and once."
                 )
             if self.input_scale and isinstance(layer, nn.Conv2d):
                 try:
                     _window(layer)
                 except ValueError as error:
-                    raise ValueError(f"the inputs of {name} have no scale: {error}: exclude it.") from None
+                    raise ValueError(f"the inputs of {name} have no scale K, since {error}: exclude it.") from None
         for name in self.layers:
             net.set_submodule(name, BinaryInput(modules[name], self.input_scale))
 
 
 def count_sign_macs(net: nn.Module, image_shape: tuple[int, int, int]) -> int:
-    """Multiply-accumulates of one image whose inputs are signs: with binary weights, what XNOR and popcount could do.
+    """The number of multiply-accumulates with binary inputs for one image: with binary weights, XNOR could do them.
 
-    They are a part of :func:`project.metrics.complexity.count_macs`, since they run as multiplications of floats.
+    :func:`project.metrics.complexity.count_macs` counts them too, since they run as multiplications of floats.
+
+    Args:
+        net: net with :class:`BinaryInput` layers; without them the result is 0.
+        image_shape: shape (C, H, W) of one image.
     """
     inside = tuple(f"{name}." for name, module in net.named_modules() if isinstance(module, BinaryInput))
     return sum(row.macs for row in complexity_by_layer(net, image_shape) if row.name.startswith(inside))
 
 
 def _window(conv: nn.Conv2d) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Kernel size, stride and padding for the average pooling that computes ``K``.
+
+    Raises:
+        ValueError: if ``K`` is not defined for this convolution.
+    """
     padding = conv.padding
     if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros" or isinstance(padding, str):
-        raise ValueError("K is a mean over the windows of a convolution of one group, padded by numbers of zeros")
+        raise ValueError("K needs a convolution of one group, without dilation, with a number of zeros as padding")
     if any(2 * side > size for side, size in zip(padding, conv.kernel_size, strict=True)):
         raise ValueError(f"padding {padding} is more than half of the kernel {conv.kernel_size}")
     return conv.kernel_size, conv.stride, padding

@@ -1,4 +1,4 @@
-"""XNOR-Net: binary weights and binary inputs, trained through both roundings.
+"""XNOR-Net: training with binary weights and binary inputs.
 
 Rastegari et al. 2016 (arXiv:1603.05279); the mathematics is in :mod:`project.compression.low_bit.xnor`.
 """
@@ -17,22 +17,33 @@ log = logging.getLogger(__name__)
 
 
 class XNORNet(TernaryWeights):
-    """Trains with binary weights and binary inputs in convolutions and linear layers; stem and head stay float.
+    """Trains with binary weights and binary inputs in convolutions and linear layers.
 
-    When it begins, each of the layers gets a norm and a sign in front of it, and optimizer and learning-rate schedule
-    begin anew. Otherwise as :class:`~project.callbacks.TernaryWeights`: ``level_0.ckpt`` is the float net before,
-    ``best.ckpt`` and ``level_1.ckpt`` hold binary weights. The file is small; no engine here runs it faster.
+    By default the first and the last layer stay float. At ``begin_epoch`` each other layer gets a norm and a sign
+    before it, and the optimizer and the learning rate schedule start again. The checkpoints are those of
+    :class:`~project.callbacks.TernaryWeights`: ``level_0.ckpt`` is the float net before ``begin_epoch``, and
+    ``best.ckpt`` and ``level_1.ckpt`` hold binary weights. The file is small, but no engine here runs the net faster.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.XNORNet
+              init_args: {begin_epoch: 10}
 
     Args:
-        begin_epoch: the first epoch, from 0, with signs; at 0 what is made binary is what the fit begins with: random
-            weights, or those of ``--ckpt_path``.
-        input_scale: multiply each layer's output by ``K``, the mean size of its inputs in each window (eq. 11).
-        include: regular expressions on layer names, searched as in ``re.search``; null is all layers.
-        exclude: likewise; null is the stem's first and the last layer.
-        report: add a row to ``report.csv`` and ``report.md``.
+        begin_epoch: first epoch with binary weights and inputs, counted from 0; 0 or more. At 0 the fit starts binary,
+            from random weights or from those of ``--ckpt_path``.
+        input_scale: whether to multiply each layer's output by ``K``, the mean magnitude of its inputs in each window
+            (eq. 11).
+        include: regular expressions; a layer becomes binary if one is found in its name (``re.search``). None means all
+            layers.
+        exclude: regular expressions; a layer stays float if one is found in its name. None means the first and the last
+            layer.
+        report: whether to add a row to ``report.csv`` and ``report.md``.
 
     Raises:
-        ValueError: for a negative ``begin_epoch``.
+        ValueError: if ``begin_epoch`` is negative.
     """
 
     def __init__(
@@ -54,15 +65,15 @@ class XNORNet(TernaryWeights):
         super().setup(trainer, pl_module, stage)
         if trainer.world_size > 1:
             raise ValueError(
-                f"there are {trainer.world_size} processes, but they would not average the gradients of the norms that "
-                "XNORNet adds: train with trainer.devices: 1."
+                f"the run has {trainer.world_size} processes, but they would not average the gradients of the norms "
+                "that XNORNet adds: set trainer.devices: 1."
             )
         assert isinstance(pl_module, Classifier)
         self.begun = False
         pl_module.phase = self._phase(trainer)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The layers of the net as its checkpoint has left it."""
+        """Look up the layer names again, since a restored checkpoint may have wrapped the layers already."""
         assert isinstance(pl_module, Classifier) and self.low_bit is not None
         self.low_bit.layers = self._layers(pl_module.net)
 
@@ -72,6 +83,7 @@ class XNORNet(TernaryWeights):
             return
         assert isinstance(pl_module, Classifier) and self.low_bit is not None
         inside = {f"{name}.layer" for name, module in pl_module.net.named_modules() if isinstance(module, BinaryInput)}
+        # A run that continues from a binary net has these layers wrapped already: only the others are wrapped.
         if floats := [name for name in self.low_bit.layers if name not in inside]:
             pl_module.operate_(BinarizeInputs(floats, self.input_scale))
             self.low_bit.layers = [name if name in inside else f"{name}.layer" for name in self.low_bit.layers]
@@ -80,7 +92,7 @@ class XNORNet(TernaryWeights):
         trainer.strategy.setup_optimizers(trainer)
         shape = pl_module.image_shape
         share = count_sign_macs(pl_module.net, shape) / count_macs(pl_module.net, shape)
-        log.info("%d layers multiply signs: %.1f %% of the multiply-accumulates", len(self.low_bit.layers), 100 * share)
+        log.info("%d layers are binary: %.1f %% of the multiply-accumulates", len(self.low_bit.layers), 100 * share)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, Classifier):
@@ -90,14 +102,17 @@ class XNORNet(TernaryWeights):
         return super().state_dict() | {"begun": self.begun}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The optimizer that is made next is that of the checkpoint's part of the run."""
+        """Choose the schedule of the part of the run, float or binary, that the checkpoint was written in.
+
+        Lightning creates the run's optimizer and schedule after this hook.
+        """
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if trainer.training and state is not None and isinstance(pl_module, Classifier):
             self.begun = state["begun"]
             pl_module.phase = self._phase(trainer)
 
     def _phase(self, trainer: Trainer) -> Phase | None:
-        """The schedule is stretched over each part of the run by itself."""
+        """The phase of the present part of the run, float or binary: each part has a whole schedule of its own."""
         epochs = trainer.max_epochs or 0
         if epochs < 1:
             return None

@@ -1,8 +1,8 @@
-"""Low-rank layers: thin ones in the place of a thick one, with the ranks that keep most of it.
+"""Low-rank layers: replace a layer by two or three thin layers, with the ranks that keep most of it.
 
-The factors and their papers are in :mod:`project.compression.low_rank.factors`. Ranks: by energy (Denton et al. 2014,
-arXiv:1404.0736); by variational Bayes (Kim et al. 2016, arXiv:1511.06530, sec. 3.2;
-:mod:`project.compression.low_rank.vbmf`); or for all layers at once by a budget of multiply-accumulates
+The factors and their papers are in :mod:`project.compression.low_rank.factors`. The ranks are chosen by energy (Denton
+et al. 2014, arXiv:1404.0736), by variational Bayes (Kim et al. 2016, arXiv:1511.06530, sec. 3.2;
+:mod:`project.compression.low_rank.vbmf`), or for all layers together by a budget of multiply-accumulates
 (:mod:`project.compression.low_rank.rank_budget`). The surgery is
 :class:`project.compression.low_rank.thin_layers.Factorize`.
 """
@@ -25,27 +25,47 @@ from project.compression.low_rank.vbmf import vbmf_rank
 from project.metrics.complexity import count_macs
 
 Moments = Mapping[tuple[str, Kind], Tensor]
+"""Second moments of responses, by the name of the layer and the kind of factors."""
 
 
 class Factorizer:
-    """Chooses which layers become thin ones, of which kind and rank: those that then multiply less, and no other.
+    """Chooses the layers that are replaced by thin layers, and the kind and the ranks of their factors.
+
+    A layer is replaced only if its factors need fewer multiply-accumulates than the layer.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.LowRank
+              init_args:
+                begin_epoch: 20
+                factorizer:
+                  class_path: project.compression.Factorizer
+                  init_args: {macs_left: 0.4, round_to: 8}
 
     Args:
-        kinds: what may be chosen among, layer by layer: ``svd``, ``spatial``, ``tucker``; see
-            :mod:`project.compression.low_rank.factors`.
-        ranks: by ``macs``: the least loss, over all layers, with ``macs_left``; by ``energy``: the lowest that keep
-            ``energy``; by ``vbmf``: those that stand out of the noise. The last two take the cheapest kind.
-        macs_left: share of the whole net's multiply-accumulates, in (0, 1).
-        energy: share of the squares that is kept, in (0, 1], of the weight or of the layer's responses.
-        round_to: ranks are multiples of it, rounded up: dense kernels work on 8 or 16 channels at a time, and a rank of
-            24 takes as long as one of 32 on a processor with 512-bit vectors.
-        num_images: training images to measure responses on, so that ``svd`` and ``spatial`` keep those instead of the
-            weights, and that what a layer loses counts as what the logits lose by it; 0 looks at the weights alone.
-        include: regular expressions, searched for in the names of layers; what none of them finds is left alone.
-        exclude: likewise, what is left alone; null is the default: the stem (the first layer) and the head (the last).
+        kinds: the kinds of factors to choose from for each layer, of ``svd``, ``spatial`` and ``tucker``
+            (:mod:`project.compression.low_rank.factors`); null is ``[svd, spatial]``.
+        ranks: the rule that chooses ranks. ``macs``: the ranks of least loss over all layers within ``macs_left``.
+            ``energy``: the lowest ranks that keep ``energy``. ``vbmf``: the number of components above the noise. With
+            ``energy`` and ``vbmf`` a layer gets the kind with the fewest multiply-accumulates.
+        macs_left: share of the whole net's multiply-accumulates that may be left, in (0, 1), for ``ranks: macs``.
+        energy: share of the sum of squares that is kept, in (0, 1], for ``ranks: energy``. The squares are those of the
+            layer's responses if ``num_images`` is above 0 and the kind is ``svd`` or ``spatial``, and otherwise those
+            of its weight.
+        round_to: divisor of the ranks, 1 or more. A rank is rounded up to a multiple, at most to the largest possible
+            rank. Dense kernels work on 8 or 16 channels at a time, and on a processor with 512-bit vectors a rank of 24
+            takes as long as a rank of 32.
+        num_images: number of training images on which the layers' responses are measured, 0 or more. Above 0, ``svd``
+            and ``spatial`` keep the responses instead of the weights, and ``ranks: macs`` measures the loss of a layer
+            in the logits. At 0 only the weights are used.
+        include: regular expressions; a layer is factorised only if one of them is found in its name. Null includes all.
+        exclude: regular expressions; a layer is not factorised if one of them is found in its name. Null excludes the
+            stem (the first layer) and the head (the last layer).
 
     Raises:
-        ValueError: for a number out of its range, and unknown or no kinds.
+        ValueError: if a number is outside its range, if ``kinds`` is empty, or if a word is unknown.
     """
 
     def __init__(
@@ -65,11 +85,20 @@ class Factorizer:
         if ranks not in ("macs", "energy", "vbmf"):
             raise ValueError(f"ranks is {ranks!r}: choose macs, energy or vbmf.")
         if not 0 < macs_left < 1:
-            raise ValueError(f"macs_left is {macs_left}, but it is a share of the net's: choose above 0, below 1.")
+            raise ValueError(
+                f"macs_left is {macs_left}, but it is a share of the net's multiply-accumulates: choose a number above "
+                "0 and below 1."
+            )
         if not 0 < energy <= 1:
-            raise ValueError(f"energy is {energy}, but it is the share that is kept: choose above 0, up to 1.")
+            raise ValueError(
+                f"energy is {energy}, but it is the share of the squares that is kept: choose a number above 0, at "
+                "most 1."
+            )
         if round_to < 1 or num_images < 0:
-            raise ValueError(f"round_to is {round_to} and num_images {num_images}: choose at least 1, and 0 or more.")
+            raise ValueError(
+                f"round_to is {round_to} and num_images is {num_images}: choose a round_to of 1 or more, and a "
+                "num_images of 0 or more."
+            )
         self.ranks, self.macs_left, self.energy = ranks, macs_left, energy
         self.round_to, self.num_images = round_to, num_images
         self.include, self.exclude = include or [".*"], exclude
@@ -77,22 +106,30 @@ class Factorizer:
     def plan(
         self, net: nn.Module, image_shape: tuple[int, int, int], images: Tensor | None = None
     ) -> tuple[Factorize, dict[str, Tensor]]:
-        """The surgery, and the weights that the thin layers are to have after it, by their names.
+        """Plan the factorisation of a net.
 
         Args:
-            net: stays as it is.
-            image_shape: (C, H, W).
-            images: ``[N, C, H, W]`` as the net takes them; with ``num_images`` alone.
+            net: a net that maps images ``[N, C, H, W]`` to logits; it is not changed.
+            image_shape: shape (C, H, W) of an image.
+            images: normalised training images ``[N, C, H, W]``; used only if ``num_images`` is above 0.
+
+        Returns:
+            The surgery that replaces the layers, and the weights that the thin layers must get after it, by name.
 
         Raises:
-            ValueError: when an expression finds no layer, no layer gets cheaper, or the budget can not be met.
+            ValueError: if a regular expression matches no layer, if no layer becomes cheaper, if the budget cannot be
+                met, or if ``num_images`` is above 0 and there are no images.
         """
         if self.num_images and (images is None or not len(images)):
-            raise ValueError(f"num_images is {self.num_images}, but there are no images: give some, or set it to 0.")
+            raise ValueError(
+                f"num_images is {self.num_images}, but there are no images: give some, or set num_images to 0."
+            )
         net = deepcopy(net).cpu().eval()
         images = images.cpu() if self.num_images and images is not None else None
         positions = positions_of(net, image_shape)
         weights = {name: weight for name, weight in self._weights(net).items() if name in positions}
+        # Without images the factors keep most of the weight. With images they keep most of the responses, whose second
+        # moments are measured here; `tucker` always keeps the weight.
         moments: Moments = {}
         if images is not None:
             kinds = {name: {"svd", "spatial"}.intersection(self._kinds(weight)) for name, weight in weights.items()}
@@ -101,6 +138,7 @@ class Factorizer:
         if self.ranks == "macs":
             if images is not None:
                 options = _weighted(net, options, moments, images)
+            # `macs_left` counts the whole net, but only these layers can change: the rest of the net is paid for first.
             whole = count_macs(net, image_shape)
             rest = whole - sum(choices[0].macs for choices in options.values())
             chosen = choose_within(options, self.macs_left * whole - rest)
@@ -109,17 +147,24 @@ class Factorizer:
         thin = {name: option for name, option in chosen.items() if option.kind != "dense"}
         if not thin:
             raise ValueError(
-                "no layer multiplies less with the ranks it would get: lower energy or round_to, or include more."
+                "no layer multiplies less with the ranks it would get: choose a smaller energy or round_to, or include "
+                "more layers."
             )
         return _surgery(net, image_shape, thin, moments)
 
     def _weights(self, net: nn.Module) -> dict[str, Tensor]:
-        """Of the plain layers that are included, by name."""
+        """The weight of each layer that can be factorised and is included, by the layer's name.
+
+        Layers with groups, with a weight that another layer shares, or of a subclass are left alone.
+        """
         layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
         for argument, patterns in (("include", self.include), ("exclude", self.exclude or [])):
             for pattern in patterns:
                 if not any(re.search(pattern, name) for name in layers):
-                    raise ValueError(f"{argument} has {pattern!r}, which finds no layer of the net.")
+                    raise ValueError(
+                        f"{argument} has {pattern!r}, which finds no layer of the net: choose among "
+                        f"{', '.join(layers)}."
+                    )
         ends = [f"^{re.escape(name)}$" for name in (*list(layers)[:1], *list(layers)[-1:])]
         excluded = ends if self.exclude is None else self.exclude
         owners = [id(p) for _, p in net.named_parameters(remove_duplicate=False)]
@@ -128,17 +173,18 @@ class Factorizer:
             for name, layer in layers.items()
             if any(re.search(pattern, name) for pattern in self.include)
             and not any(re.search(pattern, name) for pattern in excluded)
-            and type(layer) in (nn.Conv2d, nn.Linear)  # others may use their weight in their own way
+            and type(layer) in (nn.Conv2d, nn.Linear)  # a subclass may use its weight differently
             and getattr(layer, "groups", 1) == 1
             and owners.count(id(layer.weight)) == 1
-            and name
+            and name  # the net itself, if it is a single layer, has no parent that could hold another one
         }
 
     def _kinds(self, weight: Tensor) -> list[Kind]:
+        """The kinds of factors that are possible for a weight and allowed."""
         return [kind for kind in kinds_of(weight) if kind in self.kinds]
 
     def _options(self, name: str, weight: Tensor, positions: Positions, moments: Moments) -> list[Option]:
-        """The layer as it is, then what is cheaper."""
+        """The options of one layer: first the layer as it is, then the factors that cost less."""
         dense = positions.macs(weight, None)
         options = [Option("dense", (), dense, 0.0)]
         for kind in self._kinds(weight):
@@ -150,13 +196,13 @@ class Factorizer:
         return options
 
     def _ranks(self, weight: Tensor, kind: Kind, errors: Tensor) -> list[Ranks]:
-        """What is to be considered: all multiples, or the ones that a criterion asks for."""
+        """The ranks to consider for one layer and kind: all multiples of ``round_to``, or those of the chosen rule."""
         most = largest_ranks(weight, kind)
         if self.ranks == "macs":
             return list(product(*(range(self.round_to, rank + 1, self.round_to) for rank in most)))
         if self.ranks == "energy":
             wanted = _lowest(errors, self.energy)
-        elif kind == "tucker":
+        elif kind == "tucker":  # the unfoldings of the weight along its inputs and outputs, Kim et al., sec. 3.2
             wanted = (vbmf_rank(weight.transpose(0, 1).flatten(1)), vbmf_rank(weight.flatten(1)))
         else:
             wanted = (vbmf_rank(matrix_of(weight, kind)),)
@@ -165,7 +211,7 @@ class Factorizer:
 
 
 def _lowest(errors: Tensor, energy: float) -> Ranks:
-    """The lowest ranks that keep ``energy``; of ``tucker`` those of least sum."""
+    """The lowest ranks that keep the share ``energy``; for ``tucker``, the pair with the least sum."""
     enough = (errors <= 1 - energy + 1e-9).nonzero()
     return tuple(int(rank) for rank in enough[enough.sum(dim=1).argmin()])
 
@@ -174,14 +220,17 @@ def _lowest(errors: Tensor, energy: float) -> Ranks:
 def _weighted(
     net: nn.Module, options: Mapping[str, list[Option]], moments: Moments, images: Tensor
 ) -> dict[str, list[Option]]:
-    """The same options with their errors in the logits' squares: each layer and kind is tried once, with the lowest
-    ranks, and the errors of the others are taken to weigh as much.
+    """The same options, with errors in units of the logits, so that layers and kinds can be compared.
+
+    The error of an option is a share of the weight's or the responses' squares. Each layer and kind is tried once, with
+    its lowest ranks. The squared change of the logits, over their variance, divided by the option's error gives a
+    factor. This is approximate: the other ranks of this layer and kind are assumed to have the same factor.
     """
     logits = _run(net, images)
     weighted = {}
     for name, choices in options.items():
         weights: dict[str, float] = {"dense": 0.0}
-        for option in choices:
+        for option in choices:  # the first option of a kind has its lowest ranks
             if option.kind not in weights:
                 changed = deepcopy(net)
                 surgery, factors = _factors(net, {name: option}, moments)
@@ -196,10 +245,12 @@ def _weighted(
 
 
 def _run(net: nn.Module, images: Tensor) -> Tensor:
+    """The logits of the images, computed 64 images at a time."""
     return torch.cat([net(chunk) for chunk in images.split(64)])
 
 
 def _factors(net: nn.Module, chosen: Mapping[str, Option], moments: Moments) -> tuple[Factorize, dict[str, Tensor]]:
+    """The surgery for the chosen options, and the weights of its thin layers, by name."""
     kinds: dict[str, Kind] = {name: option.kind for name, option in chosen.items() if option.kind != "dense"}
     weights = {
         f"{name}.{number}.weight": factor
@@ -214,7 +265,11 @@ def _factors(net: nn.Module, chosen: Mapping[str, Option], moments: Moments) -> 
 def _surgery(
     net: nn.Module, image_shape: tuple[int, int, int], thin: Mapping[str, Option], moments: Moments
 ) -> tuple[Factorize, dict[str, Tensor]]:
-    """Tried on the copy: a net that reads a layer's weight itself can not do without it."""
+    """The surgery and the weights of the thin layers, after the surgery is tried on ``net``, which it changes.
+
+    Raises:
+        ValueError: if the net does not run afterwards, as a net that reads the weight of one of its layers itself.
+    """
     surgery, weights = _factors(net, thin, moments)
     before = count_macs(net, image_shape)
     surgery.apply_(net)
@@ -223,7 +278,7 @@ def _surgery(
     except (AttributeError, RuntimeError, TypeError) as error:
         raise ValueError(
             f"with thin layers for {', '.join(thin)} {type(net).__name__} no longer runs ({error}): exclude the layers "
-            "whose weights it reads itself."
+            "whose weights its forward pass reads."
         ) from error
     assert after < before
     return surgery, weights
@@ -231,6 +286,11 @@ def _surgery(
 
 @torch.no_grad()
 def load_(net: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into the net's parameters of these names."""
+    """Copy weights into the net's parameters, in place.
+
+    Args:
+        net: the net whose parameters are overwritten.
+        weights: the new value of each parameter, by the parameter's name.
+    """
     for name, weight in weights.items():
         net.get_parameter(name).copy_(weight)

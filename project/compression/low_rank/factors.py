@@ -1,17 +1,20 @@
-"""Low-rank factors of one weight: two or three thin layers that do nearly what a thick one does.
+"""Low-rank factors of one weight: the weights of two or three thin layers that approximate one layer.
 
-- ``svd``: Denton et al. 2014 (arXiv:1404.0736, sec. 3.2) for linear layers and 1x1 convolutions; of a k x k convolution
-  Zhang et al. 2015 (arXiv:1505.06798, sec. 3.1): k x k to ``rank`` channels, then 1x1.
-- ``spatial``: Jaderberg et al. 2014 (arXiv:1405.3866, sec. 2.2, scheme 2): k x 1 to ``rank`` channels, then 1 x k. Its
-  optimum is the SVD of the rearranged kernel (Tai et al. 2016, arXiv:1511.06067, theorem 1).
-- ``tucker``: Kim et al. 2016 (arXiv:1511.06530, sec. 3.1): 1x1 to ``rank_in``, k x k to ``rank_out``, 1x1; by HOSVD,
-  then HOOI (De Lathauwer et al. 2000).
+- ``svd``: for linear layers and 1x1 convolutions, Denton et al. 2014 (arXiv:1404.0736, sec. 3.2). For k x k
+  convolutions, Zhang et al. 2015 (arXiv:1505.06798, sec. 3.1): k x k to ``rank`` channels, then 1x1.
+- ``spatial``: Jaderberg et al. 2014 (arXiv:1405.3866, sec. 2.2, scheme 2): k x 1 to ``rank`` channels, then 1 x k. The
+  SVD of the rearranged kernel is the optimum (Tai et al. 2016, arXiv:1511.06067, theorem 1).
+- ``tucker``: Kim et al. 2016 (arXiv:1511.06530, sec. 3.1): 1x1 to ``rank_in`` channels, k x k to ``rank_out`` channels,
+  then 1x1. It is computed by HOSVD, and improved by HOOI (De Lathauwer et al. 2000).
 
-The first two are one thing: a matrix ``A`` of the weight, whose rows are on the output's side, becomes ``U (U^T A)``
-with an orthonormal ``U`` of ``rank`` columns. The ``U`` that keeps most of ``A`` holds the first eigenvectors of
-``A A^T``. The one that keeps most of what the layer answers (Zhang et al., eq. 4) holds those of ``A C A^T``, with
-``C`` the second moment of the inputs: that is the second moment of ``A``'s own responses, which is measured. For
-``spatial`` this counts what the columns of pixels under a kernel answer as if they were not added up.
+``svd`` and ``spatial`` share one formula. The weight is arranged as a matrix ``A`` whose rows belong to outputs. It
+becomes the product ``U (U^T A)``, where ``U`` has ``rank`` orthonormal columns.
+
+- To keep most of the weight, the columns of ``U`` are the first eigenvectors of ``A A^T``.
+- To keep most of the layer's responses (Zhang et al., eq. 4), they are the first eigenvectors of ``A C A^T``, where
+  ``C`` is the second moment of the inputs. ``A C A^T`` is the second moment of the responses of ``A``, and is measured.
+  For ``spatial`` this is approximate: the layer adds up the responses of the columns of pixels under its kernel, and
+  the second moment counts each of them on its own.
 """
 
 import math
@@ -24,21 +27,24 @@ Kind = Literal["svd", "spatial", "tucker"]
 Ranks = tuple[int, ...]
 
 _SWEEPS = 3
-"""Of HOOI, which improves one factor after the other."""
+"""Number of passes of HOOI. Each pass improves one factor after the other."""
 
 
 def kernel_of(weight: Tensor) -> tuple[int, int]:
-    """Height and width; of a linear layer 1, 1."""
+    """Height and width of the kernel; 1 and 1 for a linear layer."""
     return (weight.shape[2], weight.shape[3]) if weight.dim() == 4 else (1, 1)
 
 
 def kinds_of(weight: Tensor) -> tuple[Kind, ...]:
-    """What a weight can become: the factors differ only where the kernel has more than one row and column."""
+    """The kinds of factors that differ for this weight.
+
+    If the kernel has one row or one column, as in a 1x1 convolution or a linear layer, ``svd`` is the only one.
+    """
     return ("svd", "spatial", "tucker") if min(kernel_of(weight)) > 1 else ("svd",)
 
 
 def matrix_of(weight: Tensor, kind: Kind) -> Tensor:
-    """``A``: ``[out, in * kh * kw]``, or for ``spatial`` ``[out * kw, in * kh]``; float64."""
+    """The matrix ``A`` in float64: ``[out, in * kh * kw]``, and for ``spatial`` ``[out * kw, in * kh]``."""
     weight = _exact(weight)
     if kind == "spatial":
         return weight.permute(0, 3, 1, 2).flatten(2).flatten(0, 1)
@@ -46,7 +52,7 @@ def matrix_of(weight: Tensor, kind: Kind) -> Tensor:
 
 
 def largest_ranks(weight: Tensor, kind: Kind) -> Ranks:
-    """The ranks that lose nothing."""
+    """The ranks with which the factors are exact."""
     if kind == "tucker":
         out_channels, in_channels, *kernel = weight.shape
         area = math.prod(kernel)
@@ -55,19 +61,22 @@ def largest_ranks(weight: Tensor, kind: Kind) -> Ranks:
 
 
 def factors_of(weight: Tensor, kind: Kind, ranks: Ranks, moment: Tensor | None = None) -> list[Tensor]:
-    """Weights of the thin layers, in their order, of the weight's type, device and number of dimensions.
+    """The weights of the thin layers, in their order, with the weight's type, device and number of dimensions.
 
     Args:
-        weight: ``[out, in]`` or ``[out, in, kh, kw]``.
-        kind, ranks: ``(rank,)``, of ``tucker`` ``(rank_in, rank_out)``.
-        moment: second moment of the responses of :func:`matrix_of` ``[rows, rows]``, to keep those; not of ``tucker``.
+        weight: the layer's weight, ``[out, in]`` or ``[out, in, kh, kw]``.
+        kind: the kind of factors, one of :func:`kinds_of`.
+        ranks: one rank, ``(rank,)``, or for ``tucker`` ``(rank_in, rank_out)``; at most :func:`largest_ranks`.
+        moment: second moment ``[rows, rows]`` of the responses of :func:`matrix_of`, to keep most of the responses.
+            ``None`` keeps most of the weight. ``tucker`` does not use it.
     """
     if kind == "tucker":
         return [factor.to(weight) for factor in _tucker(_exact(weight), *ranks)]
     matrix = matrix_of(weight, kind)
+    # `eigh` sorts eigenvalues from the least to the largest: the columns are reversed.
     basis = torch.linalg.eigh(matrix @ matrix.T if moment is None else moment).eigenvectors.flip(1)[:, : ranks[0]]
     inner = basis.T @ matrix
-    scale = inner.norm(dim=1).clamp(min=1e-30).sqrt()  # both get the same share: neither learns faster
+    scale = inner.norm(dim=1).clamp(min=1e-30).sqrt()  # both factors get the same norm: neither learns faster
     basis, inner = basis * scale, inner / scale[:, None]
     if weight.dim() == 2:
         return [inner.to(weight), basis.to(weight)]
@@ -81,7 +90,7 @@ def factors_of(weight: Tensor, kind: Kind, ranks: Ranks, moment: Tensor | None =
 
 
 def product_of(factors: list[Tensor]) -> Tensor:
-    """The one weight that does what the thin layers do one after the other."""
+    """The weight of the one layer that computes the same as the thin layers one after the other."""
     if len(factors) == 3:
         first, core, last = factors
         return torch.einsum("oa,abyx,bi->oiyx", last[:, :, 0, 0], core, first[:, :, 0, 0])
@@ -92,12 +101,14 @@ def product_of(factors: list[Tensor]) -> Tensor:
 
 
 def errors_of(weight: Tensor, kind: Kind, moment: Tensor | None = None) -> Tensor:
-    """Share of the squares that each rank loses, of the weight or, with ``moment``, of the responses.
+    """The share of the sum of squares that each rank loses: of the weight, or with ``moment`` of the responses.
 
     Returns:
-        ``[largest + 1]`` for ranks from 0; of ``tucker`` ``[largest_in + 1, largest_out + 1]``, before HOOI.
+        The shares for the ranks from 0 to the largest, ``[largest + 1]``; for ``tucker``
+        ``[largest_in + 1, largest_out + 1]``, as they are before HOOI.
     """
     if kind == "tucker":
+        # The squares of the whole core tensor: with lower ranks, the entries beyond them are lost.
         core = _project(_exact(weight), *_hosvd(_exact(weight), *largest_ranks(weight, kind)))
         energy = core.square().sum(dim=(2, 3)).T
         kept = torch.zeros(energy.shape[0] + 1, energy.shape[1] + 1, dtype=torch.float64)
@@ -110,12 +121,12 @@ def errors_of(weight: Tensor, kind: Kind, moment: Tensor | None = None) -> Tenso
 
 
 def _exact(weight: Tensor) -> Tensor:
-    """On the processor; a weight without values, of a net that is built to be loaded, stays without."""
+    """The weight in float64 on the CPU. A weight on the meta device, which has no values yet, stays there."""
     return weight.detach().to("meta" if weight.is_meta else "cpu", torch.float64)
 
 
 def _tucker(weight: Tensor, rank_in: int, rank_out: int) -> list[Tensor]:
-    """HOSVD, then each basis anew for what the other one leaves."""
+    """HOSVD, then HOOI: each basis is computed again for the weight projected on the other basis."""
     basis_in, basis_out = _hosvd(weight, rank_in, rank_out)
     for _ in range(_SWEEPS):
         basis_out = _basis(torch.einsum("oiyx,ib->obyx", weight, basis_in).flatten(1), rank_out)
@@ -125,12 +136,15 @@ def _tucker(weight: Tensor, rank_in: int, rank_out: int) -> list[Tensor]:
 
 
 def _hosvd(weight: Tensor, rank_in: int, rank_out: int) -> tuple[Tensor, Tensor]:
+    """Bases ``[in, rank_in]`` and ``[out, rank_out]`` of the inputs and of the outputs."""
     return _basis(weight.transpose(0, 1).flatten(1), rank_in), _basis(weight.flatten(1), rank_out)
 
 
 def _basis(matrix: Tensor, rank: int) -> Tensor:
+    """The first ``rank`` left singular vectors, ``[rows, rank]``."""
     return torch.linalg.svd(matrix, full_matrices=False).U[:, :rank]
 
 
 def _project(weight: Tensor, basis_in: Tensor, basis_out: Tensor) -> Tensor:
+    """The core tensor ``[rank_out, rank_in, kh, kw]``: the weight projected on both bases."""
     return torch.einsum("oiyx,ib,oa->abyx", weight, basis_in, basis_out)

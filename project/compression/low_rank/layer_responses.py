@@ -1,7 +1,7 @@
-"""What layers see: how many pixels they run over, and the second moment of what they answer.
+"""Measurements in a running net: the number of pixels of each layer, and the second moment of its responses.
 
-The second moment of a layer's responses is what Zhang et al. 2015 (arXiv:1505.06798, eq. 4) take the principal
-directions of. Ours: it is not centred, so that the mean is kept too.
+Zhang et al. 2015 (arXiv:1505.06798, eq. 4) take the principal directions of the second moment of a layer's responses.
+Our deviation: the mean is not subtracted, so that the factors keep the mean too.
 """
 
 from collections import defaultdict
@@ -15,13 +15,18 @@ from project.compression.low_rank.factors import Kind, Ranks, kernel_of, matrix_
 from project.compression.low_rank.thin_layers import Axes, thin_conv
 from project.metrics.complexity import count_macs
 
-_CHUNK = 64
+_CHUNK = 64  # number of images that run at once
 
 
 @dataclass
 class Positions:
-    """Pixels that a layer runs over for one image, summed over its calls: of its input, of its output, and of a map as
-    high as the output and as wide as the input, which is what ``spatial`` has in between.
+    """Number of pixels that a layer computes for one image, summed over its calls.
+
+    Args:
+        inputs: number of pixels of the input, 0 or more.
+        outputs: number of pixels of the output, 0 or more. A linear layer has one for each vector.
+        between: number of pixels of a map with the output's height and the input's width, 0 or more. ``spatial`` has
+            such a map between its two layers.
     """
 
     inputs: int = 0
@@ -29,7 +34,7 @@ class Positions:
     between: int = 0
 
     def macs(self, weight: Tensor, kind: Kind | None, ranks: Ranks = ()) -> int:
-        """Multiply-accumulates of the factors, or without a kind of the layer as it is."""
+        """Multiply-accumulates of the factors for one image; if ``kind`` is ``None``, those of the layer as it is."""
         out_channels, in_channels = weight.shape[:2]
         height, width = kernel_of(weight)
         if kind is None:
@@ -44,7 +49,7 @@ class Positions:
 
 
 def positions_of(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Positions]:
-    """Of every convolution and linear layer that runs."""
+    """The number of pixels of every convolution and linear layer that runs, by the layer's name."""
     positions: dict[str, Positions] = defaultdict(Positions)
 
     def note(name: str, image: Tensor, output: Tensor, is_conv: bool) -> None:
@@ -73,13 +78,14 @@ def positions_of(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str,
 
 @torch.no_grad()
 def second_moments(net: nn.Module, wanted: Mapping[str, set[Kind]], images: Tensor) -> dict[tuple[str, Kind], Tensor]:
-    """Sums of products of the responses ``[rows, rows]``, float64, of the rows of
-    :func:`~project.compression.low_rank.factors.matrix_of`.
+    """Second moments of the responses of :func:`~project.compression.low_rank.factors.matrix_of`, for layer and kind.
+
+    Each is a sum over images and pixels, not divided by their number, ``[rows, rows]`` in float64.
 
     Args:
-        net: in eval mode.
-        wanted: kinds by layer.
-        images: ``[N, C, H, W]`` as the net takes them.
+        net: a net in eval mode.
+        wanted: the kinds of factors for which the responses are measured, for each layer.
+        images: normalised images ``[N, C, H, W]``.
     """
     sums: dict[tuple[str, Kind], Tensor] = {}
 
@@ -103,13 +109,13 @@ def second_moments(net: nn.Module, wanted: Mapping[str, set[Kind]], images: Tens
 
 
 def _responses(layer: nn.Module, kind: Kind, inputs: Tensor) -> Tensor:
-    """``[positions, rows]``, without the bias."""
+    """The responses ``[positions, rows]`` of the rows of ``matrix_of``, without the bias."""
     if isinstance(layer, nn.Linear):
         return nn.functional.linear(inputs, layer.weight).flatten(0, -2)
     assert isinstance(layer, nn.Conv2d)
     weight: Tensor = layer.weight
     axes: Axes = (0, 1)
-    if kind == "spatial":
+    if kind == "spatial":  # each row is a k x 1 kernel: [out * kw, in, kh, 1]
         weight = matrix_of(weight, kind).to(weight).view(-1, weight.shape[1], weight.shape[2], 1)
         axes = (0,)
     return thin_conv(layer, weight, axes)(inputs).movedim(1, -1).flatten(0, -2)

@@ -1,8 +1,10 @@
-"""Ranks of all layers at once: the least loss that a number of multiply-accumulates (MACs) pays for.
+"""Ranks of all layers together: the least loss for a given number of multiply-accumulates (MACs).
 
-One option of each layer, costs and errors added up: a multiple-choice knapsack (Kellerer, Pferschy & Pisinger 2004, ch.
-11), solved by dynamic programming over the cost. Zhang et al. 2015 (arXiv:1505.06798, sec. 2.4) go down greedily, and
-aim at the product of what the layers keep, which is the sum where little is lost.
+Each layer has several options, and one of them is chosen. Costs and errors add up over the layers. This is a
+multiple-choice knapsack (Kellerer, Pferschy & Pisinger 2004, ch. 11), solved by dynamic programming over the cost.
+
+Zhang et al. 2015 (arXiv:1505.06798, sec. 2.4) lower the ranks greedily instead, and maximise the product of the shares
+that the layers keep. If little is lost, the product leads to the same choice as the sum of the losses.
 """
 
 import math
@@ -15,18 +17,18 @@ import numpy as np
 from project.compression.low_rank.factors import Kind
 
 GRID = 20_000
-"""Steps of the cost that are told apart."""
+"""Number of different costs that the dynamic programming distinguishes."""
 
 
 @dataclass(frozen=True)
 class Option:
-    """What a layer may become.
+    """One choice for a layer: its factors, their cost and their error.
 
     Args:
-        kind: of :mod:`project.compression.low_rank.factors`; ``dense`` is the layer as it is.
-        ranks: none of ``dense``.
-        macs: its multiply-accumulates for one image.
-        error: what is lost with it, 0 or more.
+        kind: the kind of factors, as in :mod:`project.compression.low_rank.factors`; ``dense`` is the layer as it is.
+        ranks: the ranks of the factors; empty for ``dense``.
+        macs: number of multiply-accumulates for one image, 0 or more.
+        error: measure of the loss that this choice causes, 0 or more.
     """
 
     kind: Kind | Literal["dense"]
@@ -36,27 +38,31 @@ class Option:
 
 
 def choose_within(options: Mapping[str, Sequence[Option]], budget: float) -> dict[str, Option]:
-    """One option of each layer, with the least sum of errors at no more than ``budget`` in all.
+    """Choose one option for each layer, with the least sum of errors, so that all together cost at most ``budget``.
 
-    Exact where the costs are multiples of some number, and the budget not more than ``GRID`` times that. Otherwise they
-    count as the next multiple of ``budget / GRID``; what that leaves goes to the layers that gain most by it, so that
-    in the end no single layer can have a better option that still fits.
+    The result is exact if all costs are multiples of one number and the budget is at most ``GRID`` times this number.
+    Otherwise it is approximate: each cost is rounded up to a multiple of ``budget / GRID``. The part of the budget that
+    the rounding leaves is given to the layers that gain most. In the end no single layer has a better option that fits.
+
+    Args:
+        options: the options of each layer, one or more.
+        budget: the most multiply-accumulates of all layers together, 0 or more.
 
     Raises:
-        ValueError: when not even the cheapest options fit.
+        ValueError: if even the cheapest options cost more than the budget.
     """
     least = sum(min(option.macs for option in choices) for choices in options.values())
     if least > budget:
         raise ValueError(
-            f"the layers may cost {budget:.0f} multiply-accumulates, but with the lowest ranks they cost {least}: "
+            f"the layers may cost {budget:.0f} multiply-accumulates, but even with the lowest ranks they cost {least}: "
             "raise macs_left, lower round_to, or include more layers."
         )
     options = {name: _worthwhile(choices) for name, choices in options.items()}
     divisor = math.gcd(*(option.macs for choices in options.values() for option in choices))
     unit = max(divisor, budget / GRID)
     size = math.floor(budget / unit + 1e-9)
-    best = np.zeros(size + 1)  # least loss by cost
-    picks = []
+    best = np.zeros(size + 1)  # best[c]: least loss of the layers so far, at a cost of at most c units
+    picks = []  # for each layer: the number of its option in that least loss, [size + 1]
     for choices in options.values():
         new, pick = np.full(size + 1, np.inf), np.zeros(size + 1, dtype=np.intp)
         for number, option in enumerate(choices):
@@ -68,8 +74,9 @@ def choose_within(options: Mapping[str, Sequence[Option]], budget: float) -> dic
             new[cost:][better], pick[cost:][better] = loss[better], number
         best = new
         picks.append(pick)
-    if np.isinf(best[size]):  # the cheapest fit, rounded up they do not
+    if np.isinf(best[size]):  # the cheapest options fit, but not after their costs are rounded up
         return _fill(options, {name: choices[0] for name, choices in options.items()}, budget)
+    # Follow the picks back, from the last layer to the first.
     chosen, left = {}, size
     for (name, choices), pick in zip(reversed(options.items()), reversed(picks), strict=True):
         chosen[name] = choices[pick[left]]
@@ -78,7 +85,7 @@ def choose_within(options: Mapping[str, Sequence[Option]], budget: float) -> dic
 
 
 def _worthwhile(choices: Sequence[Option]) -> list[Option]:
-    """By rising cost, those that lose less than all cheaper ones."""
+    """The options that lose less than every cheaper one, by rising cost."""
     kept: list[Option] = []
     for option in sorted(choices, key=lambda option: (option.macs, option.error)):
         if not kept or option.error < kept[-1].error:
@@ -87,7 +94,7 @@ def _worthwhile(choices: Sequence[Option]) -> list[Option]:
 
 
 def _fill(options: Mapping[str, Sequence[Option]], chosen: dict[str, Option], budget: float) -> dict[str, Option]:
-    """Spend what is left on the best single change, again and again."""
+    """Spend the rest of the budget: make the best single change that fits, until no change fits."""
     while True:
         left = budget - sum(option.macs for option in chosen.values())
         changes = [

@@ -1,9 +1,10 @@
-"""Iterative magnitude pruning: train, prune, train on, in one run; masks that survive everything.
+"""Iterative magnitude pruning: one run trains the net, prunes it and trains it further.
 
-Han et al. 2015 (arXiv:1506.02626): prune and fine-tune at a tenth of the rate. Frankle & Carbin 2019
-(arXiv:1803.03635): rewind the weights to their start. Frankle et al. 2020 (arXiv:1912.05671): to step k. Renda et al.
-2020 (arXiv:2003.02389): rewind the learning rate alone. Zhu & Gupta 2017 (arXiv:1710.01878): gradually, in one
-training.
+- Han et al. 2015 (arXiv:1506.02626): prune, then fine-tune at a tenth of the learning rate.
+- Frankle & Carbin 2019 (arXiv:1803.03635): rewind the weights to their initial values.
+- Frankle et al. 2020 (arXiv:1912.05671): rewind the weights to their values at training step k.
+- Renda et al. 2020 (arXiv:2003.02389): rewind the learning rate and keep the weights.
+- Zhu & Gupta 2017 (arXiv:1710.01878): prune gradually within one training.
 """
 
 import logging
@@ -26,7 +27,7 @@ from project.compression.pruning.round_lengths import After, RoundLengths, steps
 from project.compression.pruning.schedules import Gradual, Iterative, QualityFactors, Rounds, share_to_take
 from project.compression.report import Step, report_steps
 from project.data import ImageDataModule
-from project.frame.report_plots import plot_levels
+from project.deployment.report_plots import plot_levels
 from project.learning.classifier import Classifier
 from project.metrics.complexity import count_macs
 from project.models.layers import reinit_
@@ -35,31 +36,52 @@ log = logging.getLogger(__name__)
 
 
 class IterativeMagnitudePruning(Callback):
-    """Trains the dense net for ``trainer.max_epochs``, then prunes and trains on, round by round.
+    """Trains the dense net for ``trainer.max_epochs``, then prunes and trains it again, round after round.
 
-    The optimizer and the learning-rate schedule begin anew with each round. Masks act after each optimizer step, on the
-    weights and on EMA's averages, and lie with the round in the run's checkpoints: ``fit --resume`` goes on bit for
-    bit. The best epoch of each level is kept as ``checkpoints/level_<round>.ckpt`` (level 0 is dense); ``best.ckpt``
-    is the best of the last level. A run that ``max_time`` or a callback ends early is one to resume: report and
-    thinning wait for its last epoch.
+    Each round begins with a new optimizer and a new learning-rate schedule. Masks keep the pruned weights at zero after
+    each optimizer step, also in EMA's averages. The run's checkpoints hold the masks and the number of the round, so
+    that a run continued by ``fit --resume`` ends in the same bits as a run that was not stopped.
+
+    Level 0 is the trained dense net, and level r is the net after round r. The best epoch of each level is kept as
+    ``checkpoints/level_<r>.ckpt``. ``best.ckpt`` is the best epoch of the last level. If ``max_time`` or another
+    callback ends the run early, there is no report and no thinning until the run is resumed and reaches its last epoch.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.IterativeMagnitudePruning
+              init_args:
+                schedule:
+                  class_path: project.compression.Iterative
+                  init_args: {fraction: 0.2, rounds: 5}
+                epochs_per_round: 10
 
     Args:
-        schedule: how much goes when; :class:`~project.compression.pruning.schedules.Gradual` prunes within
-            ``trainer.max_epochs`` and has no rounds.
-        pruner: what goes.
-        after: what follows a pruning. ``finetune``: the weights go on, at ``finetune_lr`` times the rate;
-            ``rewind_lr``: the weights go on, the rate starts anew; ``rewind``: weights and rate go back to
-            ``rewind_to``; ``reinit``: new random weights (a control).
-        epochs_per_round: null is the dense training's length, for ``rewind`` less the steps before ``rewind_to``.
-        rewind_to: ``0``, or a step ``500it`` or epoch ``2ep`` of the dense training; of ``rewind`` alone.
-        finetune_lr: factor on the learning rate, of ``finetune`` alone.
-        thin: remove pruned units for good at the end: ``best.ckpt`` then holds the smaller net, and a fit from it
-            (``--ckpt_path``) trains that, with a fresh optimizer from epoch 0.
-        report: write ``report.csv`` and ``report.md``: each level on validation and test images, and what it weighs.
-        latency: measure the speed of the dense and the last net for the report.
+        schedule: the share that is pruned in each round; null is ``Iterative()``, 10 rounds of 20 % each. With
+            :class:`~project.compression.pruning.schedules.Gradual` the net is pruned within ``trainer.max_epochs``, and
+            there are no rounds.
+        pruner: the choice of the weights or units that are pruned; null is ``Pruner()``, single weights by magnitude
+            over all layers.
+        after: how the net is trained after each pruning. ``finetune``: the weights stay, and the learning rate is
+            multiplied by ``finetune_lr``. ``rewind_lr``: the weights stay, and the learning-rate schedule starts again.
+            ``rewind``: weights and schedule go back to ``rewind_to``. ``reinit``: the weights get new random values,
+            which is a control experiment.
+        epochs_per_round: number of epochs of a round, 1 or more; null is ``trainer.max_epochs``, less the epochs that
+            ``rewind_to`` skips if it is given in epochs.
+        rewind_to: moment of the dense training that ``rewind`` goes back to: ``0``, a step such as ``500it``, or an
+            epoch such as ``2ep``. Anything but ``0`` needs ``after: rewind``.
+        finetune_lr: factor on the learning rate in the rounds of ``finetune``, above 0.
+        thin: whether pruned units are removed for good at the end; it concerns ``structure: units`` only. ``best.ckpt``
+            then holds the smaller net. A fit from it (``--ckpt_path``) trains the smaller net with a new optimizer from
+            epoch 0.
+        report: whether ``report.csv`` and ``report.md`` are written, with the accuracy of each level on validation and
+            test images and its size.
+        latency: whether the report has the latency of its first step (the dense net, if there are rounds) and of its
+            last two steps.
 
     Raises:
-        ValueError: for arguments that do not fit each other.
+        ValueError: if a number is outside its range, or if two arguments contradict each other.
     """
 
     def __init__(
@@ -81,29 +103,32 @@ class IterativeMagnitudePruning(Callback):
         self._lengths = RoundLengths(after, epochs_per_round, rewind_to, finetune_lr)
         if isinstance(self.schedule, Gradual) and (after, epochs_per_round, finetune_lr) != ("finetune", None, 0.1):
             raise ValueError(
-                f"after is {after!r}, epochs_per_round {epochs_per_round} and finetune_lr {finetune_lr:g}, but the "
-                "schedule Gradual prunes while the net trains and has no rounds: leave them out, or choose Iterative "
-                "or Sparsities."
+                f"after is {after!r}, epochs_per_round is {epochs_per_round} and finetune_lr is {finetune_lr:g}, but "
+                "the schedule Gradual has no rounds that could use them: leave all three out, or choose the schedule "
+                "Iterative or Sparsities."
             )
         if (self.pruner.scope == "deviation") != isinstance(self.schedule, QualityFactors):
             raise ValueError(
-                "scope: deviation and the schedule QualityFactors belong together: one gives the standard deviations, "
-                "the other the factors on them."
+                f"scope is {self.pruner.scope} and the schedule is {type(self.schedule).__name__}, but scope: "
+                "deviation and the schedule QualityFactors need each other: set both or neither."
             )
         self.round = 0
         self.masks: Masks = {}
         self.rewound: dict[str, Tensor] = {}
         """The net's state at ``rewind_to``."""
         self.levels: list[dict[str, Any]] = []
-        """Of each finished level: sparsity and best score; with the budget ``macs`` also the share thinning saves."""
+        """For each finished level: ``sparsity`` and best ``score``; with the budget ``macs`` also ``macs_gone``, the
+        share of the net's multiply-accumulates that thinning removes.
+        """
         self._groups: list[Group] = []
         self._amounts: list[float] = []
         self._held = HeldMasks()
 
-    # -- the course of a run -------------------------------------------------------------------------------------
+    # -- during a run --------------------------------------------------------------------------------------------
 
     @property
     def stages(self) -> tuple[str, ...]:
+        """The words by which other callbacks know this one, see :mod:`project.compression.company`."""
         removed = self.pruner.structure == "units" and self.thin
         return ("pruning", "smaller net", *(["units removed at the end"] if removed else []))
 
@@ -120,7 +145,7 @@ class IterativeMagnitudePruning(Callback):
         assert trainer.max_epochs is not None
         self._lengths.dense_epochs = trainer.max_epochs
         if fast:
-            log.info("fast_dev_run trains one batch and has no rounds: what would be pruned was looked up, no more")
+            log.info("fast_dev_run trains one batch: the layers to prune were found, but nothing is pruned")
             return
         check_run(trainer, self.schedule, self.pruner, self._lengths.dense_epochs, self._lengths.round_epochs)
         trainer.fit_loop.max_epochs = self._lengths.dense_epochs + len(self._amounts) * self._lengths.round_epochs
@@ -128,7 +153,8 @@ class IterativeMagnitudePruning(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        if pl_module.surgeries:  # those of the checkpoint, which setup could not know: other widths, thin layers
+        # A checkpoint may have changed the net's structure (fewer units, low-rank layers) after `setup` ran.
+        if pl_module.surgeries:
             self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
         if (
             self._amounts
@@ -136,14 +162,16 @@ class IterativeMagnitudePruning(Callback):
             and self._lengths.rewind_step(trainer) >= self._lengths.dense_epochs * steps_per_epoch(trainer)
         ):
             raise ValueError(
-                f"rewind_to is {self._lengths.rewind_to}, but the dense training is over after "
-                f"{self._lengths.dense_epochs} epochs: rewind to an earlier step."
+                f"rewind_to is {self._lengths.rewind_to}, but the dense training has only "
+                f"{self._lengths.dense_epochs} epochs: choose an earlier step or epoch."
             )
         self.hold(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
         epochs = trainer.current_epoch - self._lengths.dense_epochs
+        # Round r (counted from 0) begins r * round_epochs after the dense training. A run that is resumed within the
+        # round has `self.round == r + 1` already, so that it does not prune twice.
         if self.round < len(self._amounts) and epochs == self.round * self._lengths.round_epochs:
             self._begin_round(trainer, pl_module)
         pl_module.log("pruning/sparsity", sparsity(self.masks, pl_module.net), sync_dist=trainer.world_size > 1)
@@ -155,7 +183,7 @@ class IterativeMagnitudePruning(Callback):
             self.rewound = {name: value.clone() for name, value in pl_module.net.state_dict().items()}
         if isinstance(self.schedule, Gradual) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             target = self.schedule.sparsity_at(step, steps_per_epoch(trainer))
-            if target is not None:
+            if target is not None:  # the schedule counts from the dense net, the pruner from what is left
                 self._prune(trainer, pl_module, share_to_take(self._share_gone(pl_module), target))
                 forget_best(trainer)
 
@@ -171,7 +199,8 @@ class IterativeMagnitudePruning(Callback):
         if trainer.current_epoch < (trainer.max_epochs or 0):
             self._tell_that_it_stopped(trainer)
             return
-        if len(self.levels) == self.round:  # else weight sharing has gone on from it, and best.ckpt is of that
+        # If the level is stored already, weight sharing has continued from it, and best.ckpt belongs to weight sharing.
+        if len(self.levels) == self.round:
             self.keep_level(trainer, pl_module)
         run = run_of(trainer)
         if run is None or not run.level_checkpoint(self.round).is_file():
@@ -214,7 +243,7 @@ class IterativeMagnitudePruning(Callback):
         self.rewound, self.levels = state_dict["rewound"], list(state_dict["levels"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The optimizer that is made next is that of the checkpoint's round."""
+        """Set the phase of the checkpoint's round, before the optimizer of a resumed run is made."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if trainer.training and state is not None and isinstance(pl_module, Classifier):
             pl_module.phase = self._lengths.phase(trainer, state["round"])
@@ -222,10 +251,11 @@ class IterativeMagnitudePruning(Callback):
     # -- a round -------------------------------------------------------------------------------------------------
 
     def _begin_round(self, trainer: Trainer, module: Classifier) -> None:
+        """End the present level, prune, set the weights as ``after`` says, and make the round's optimizer."""
         self.keep_level(trainer, module)
         assert isinstance(self.schedule, Rounds)
         amount = self._amounts[self.round]
-        if self.pruner.overshoots:  # as the round before may have
+        if self.pruner.overshoots:  # the round before may have pruned too much: this one then prunes less
             amount = self.schedule.amount(self.round, self._share_gone(module))
         self._prune(trainer, module, amount)
         self.round += 1
@@ -233,7 +263,7 @@ class IterativeMagnitudePruning(Callback):
             module.net.load_state_dict(self.rewound)
         elif self.after == "reinit":
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(_seed(trainer) * 1_000_003 + self.round)
+                torch.manual_seed(_seed(trainer) * 1_000_003 + self.round)  # each round of each seed is different
                 reinit_(module.net)
         if self.after in ("rewind", "reinit"):
             for ema in _emas(trainer):
@@ -247,10 +277,14 @@ class IterativeMagnitudePruning(Callback):
         log.info("round %d of %d: %.2f %% of the %s pruned", self.round, len(self._amounts), share, counted)
 
     def _share_gone(self, module: Classifier) -> float:
+        """The share of the schedule's quantity that the present masks remove."""
         return self.pruner.share_gone(module.net, self._groups, self.masks, module.image_shape)
 
     def _prune(self, trainer: Trainer, module: Classifier, amount: float) -> None:
-        """New masks, the same on every process, on the weights and their averages."""
+        """Prune ``amount`` of what is left, and apply the new masks to the weights and to EMA's averages.
+
+        All processes get the masks of the first one.
+        """
         images, labels = self._images(trainer, module) if self.pruner.needs_images else (None, None)
         masks = self.pruner.prune(
             module.net,
@@ -270,11 +304,23 @@ class IterativeMagnitudePruning(Callback):
         self._draw_sparsity(trainer, module)
 
     def hold(self, trainer: Trainer, module: Classifier) -> None:
-        """Multiply by the masks after each step of the present optimizer."""
+        """Multiply the weights by the masks after each step of the present optimizer.
+
+        Args:
+            trainer: the trainer whose first optimizer is used.
+            module: the classifier whose net is masked.
+        """
         self.masks = self._held.hold(module.net, self.masks, trainer.optimizers[0])
 
     def keep_level(self, trainer: Trainer, module: Classifier) -> None:
-        """The level's best checkpoint under its own name, once: a resumed run may already have begun the next."""
+        """Record the present level, and copy its best checkpoint to ``level_<round>.ckpt``.
+
+        A file of that name is never overwritten: in a resumed run, ``best.ckpt`` may belong to the next level already.
+
+        Args:
+            trainer: the trainer of the run.
+            module: the classifier whose net is pruned.
+        """
         number = self.round
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
         score = None if best is None or best.best_model_score is None else float(best.best_model_score)
@@ -291,23 +337,26 @@ class IterativeMagnitudePruning(Callback):
             show_figure(trainer, "pruning/score_by_weights_left", plot_levels(points, str(best.monitor)))
 
     def _draw_sparsity(self, trainer: Trainer, module: Classifier) -> None:
+        """Write the sparsity of each layer to TensorBoard."""
         if (writer := tensorboard(trainer)) is not None:
             for group in self._groups:
                 share = sparsity({group.parameters[0]: self.masks[group.parameters[0]]}, module.net)
                 writer.add_scalar(f"sparsity/{group.layer}", share, trainer.global_step)
 
     def _tell_that_it_stopped(self, trainer: Trainer) -> None:
+        """Warn that the run ended before its last epoch, and say how to finish it."""
         timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         log.warning(
-            "stopped after epoch %d of %s, before the pruning was over: report and thinned net wait until fit "
-            "--resume %s ends it%s",
+            "stopped after epoch %d of %s, before the pruning was over: there is no report and no thinned net yet. To "
+            "finish, run fit --resume %s%s",
             trainer.current_epoch,
             trainer.max_epochs,
             "DIR" if (run := run_of(trainer)) is None else run.folder,
-            ", with a larger max_time, which counts the time so far" if timed else "",
+            " with a larger max_time (it includes the time used so far)" if timed else "",
         )
 
     def _images(self, trainer: Trainer, module: Classifier) -> tuple[Tensor, Tensor]:
+        """Training images and their labels, for criteria that take gradients."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, ImageDataModule)
         images, labels = data.sample(self.pruner.num_images)
@@ -315,9 +364,11 @@ class IterativeMagnitudePruning(Callback):
 
 
 def _emas(trainer: Trainer) -> list[EMA]:
+    """The run's callbacks that average weights."""
     return [callback for callback in trainer.callbacks if isinstance(callback, EMA)]  # type: ignore[attr-defined]
 
 
 def _seed(trainer: Trainer) -> int:
+    """The seed of the run; 0 without an ImageDataModule."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data.run_seed if isinstance(data, ImageDataModule) else 0

@@ -1,4 +1,4 @@
-"""The checkpoint of a net without its pruned units, made when a run ends."""
+"""Write the checkpoint of the smaller net, without its pruned units, at the end of a run."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,14 +15,14 @@ from project.learning.classifier import Classifier
 def thin_checkpoint(
     module: Classifier, source: Path, target: Path, masks: Masks, removed: Mapping[str, Sequence[int]]
 ) -> None:
-    """Write a checkpoint of the smaller net, to test, export or train on (with a fresh optimizer, from epoch 0).
+    """Write a checkpoint of the smaller net. It can be tested, exported or trained (new optimizer, from epoch 0).
 
     Args:
-        module: whose structure fits the source after its surgeries; left as it was.
-        source: a checkpoint of the masked net.
-        target: is overwritten as a whole.
-        masks: on the net's parameters, by name.
-        removed: numbers of the units that go, by layer.
+        module: a classifier that can load ``source`` after the surgeries stored in it; it is not changed.
+        source: path of a checkpoint of the masked net.
+        target: path of the new checkpoint; an existing file is replaced as a whole.
+        masks: the mask of each pruned parameter, by the parameter's name.
+        removed: the numbers of the units to remove, by layer name.
     """
     small, checkpoint = load_with_weights(module, source)
     apply_masks_(small.net, {name: mask.cpu() for name, mask in masks.items()})

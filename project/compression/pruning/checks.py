@@ -1,4 +1,4 @@
-"""What would go wrong in a pruning run's last round is refused before its first step."""
+"""Checks before the first step of a pruning run: they find what would otherwise fail in its last round."""
 
 import math
 from collections.abc import Sequence
@@ -15,28 +15,35 @@ from project.learning.classifier import Classifier
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
-    """Rounds are counted in epochs, of a Classifier, and nothing else ends the run.
+    """Check that the run trains a Classifier for a number of epochs and that nothing ends it early.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: if the model is no Classifier, if there is an EarlyStopping callback, if ``max_epochs`` is missing,
+            or if ``max_steps`` is set.
     """
     if not isinstance(module, Classifier):
-        raise ValueError(f"the model is a {type(module).__name__}, but pruning works on a Classifier's net.")
+        raise ValueError(
+            f"the model is a {type(module).__name__}, but IterativeMagnitudePruning prunes the net of a Classifier: "
+            "use project.learning.Classifier or a subclass."
+        )
     if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError(
-            "callbacks hold EarlyStopping, which would end the run in whichever round it is in: leave it out (the "
-            "best epoch of each level is kept anyway), or stop the dense training by a smaller max_epochs."
+            "callbacks hold EarlyStopping, which could end the run before its last round: leave it out (the best epoch "
+            "of each level is kept anyway), or shorten the dense training with a smaller max_epochs."
         )
     steps = trainer.max_steps > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if trainer.max_epochs is None or trainer.max_epochs < 1 or steps:
-        raise ValueError("pruning counts its rounds in epochs: set trainer.max_epochs, and leave max_steps out.")
+        raise ValueError(
+            f"max_epochs is {trainer.max_epochs} and max_steps is {trainer.max_steps}, but pruning counts its rounds "
+            "in epochs: set trainer.max_epochs, and leave max_steps out."
+        )
 
 
 def check_end(schedule: Rounds | Gradual, pruner: Pruner, groups: Sequence[Group], module: Classifier) -> None:
-    """The included layers can lose what the schedule ends with.
+    """Check that the layers can lose the share that the schedule ends with.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: if ``keep`` and ``round_to`` protect more than the schedule leaves.
     """
     if pruner.scope != "global":
         return
@@ -45,7 +52,7 @@ def check_end(schedule: Rounds | Gradual, pruner: Pruner, groups: Sequence[Group
     if end > most + 1e-9:
         raise ValueError(
             f"the schedule ends with {100 * end:.4g} % of the {pruner.counted} gone, but with keep {pruner.keep:g} and "
-            f"round_to {pruner.round_to} the included layers can lose {100 * most:.4g} % at most: prune less, choose "
+            f"round_to {pruner.round_to} the layers to prune can lose {100 * most:.4g} % at most: prune less, choose "
             "a smaller keep or round_to, or include more layers."
         )
 
@@ -53,30 +60,31 @@ def check_end(schedule: Rounds | Gradual, pruner: Pruner, groups: Sequence[Group
 def check_run(
     trainer: Trainer, schedule: Rounds | Gradual, pruner: Pruner, dense_epochs: int, round_epochs: int
 ) -> None:
-    """There are images where gradients are taken, and a checkpoint of every level.
+    """Check that there are images for the gradients, and that every level will have a checkpoint.
 
     Args:
-        dense_epochs, round_epochs: lengths of the dense training and of a round.
+        dense_epochs: number of epochs of the dense training.
+        round_epochs: number of epochs of a round.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: if there are no images but the criterion needs them, or if a level would have no checkpoint.
     """
     if pruner.needs_images and not isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
         raise ValueError(
-            f"criterion is {pruner.criterion!r}, which takes gradients of training images, but there is no "
+            f"criterion is {pruner.criterion!r}, which needs training images for its gradients, but there is no "
             "ImageDataModule: give one, or choose the criterion magnitude."
         )
     best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
     every = 1 if best is None else math.lcm(best._every_n_epochs, trainer.check_val_every_n_epoch or 1)
-    last = dense_epochs // every * every
+    last = dense_epochs // every * every  # the last epoch after which a checkpoint is written
     if isinstance(schedule, Gradual):
         if schedule.end_epoch >= last:
             raise ValueError(
-                f"end_epoch is {schedule.end_epoch}, but the last checkpoint is written after epoch {last}: end the "
-                "pruning before, so that the net can heal."
+                f"end_epoch is {schedule.end_epoch}, but the last checkpoint is written after epoch {last}: choose a "
+                "smaller end_epoch, so that the pruned net is trained before it is saved."
             )
     elif min(dense_epochs, round_epochs) < every:
         raise ValueError(
-            f"checkpoints are written every {every} epochs, but a round lasts {round_epochs} and the dense training "
-            f"{dense_epochs}: write them more often, or train each for longer."
+            f"a checkpoint is written every {every} epochs, but a round has {round_epochs} and the dense training "
+            f"{dense_epochs}: write checkpoints more often (every_n_epochs, check_val_every_n_epoch), or train longer."
         )

@@ -1,10 +1,12 @@
-"""Weights that lead nowhere: their unit is read by no weight that is left.
+"""Dead ends: weights of a unit whose output no remaining weight reads.
 
 Connectivity matters: neural network pruning through the lens of effective sparsity, Vysogorets & Kempe 2023
-(arXiv:2107.02306, sec. 2): a weight on no path from the input to the output is inactive, and the more is pruned, the
-more are. Our deviation: only what nothing reads is inactive here. A unit that reads nothing still adds a constant, its
-bias passed on, and stays; so do units that a residual connection adds up, if any of them is read. Which weights read a
-unit is found by :mod:`project.compression.thinning.dependency_graph`.
+(arXiv:2107.02306, sec. 2): a weight that lies on no path from the input to the output is inactive. The more weights are
+pruned, the more of the others are inactive.
+
+Our deviation: here a weight is inactive only if nothing reads its unit. A unit that reads nothing itself stays, because
+its bias still adds a constant to the layers after it. Units that a residual connection adds together stay if any of
+them is read. :mod:`project.compression.thinning.dependency_graph` finds the weights that read a unit.
 """
 
 from collections.abc import Iterable, Mapping
@@ -17,17 +19,18 @@ from project.compression.pruning.masks import Group, Masks
 
 @torch.no_grad()
 def without_dead_ends(net: nn.Module, groups: Iterable[Group], masks: Mapping[str, Tensor]) -> Masks:
-    """Masks that take the dead ends as well, with their biases and norms: the masked net's outputs stay the same.
+    """Masks that also remove the dead ends, with their biases and norms. The masked net's outputs stay the same.
 
     Args:
-        net: whose parameters the masks are for; only shapes and names matter.
-        groups: of single weights, in any order, with :attr:`~project.compression.pruning.masks.Group.units`.
-        masks: of the groups' weights, in their shapes.
+        net: the net that the masks are for; only the names and shapes of its parameters matter.
+        groups: groups of single weights, in any order. A group whose
+            :attr:`~project.compression.pruning.masks.Group.units` is ``None`` has no dead ends.
+        masks: the mask of each group's weight, in the shape of the weight.
     """
     masks = {name: mask.clone() for name, mask in masks.items()}
     groups = [group for group in groups if group.units is not None]
     found = True
-    while found:  # what fed a unit is a dead end without it
+    while found:  # a dead unit reads nothing, so that the units it read may be dead ends in the next pass
         found = False
         for group in groups:
             unread = ~_read(group, masks)
@@ -39,14 +42,14 @@ def without_dead_ends(net: nn.Module, groups: Iterable[Group], masks: Mapping[st
 
 
 def _read(group: Group, masks: Mapping[str, Tensor]) -> Tensor:
-    """Of each unit, whether a weight reads it, ``[num]``."""
+    """For each unit of the group, whether a remaining weight reads it, ``[num]``."""
     assert group.units is not None
     device = masks[group.parameters[0]].device
     read = torch.zeros(group.units.num, dtype=torch.bool, device=device)
     for reader, pairs in group.units.inputs.items():
         units, inputs = torch.tensor(pairs, device=device).T
-        if (mask := masks.get(f"{reader}.weight")) is None:
+        if (mask := masks.get(f"{reader}.weight")) is None:  # this layer is not pruned and reads all its inputs
             read[units] = True
-        else:
+        else:  # [out, in, ...] -> [in]: does any weight that is left read this input?
             read[units[mask.transpose(0, 1).flatten(1).any(1)[inputs]]] = True
     return read

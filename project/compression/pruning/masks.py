@@ -1,4 +1,8 @@
-"""Masks: 0/1 tensors that multiply parameters, broadcast over a unit's weights, and what of a net they take."""
+"""Masks: tensors of 0 and 1 that multiply parameters, and how much of a net they remove.
+
+If single weights are pruned, a mask has the shape of its parameter. If units are pruned, a mask has one number for each
+unit, ``[num_units, 1, ...]``, and is broadcast over the weights of the unit.
+"""
 
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -12,19 +16,32 @@ from project.compression.thinning.thin import plan_thinning
 from project.metrics.complexity import count_macs
 
 Masks = dict[str, Tensor]
-"""Name of a parameter -> its mask."""
+"""The mask of each parameter, by the parameter's name in ``net.named_parameters()``."""
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is pruned together: the scores of one layer's weights, or of one layer's units.
+    """The weights, or the units, of one layer, which are scored together.
+
+    Example::
+
+        >>> from project.compression import Pruner
+        >>> from project.models import LeNet5
+        >>> net = LeNet5(num_classes=10, image_shape=(1, 28, 28))
+        >>> for group in Pruner("units").groups(net, image_shape=(1, 28, 28)):
+        ...     print(group.layer, group.parameters, group.readers)
+        conv2.conv ('conv2.conv.weight', 'conv2.conv.bias') {'fc1': 16}
+        fc1 ('fc1.weight', 'fc1.bias') {'fc2': 1}
 
     Args:
-        layer: name in ``net.named_modules()``.
-        parameters: names of the parameters that the masks act on, the layer's weight first.
-        coupled: other layers that share these units, as where a residual connection adds them up.
-        readers: of units, the layers that read them -> inputs for each unit.
-        units: of weights whose dead ends go with them, who reads the layer's units; none where that is not known.
+        layer: the layer's name in ``net.named_modules()``.
+        parameters: names of the parameters that are masked; the first is the layer's weight.
+        coupled: names of other layers that have the same units, for example because a residual connection adds them
+            together.
+        readers: the layers that read the units, each with the number of its inputs that one unit fills (1, or several
+            if a channel is flattened). Empty for groups of single weights.
+        units: the layer's units and the inputs that read each of them, for groups of single weights that are pruned
+            with their dead ends. ``None`` if dead ends are not pruned, or if the readers are not known.
     """
 
     layer: str
@@ -36,13 +53,23 @@ class Group:
 
 @torch.no_grad()
 def apply_masks_(net: nn.Module, masks: Mapping[str, Tensor]) -> None:
-    """Multiply each masked parameter by its mask."""
+    """Multiply each masked parameter by its mask, in place.
+
+    Args:
+        net: the net whose parameters are masked.
+        masks: the mask of each pruned parameter, by the parameter's name.
+    """
     if masks:
         torch._foreach_mul_([net.get_parameter(name) for name in masks], list(masks.values()))
 
 
 def removed_units(groups: Iterable[Group], masks: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """For each layer, the numbers of the units whose masks are 0: what thinning removes."""
+    """For each layer, the numbers of the units whose mask is 0, which thinning removes.
+
+    Args:
+        groups: the groups of units that were pruned.
+        masks: the mask of each pruned parameter, by the parameter's name.
+    """
     return {
         layer: (masks[group.parameters[0]].flatten(1)[:, 0] == 0).nonzero().flatten().tolist()
         for group in groups
@@ -54,14 +81,19 @@ def removed_units(groups: Iterable[Group], masks: Mapping[str, Tensor]) -> dict[
 def thinned_macs(
     net: nn.Module, groups: Iterable[Group], masks: Mapping[str, Tensor], image_shape: tuple[int, int, int]
 ) -> int:
-    """Multiply-accumulates for one image of ``net`` without the units that the masks take, counted as it runs."""
+    """Multiply-accumulates for one image after the masked units are removed, counted while a thinned copy runs."""
     small = deepcopy(net).cpu()
     plan_thinning(small, removed_units(groups, masks), image_shape).apply_(small)
     return count_macs(small, image_shape)
 
 
 def sparsity(masks: Mapping[str, Tensor], net: nn.Module) -> float:
-    """Share of zeros that the masks put into the weights they act on (parameters of more than one dimension)."""
+    """Share of the masked weights that the masks set to zero. Biases, and parameters without a mask, are not counted.
+
+    Args:
+        masks: the mask of each pruned parameter, by the parameter's name.
+        net: the net that the masks are for.
+    """
     weights = [name for name in masks if net.get_parameter(name).dim() > 1]
     total = sum(net.get_parameter(name).numel() for name in weights)
     kept = sum(float(masks[name].expand_as(net.get_parameter(name)).sum(dtype=torch.float64)) for name in weights)

@@ -1,11 +1,14 @@
-"""Pruning: masks that keep the weights, or the whole units, that matter.
+"""Pruning: masks that keep the most important weights, or whole units, of a net.
 
-LeCun, Denker & Solla 1989 (Optimal Brain Damage); Han et al. 2015 (arXiv:1506.02626): magnitude, layer by layer, with a
-threshold of a quality factor times the layer's standard deviation; Li et al. 2017 (arXiv:1608.08710): filters; Blalock
-et al. 2020 (arXiv:2003.03033): global against layerwise. Scores come from :mod:`project.compression.pruning.saliency`.
+- LeCun, Denker & Solla 1989 (Optimal Brain Damage): the saliency of a weight.
+- Han et al. 2015 (arXiv:1506.02626): magnitude, layer by layer, with a threshold of a quality factor times the layer's
+  standard deviation.
+- Li et al. 2017 (arXiv:1608.08710): whole filters.
+- Blalock et al. 2020 (arXiv:2003.03033): ranking all layers together or layer by layer.
 
-A mask is a 0/1 tensor for a parameter that multiplies it (broadcast over a unit's weights); the net's own parameters
-stay where they are and keep their names. Pruning only ever takes away: each call starts from the masks before it.
+Scores come from :mod:`project.compression.pruning.saliency`. A mask is a tensor of 0 and 1 that multiplies a parameter.
+The net's own parameters stay in place and keep their names. A pruned weight never comes back: each call starts from the
+masks of the call before.
 """
 
 import re
@@ -27,33 +30,50 @@ Budget = Literal["count", "effective", "macs"]
 
 
 class Pruner:
-    """Chooses what goes.
+    """Chooses which weights or units are pruned.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.IterativeMagnitudePruning
+              init_args:
+                pruner:
+                  class_path: project.compression.Pruner
+                  init_args: {structure: units, criterion: obd, budget: macs, keep: 0.1}
 
     Args:
-        structure: ``weights`` one by one, or ``units``: output neurons and channels with their bias and their norm's
-            scale and shift, so that they can be removed for good (:mod:`project.compression.thinning.thin`).
-        criterion: ``magnitude``, ``obd``, ``gradient`` or ``random``; see :mod:`project.compression.pruning.saliency`.
-        scope: ``global`` ranks all layers together, ``layer`` takes the same share of each; ``deviation`` (Han) takes
-            all weights below (the schedule's number) times the standard deviation of what the layer has left.
-            Scores of units are divided by their layer's mean first when ``magnitude`` ranks them globally: norms of
-            filters differ between layers for no reason that matters.
-        include: regular expressions, searched for in the names of layers; what none of them finds is left alone.
-        exclude: likewise, what is left alone; null is the default: the head (the last layer), and of units also the
-            stem (the first layer). Biases and norms are never pruned on their own.
-        rates: regular expression -> factor on the share that goes, for ``layer`` and ``deviation`` (Frankle & Carbin
-            2019 prune the output layer at half the rate: ``{fc3: 0.5}``).
-        keep: share of each layer, in [0, 1), that ``global`` never takes: no layer dies while others are wide.
-        budget: what the schedule's shares count. ``count``: weights or units. ``effective``: weights that lead
-            somewhere; those whose unit no weight reads go too, with its bias and norm, and the next round takes so
-            much less (:mod:`project.compression.pruning.dead_ends`). ``macs``, of units with ``global``:
-            multiply-accumulates of the whole net; what is worth least for each of them goes
-            (:mod:`project.compression.pruning.unit_budget`).
-        round_to: a layer of more units than this that loses any keeps a multiple of it, and every layer keeps some:
-            dense kernels work on 8 or 16 channels at a time. Null is 8 for units with ``global``, else 1.
-        num_images: training images that gradients are taken of (``obd``, ``gradient``).
+        structure: the things that are pruned. ``weights`` are single weights. ``units`` are output channels and output
+            neurons, each with its bias and with the scale and shift of its norm, so that they can be removed for good
+            (:mod:`project.compression.thinning.thin`).
+        criterion: the score of a weight or unit, ``magnitude``, ``obd``, ``gradient`` or ``random``
+            (:mod:`project.compression.pruning.saliency`).
+        scope: the set in which scores are compared. ``global`` ranks all layers together. ``layer`` prunes the same
+            share of each layer. ``deviation`` (Han) prunes all weights below a threshold: the schedule's factor times
+            the standard deviation of the weights that the layer has left. If ``magnitude`` ranks units globally, the
+            scores of a layer are divided by their mean first, because the norms of filters differ between layers for
+            reasons other than importance.
+        include: regular expressions; a layer is pruned only if one of them is found in its name. Null includes all.
+        exclude: regular expressions; a layer is not pruned if one of them is found in its name. Null excludes the head
+            (the last layer) and, for units, also the stem (the first layer). Biases and norms are never pruned on their
+            own.
+        rates: factors, 0 or more, on the share that is pruned of the layers whose names match a regular expression, for
+            the scopes ``layer`` and ``deviation``. The first match counts. Frankle & Carbin 2019 prune the output layer
+            at half the rate: ``{fc3: 0.5}``.
+        keep: share of each layer, in [0, 1), that ``global`` never prunes, so that no layer loses all while others are
+            wide.
+        budget: the quantity that the schedule's shares are shares of. ``count``: the number of weights or units.
+            ``effective``: the number of weights, where weights whose unit is read by no remaining weight are pruned as
+            well, with their biases and norms, and count as pruned (:mod:`project.compression.pruning.dead_ends`).
+            ``macs``: the multiply-accumulates of the whole net, for units with ``global``; the units that are worth
+            least for each saved multiply-accumulate are pruned (:mod:`project.compression.pruning.unit_budget`).
+        round_to: divisor of the layers' widths after a pruning, 1 or more, because dense kernels work on 8 or 16
+            channels at a time. A layer with more units than ``round_to`` that loses any keeps a multiple of it. Above 1
+            every layer keeps some units. Null is 8 for units with ``global``, and 1 otherwise.
+        num_images: number of training images, 1 or more, that ``obd`` and ``gradient`` take gradients of.
 
     Raises:
-        ValueError: for a number out of its range, or a combination that makes no sense.
+        ValueError: if a number is outside its range, or if two arguments contradict each other.
     """
 
     def __init__(
@@ -70,31 +90,37 @@ class Pruner:
         round_to: int | None = None,
     ) -> None:
         if not 0 <= keep < 1:
-            raise ValueError(f"keep is {keep}, but it is a share of each layer: choose 0 or more, below 1.")
+            raise ValueError(f"keep is {keep}, but it is a share of each layer: choose a number from 0 to below 1.")
         if rates and scope == "global":
-            raise ValueError("rates are given, but scope is global, which ranks all layers together: set scope: layer.")
+            raise ValueError(
+                f"rates are {rates}, but scope is global, which ranks all layers together: set scope: layer, or leave "
+                "rates out."
+            )
         if any(rate < 0 for rate in (rates or {}).values()):
-            raise ValueError(f"rates are {rates}, but a factor on the share that goes is 0 or more.")
+            raise ValueError(f"rates are {rates}, but they multiply the share that is pruned: choose 0 or more.")
         if scope == "deviation" and (structure, criterion) != ("weights", "magnitude"):
             raise ValueError(
-                "scope is deviation, which compares magnitudes of weights: set structure and criterion so."
+                f"scope is deviation, but structure is {structure} and criterion is {criterion}: set structure: "
+                "weights and criterion: magnitude."
             )
         if num_images < 1:
-            raise ValueError(f"num_images is {num_images}: choose 1 or more.")
+            raise ValueError(f"num_images is {num_images}, but gradients need at least one image: choose 1 or more.")
         if budget == "macs" and (structure, scope) != ("units", "global"):
             raise ValueError(
-                f"budget is macs, but structure is {structure} and scope {scope}: zeros among weights save no "
-                "multiplication, and only a global ranking knows what is left; set structure: units, scope: global."
+                f"budget is macs, but structure is {structure} and scope is {scope}: only removed units save "
+                "multiplications, and only a global ranking counts those of the net; set structure: units and "
+                "scope: global."
             )
         if budget == "effective" and (structure != "weights" or scope == "deviation"):
             raise ValueError(
-                f"budget is effective, but structure is {structure} and scope {scope}: a unit goes with all its "
-                "weights, and deviation counts no share; set structure: weights, scope: global or layer."
+                f"budget is effective, but structure is {structure} and scope is {scope}: it counts single weights and "
+                "prunes a share of them; set structure: weights and scope: global or layer."
             )
         rounds = (structure, scope) == ("units", "global")
         if round_to is not None and (round_to < 1 or (round_to > 1 and not rounds)):
             raise ValueError(
-                f"round_to is {round_to}: it is 1 or more, and above 1 for structure: units, scope: global alone."
+                f"round_to is {round_to}, but structure is {structure} and scope is {scope}: choose 1 or more with "
+                "structure: units and scope: global, and 1 otherwise."
             )
         self.budget, self.round_to = budget, round_to or (8 if rounds else 1)
         self.structure, self.criterion, self.scope = structure, criterion, scope
@@ -103,34 +129,39 @@ class Pruner:
 
     @property
     def needs_images(self) -> bool:
+        """Whether the criterion takes gradients of images."""
         return self.criterion in ("obd", "gradient")
 
     @property
     def overshoots(self) -> bool:
-        """Whether a round can take more than it was asked for."""
+        """Whether a round can prune more than the amount asked for."""
         return (self.structure, self.scope) == ("units", "global") or self.budget == "effective"
 
     @property
     def counted(self) -> str:
-        """What the schedule's shares count."""
+        """The name of the quantity that the schedule's shares are shares of."""
         return "multiply-accumulates" if self.budget == "macs" else self.structure
 
     def groups(self, net: nn.Module, image_shape: tuple[int, int, int]) -> list[Group]:
         """The layers that are pruned, in the order of the net.
 
+        Layers that share their units, as a residual connection makes them, are one group.
+
         Args:
-            net: images ``[N, *image_shape]`` -> logits.
-            image_shape: (C, H, W); units are traced with such an image.
+            net: a net that maps images ``[N, *image_shape]`` to logits.
+            image_shape: shape (C, H, W) of an image, with which the units are traced.
 
         Raises:
-            ValueError: when an expression finds no layer, when nothing is left to prune, or a layer was included by
-                name whose units can not be removed.
+            ValueError: if a regular expression matches no layer, if no layer is left to prune, or if the units of an
+                included layer cannot be removed.
         """
         layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
         for argument, patterns in (("include", self.include), ("exclude", self.exclude or []), ("rates", self.rates)):
             for pattern in patterns:
                 if not any(re.search(pattern, name) for name in layers):
-                    raise ValueError(f"{argument} has {pattern!r}, which finds no layer: the net has {_some(layers)}.")
+                    raise ValueError(
+                        f"{argument} has {pattern!r}, which finds no layer: choose among the layers {_some(layers)}."
+                    )
         excluded = [f"^{re.escape(name)}$" for name in layers[-1:]] if self.exclude is None else self.exclude
         if self.exclude is None and self.structure == "units":
             excluded = [*excluded, f"^{re.escape(layers[0])}$"]
@@ -147,15 +178,21 @@ class Pruner:
             units, reasons = look_at_units(net, image_shape)
             refused = next((name for name in chosen if name not in units), None)
             if refused is not None:
-                raise ValueError(f"units of {refused} can not be removed: {reasons.get(refused, 'it is not traced')}")
+                raise ValueError(
+                    f"units of {refused} can not be removed: {reasons.get(refused, 'it is not traced')}. Add this "
+                    "layer to exclude."
+                )
             groups = []
-            for name in chosen:
+            for name in chosen:  # of coupled layers, the first stands for all
                 if not any(name in group.coupled for group in groups):
                     weight = f"{name}.weight"
                     others = tuple(parameter for parameter in units[name].parameters if parameter != weight)
                     groups.append(Group(name, (weight, *others), units[name].coupled, units[name].readers))
         if not groups:
-            raise ValueError("no layer is left to prune: include more layers, or exclude fewer.")
+            raise ValueError(
+                f"no layer is left to prune with include {self.include} and exclude {excluded}: include more layers, "
+                "or exclude fewer."
+            )
         return groups
 
     def prune(
@@ -170,20 +207,23 @@ class Pruner:
         seed: int = 0,
         image_shape: tuple[int, int, int] | None = None,
     ) -> Masks:
-        """New masks, with ``amount`` of what is left gone.
+        """New masks that prune ``amount`` of what the old masks leave.
 
         Args:
-            net: its weights are scored; not changed.
-            groups: from :meth:`groups`.
-            masks: those before; empty at first.
-            amount: share of what is left that goes, in [0, 1); for ``deviation`` the quality factor, ≥ 0.
-            images, labels: ``[N, C, H, W]`` as the net takes them and ``[N]``, where the criterion needs gradients.
-            seed: of the random criterion and of OBD's labels.
-            image_shape: (C, H, W), for the budget ``macs``.
+            net: the net whose weights are scored; it is not changed.
+            groups: the groups that :meth:`groups` returned for this net.
+            masks: the masks of the pruning before; an empty dict at first.
+            amount: share of what is left that is pruned, in [0, 1); for ``deviation`` the quality factor, 0 or more.
+            images: normalised training images ``[N, C, H, W]``, if the criterion needs gradients.
+            labels: class numbers ``[N]`` of the images, if the criterion needs gradients.
+            seed: seed of the criterion ``random`` and of the labels that ``obd`` draws; any int.
+            image_shape: shape (C, H, W) of an image, if the budget is ``macs``.
 
         Raises:
-            ValueError: when a layer (or with it an Inception's branch) would lose all it has; nothing has changed then.
+            ValueError: if a layer would lose all it has, so that nothing could pass through it. Nothing has changed
+                then.
         """
+        # `left` and `kept` hold a boolean mask for each group: of the weight's shape, or `[num_units]`.
         left = {group.layer: _left(net, group, masks, self.structure) for group in groups}
         scores = self._scores(net, groups, images, labels, seed)
         if self.scope == "deviation":
@@ -211,22 +251,35 @@ class Pruner:
         for group in groups:
             if not masks[group.parameters[0]].any():
                 raise ValueError(
-                    f"pruning would take all {self.structure} of {group.layer}, and nothing could pass through it: "
-                    "prune less, exclude it, set keep, or set scope: layer."
+                    f"the amount {amount:g} would take all {self.structure} of {group.layer}, so that nothing could "
+                    "pass through this layer: prune less, exclude the layer, set keep, or set scope: layer."
                 )
         return masks
 
     def share_gone(
         self, net: nn.Module, groups: list[Group], masks: Masks, image_shape: tuple[int, int, int] | None = None
     ) -> float:
-        """The share of what is :attr:`counted` that the masks take."""
+        """The share of the :attr:`counted` quantity that the masks remove, in [0, 1].
+
+        Args:
+            net: the net that the masks are for.
+            groups: the groups that :meth:`groups` returned for this net.
+            masks: the mask of each pruned parameter; an empty dict before the first pruning.
+            image_shape: shape (C, H, W) of an image, if the budget is ``macs``.
+        """
         if self.structure == "weights":
             return sparsity(masks, net)
         kept = {group.layer: int(_left(net, group, masks, self.structure).sum()) for group in groups}
         return self._share_without(net, groups, kept, image_shape)
 
     def most(self, net: nn.Module, groups: list[Group], image_shape: tuple[int, int, int] | None = None) -> float:
-        """The largest share that ``global`` can take, whatever the scores; see :meth:`share_gone`."""
+        """The largest share that the scope ``global`` can prune, whatever the scores are. See :meth:`share_gone`.
+
+        Args:
+            net: the net that is to be pruned.
+            groups: the groups that :meth:`groups` returned for this net.
+            image_shape: shape (C, H, W) of an image, if the budget is ``macs``.
+        """
         if self.structure == "weights":
             sizes = [net.get_parameter(group.parameters[0]).numel() for group in groups]
             return 1 - sum(round(self.keep * size) for size in sizes) / sum(sizes)
@@ -241,12 +294,13 @@ class Pruner:
         kept: Mapping[str, int],
         image_shape: tuple[int, int, int] | None,
     ) -> float:
+        """The share that is gone if each group keeps this number of units."""
         whole = {group.layer: len(net.get_parameter(group.parameters[0])) for group in groups}
         macs = self._macs(net, groups, image_shape)
         return 1 - (sum(kept.values()) / sum(whole.values()) if macs is None else macs(kept) / macs(whole))
 
     def _macs(self, net: nn.Module, groups: list[Group], image_shape: tuple[int, int, int] | None) -> Macs | None:
-        """What counts the cost, of the budget ``macs``."""
+        """A counter of the net's multiply-accumulates if the budget is ``macs``; otherwise ``None``, to count units."""
         if self.budget == "count":
             return None
         assert image_shape is not None, "multiply-accumulates depend on the image's size"
@@ -255,6 +309,7 @@ class Pruner:
     def _scores(
         self, net: nn.Module, groups: list[Group], images: Tensor | None, labels: Tensor | None, seed: int
     ) -> dict[str, Tensor]:
+        """The saliency of each group's weights, in the weight's shape, or of its units, ``[num_units]``."""
         if self.structure == "weights":
             names = [group.parameters[0] for group in groups]
             scores = saliency_of_weights(net, names, self.criterion, images, labels, seed)
@@ -266,10 +321,11 @@ class Pruner:
         return scores
 
     def _prune_global(self, scores: Mapping[str, Tensor], left: Mapping[str, Tensor], amount: float) -> Masks:
-        """The least of all layers together, but for the best ``keep`` of each."""
+        """Prune the weights of least score over all layers. The best ``keep`` of each layer are protected."""
+        # A protected weight gets the score infinity, so that it is last in the ranking.
         protected = {}
         for layer, score in scores.items():
-            num_kept = round(self.keep * score.numel())
+            num_kept = round(self.keep * score.numel())  # a share of the whole layer, not of what is left of it
             gone = 1 - num_kept / max(int(left[layer].sum()), 1)
             best = _without_least(score, left[layer], min(max(gone, 0.0), 1.0)) if num_kept else None
             protected[layer] = score if best is None else score.masked_fill(best, torch.inf)
@@ -277,19 +333,24 @@ class Pruner:
         flat_left = torch.cat([mask.flatten() for mask in left.values()])
         if round(amount * int(flat_left.sum())) > int((flat_left & ~flat.isinf()).sum()):
             raise ValueError(
-                f"keep is {self.keep} of each layer, but {100 * amount:g} % of what is left are to go, more than all "
-                "the rest: prune less, or keep less."
+                f"keep is {self.keep} of each layer, but {100 * amount:g} % of the weights that are left are to be "
+                "pruned, which is more than all others: prune less, or choose a smaller keep."
             )
         mask = _without_least(flat, flat_left, amount)
+        # back from one long vector to a mask for each layer
         pieces = mask.split([score.numel() for score in scores.values()])
         return {layer: piece.view(scores[layer].shape) for layer, piece in zip(scores, pieces, strict=True)}
 
     def _rate(self, layer: str) -> float:
+        """The factor of the first expression in ``rates`` that matches the layer; 1 without a match."""
         return next((rate for pattern, rate in self.rates.items() if re.search(pattern, layer)), 1.0)
 
 
 def _group_of_weights(net: nn.Module, layer: str, units: UnitGroup | None) -> Group:
-    """One layer's weights; where its units' readers are known, the biases and norms that go with a dead end."""
+    """The group of one layer's weights.
+
+    If the readers of its units are known, the group also names the biases and norms that are pruned with a dead end.
+    """
     others = [
         f"{module}.{key}"
         for module in (units.outputs if units else ())
@@ -300,7 +361,7 @@ def _group_of_weights(net: nn.Module, layer: str, units: UnitGroup | None) -> Gr
 
 
 def _left(net: nn.Module, group: Group, masks: Mapping[str, Tensor], structure: str) -> Tensor:
-    """What earlier rounds have left: ``[out, …]`` of a weight, ``[num_units]`` of units."""
+    """What earlier rounds have left of a group, as bools: the weight's shape for weights, ``[num_units]`` for units."""
     name = group.parameters[0]
     weight = net.get_parameter(name)
     if name not in masks:
@@ -310,7 +371,7 @@ def _left(net: nn.Module, group: Group, masks: Mapping[str, Tensor], structure: 
 
 
 def _without_least(scores: Tensor, left: Tensor, amount: float) -> Tensor:
-    """``left`` less its ``round(amount * count)`` entries of least score; of equal ones the first go."""
+    """``left`` without its ``round(amount * count)`` entries of least score. Of equal scores the first are removed."""
     num_gone = round(amount * int(left.sum()))
     order = scores.flatten().masked_fill(~left.flatten(), torch.inf).sort(stable=True).indices
     mask = left.flatten().clone()
@@ -319,15 +380,17 @@ def _without_least(scores: Tensor, left: Tensor, amount: float) -> Tensor:
 
 
 def _deviation(net: nn.Module, layer: str, left: Tensor) -> Tensor:
+    """The standard deviation of the layer's weights that are left."""
     return net.get_parameter(f"{layer}.weight").detach()[left].std()
 
 
 def _shaped(mask: Tensor, parameter: Tensor) -> Tensor:
-    """The mask in the parameter's type and number of dimensions, in its memory format where it is as large."""
+    """The mask with the parameter's type and number of dimensions; with its memory format if both shapes are equal."""
     if mask.shape == parameter.shape:
         return torch.empty_like(parameter).copy_(mask)
     return mask.to(parameter.dtype).view(-1, *[1] * (parameter.dim() - 1))
 
 
 def _some(names: list[str]) -> str:
+    """The first four names, and the number of the others."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

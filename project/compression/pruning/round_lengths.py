@@ -1,4 +1,4 @@
-"""What follows each pruning, and for how long: fine-tuning, rewinding, or new weights."""
+"""How the net is trained after each pruning, and for how long: fine-tuning, rewinding, or new weights."""
 
 import re
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ class RoundLengths:
     """Lengths of the dense training and of the rounds after it, in epochs and steps.
 
     Args:
-        after, epochs_per_round, rewind_to, finetune_lr: see
-            :class:`~project.compression.pruning.callback.IterativeMagnitudePruning`.
-        dense_epochs: of the dense training.
+        after, epochs_per_round, rewind_to, finetune_lr: the arguments of
+            :class:`~project.compression.pruning.callback.IterativeMagnitudePruning` with these names.
+        dense_epochs: number of epochs of the dense training, 1 or more; 0 until the trainer is known.
 
     Raises:
-        ValueError: for arguments out of their range, or that do not fit each other.
+        ValueError: if an argument is outside its range, or if two arguments contradict each other.
     """
 
     after: After
@@ -34,24 +34,32 @@ class RoundLengths:
         match = re.fullmatch(r"(\d+)(it|ep)?", str(self.rewind_to))
         if match is None or (match[2] is None and int(match[1])):
             raise ValueError(
-                f"rewind_to is {self.rewind_to!r}: write 0, a step such as 500it, or an epoch such as 2ep."
+                f"rewind_to is {self.rewind_to!r}, but it names a moment of the dense training: write 0, a step such "
+                "as 500it, or an epoch such as 2ep."
             )
         self._number, self._unit = int(match[1]), match[2] or "it"
         if self._number and self.after != "rewind":
             raise ValueError(
-                f"rewind_to is {self.rewind_to!r}, but after is {self.after!r}: set after: rewind, or leave it out."
+                f"rewind_to is {self.rewind_to!r}, but after is {self.after!r}: set after: rewind, or leave rewind_to "
+                "out."
             )
         if self.epochs_per_round is not None and self.epochs_per_round < 1:
-            raise ValueError(f"epochs_per_round is {self.epochs_per_round}: choose 1 or more, or null.")
+            raise ValueError(
+                f"epochs_per_round is {self.epochs_per_round}, but a round has at least one epoch: choose 1 or more, "
+                "or null for the length of the dense training."
+            )
         if self.finetune_lr <= 0:
             raise ValueError(
-                f"finetune_lr is {self.finetune_lr}, but it multiplies the learning rate: choose about 0.1."
+                f"finetune_lr is {self.finetune_lr}, but it multiplies the learning rate: choose a number above 0, "
+                "such as 0.1."
             )
 
     @property
     def round_epochs(self) -> int:
-        """Epochs of a round. A rewound one that lasts as long as its part of the dense training ends in whole epochs:
-        what is over trains at the schedule's last rate.
+        """Number of epochs of a round.
+
+        Rounds have whole epochs. If ``rewind_to`` is a step within an epoch, the round is longer than the part of the
+        dense training that it repeats. The steps that are over train at the schedule's last learning rate.
         """
         if self.epochs_per_round is not None:
             return self.epochs_per_round
@@ -59,10 +67,13 @@ class RoundLengths:
         return max(self.dense_epochs - skipped, 1)
 
     def rewind_step(self, trainer: Trainer) -> int:
+        """The optimizer step that ``rewind_to`` names, counted from 0."""
         return self._number if self._unit == "it" else round(self._number * steps_per_epoch(trainer))
 
     def phase(self, trainer: Trainer, number: int) -> Phase:
-        """What the optimizer of a round is for; of round 0, the dense training."""
+        """The part of the run that a round is: its length, its first step and its learning rate. Round 0 is the dense
+        training.
+        """
         if number == 0:
             return Phase(self.dense_epochs)
         if self.after == "rewind":
@@ -71,5 +82,5 @@ class RoundLengths:
 
 
 def steps_per_epoch(trainer: Trainer) -> float:
-    """Optimizer steps."""
+    """Number of optimizer steps in an epoch."""
     return trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1)

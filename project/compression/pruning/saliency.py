@@ -1,13 +1,17 @@
-"""Saliency: what a weight, or a whole unit, is worth to the loss. The least worth is pruned first.
+"""Saliency: an estimate of how much the loss needs a weight or a whole unit. The least saliency is pruned first.
 
-Magnitude: Han et al. 2015 (arXiv:1506.02626, sec. 3); of a filter, its L1 norm, Li et al. 2017 (arXiv:1608.08710, sec.
-3.1), here as the mean over the filter so that filters of several sizes compare.
-OBD: LeCun, Denker & Solla 1989, Optimal Brain Damage, eq. 5: ``h_kk w_k^2 / 2``, with the diagonal of the Gauss-Newton
-matrix from squared gradients of single images whose labels are drawn from the net's own prediction (Martens 2020,
-arXiv:1412.1193, sec. 9.2): no second derivative is needed. A unit is one gate at 1 on its norm's scale and shift, or
-without a norm on its weights and bias (Molchanov et al. 2019, arXiv:1906.10771, eq. 8 and sec. 3.3); its gradient is
-the sum of ``w g`` over them. A gate on weights and scale both would close twice.
-Gradient magnitude: ``|w g|``, Blalock et al. 2020 (arXiv:2003.03033, sec. 7.2). Random: the control.
+- ``magnitude``: Han et al. 2015 (arXiv:1506.02626, sec. 3). The score of a filter is its L1 norm, Li et al. 2017
+  (arXiv:1608.08710, sec. 3.1), here divided by the number of weights, so that filters of different sizes compare.
+- ``obd``: LeCun, Denker & Solla 1989, Optimal Brain Damage, eq. 5: ``h_kk w_k^2 / 2``. ``h_kk`` is the diagonal of the
+  Gauss-Newton matrix: the mean of squared gradients of single images, with labels drawn from the net's own prediction
+  (Martens 2020, arXiv:1412.1193, sec. 9.2). It needs no second derivative.
+- ``gradient``: ``|w g|``, Blalock et al. 2020 (arXiv:2003.03033, sec. 7.2).
+- ``random``: the control experiment.
+
+For ``obd`` and ``gradient`` a unit has a gate of value 1 (Molchanov et al. 2019, arXiv:1906.10771, eq. 8 and sec. 3.3).
+The gate multiplies the scale and shift of the unit's norm, or the unit's weights and bias if there is no norm. A gate
+on weights and scale together would count the unit twice. The gradient of the gate is the sum of ``w g`` over the
+parameters that it multiplies.
 """
 
 import zlib
@@ -21,20 +25,20 @@ from torch.func import functional_call, grad, vmap
 Criterion = Literal["magnitude", "obd", "gradient", "random"]
 Parameters = Mapping[str, Tensor]
 
-_CHUNK = 32  # images whose gradients are held in memory at once
+_CHUNK = 32  # number of images whose gradients are in memory at once
 
 
 def saliency_of_weights(
     net: nn.Module, names: list[str], criterion: Criterion, images: Tensor | None, labels: Tensor | None, seed: int
 ) -> dict[str, Tensor]:
-    """One score for every entry of each named parameter, in its shape; all ≥ 0.
+    """A score of 0 or more for every entry of each named parameter, in the parameter's shape.
 
     Args:
-        net: images ``[N, C, H, W]`` -> logits ``[N, K]``; evaluated in eval mode, left as it was.
-        names: of parameters.
-        criterion: magnitude and random look at no image.
-        images, labels: ``[N, C, H, W]``, ``[N]``: what gradients are taken of.
-        seed: of random scores, and of the labels drawn for OBD.
+        net: a net that maps images ``[N, C, H, W]`` to logits ``[N, K]``. It runs in eval mode and is not changed.
+        names: names of the parameters to score.
+        criterion: the kind of score; ``magnitude`` and ``random`` need no images.
+        images, labels: normalised images ``[N, C, H, W]`` and class numbers ``[N]`` that gradients are taken of.
+        seed: seed of the random scores, and of the labels drawn for ``obd``; any int.
     """
     weights = {name: net.get_parameter(name).detach() for name in names}
     if criterion == "magnitude":
@@ -58,13 +62,15 @@ def saliency_of_units(
     labels: Tensor | None,
     seed: int,
 ) -> dict[str, Tensor]:
-    """One score for every unit of each layer, ``[num_units]``; all ≥ 0.
+    """A score of 0 or more for every unit of each layer, ``[num_units]``.
 
     Args:
-        net: see :func:`saliency_of_weights`.
-        units: for each layer, the parameters whose slices along the first dimension belong to its units, the layer's
-            weight first.
-        criterion, images, labels, seed: see :func:`saliency_of_weights`.
+        net: a net that maps images ``[N, C, H, W]`` to logits ``[N, K]``. It runs in eval mode and is not changed.
+        units: names of the parameters whose first dimension is the layer's units, for each layer; the first is the
+            layer's weight.
+        criterion: the kind of score; ``magnitude`` and ``random`` need no images.
+        images, labels: normalised images ``[N, C, H, W]`` and class numbers ``[N]`` that gradients are taken of.
+        seed: seed of the random scores, and of the labels drawn for ``obd``; any int.
     """
     if criterion == "magnitude":
         return {layer: net.get_parameter(names[0]).detach().abs().flatten(1).mean(1) for layer, names in units.items()}
@@ -77,7 +83,7 @@ def saliency_of_units(
     weights = {name: net.get_parameter(name).detach() for names in units.values() for name in names}
 
     def gates(gradients: Parameters) -> dict[str, Tensor]:
-        """Gradients of single images ``[n, …]`` -> those of the units' gates ``[n, num_units]``."""
+        """From the gradients of single images ``[n, …]`` to the gradients of the units' gates ``[n, num_units]``."""
         return {
             layer: torch.stack([(gradients[name] * weights[name]).flatten(2).sum(2) if weights[name].dim() > 1
                                 else gradients[name] * weights[name] for name in names]).sum(0)
@@ -95,7 +101,7 @@ def saliency_of_units(
 
 
 def _gated(net: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The parameters that a unit's gate multiplies: those of the norms where each of the layers has one, else all."""
+    """The parameters that a unit's gate multiplies: the norms' if each layer has a norm, otherwise all."""
     owners = {name: net.get_submodule(name.rpartition(".")[0]) for name in names}
     layers = {owner for owner in owners.values() if isinstance(owner, nn.Conv2d | nn.Linear)}
     norms = set(owners.values()) - layers
@@ -110,9 +116,15 @@ def _mean_over_images(
     per_image: Callable[[Parameters], Parameters],
     seed: int | None,
 ) -> dict[str, Tensor]:
-    """The mean of ``per_image`` (gradients of single images, stacked) over the images; labels are drawn with a seed."""
+    """The mean over all images of ``per_image(gradients)``, whose gradients have one row for each image.
+
+    With a seed, the labels are drawn from the net's prediction; without one, the given labels are used.
+    """
     if images is None or labels is None or not len(images):
-        raise ValueError("the criterion needs gradients, but there are no images to take them of: give some.")
+        raise ValueError(
+            "the criterion needs gradients, but there are no images and labels to take them of: give some, or choose "
+            "the criterion magnitude."
+        )
     training = {module: module.training for module in net.modules()}
     net.eval()
     state = {**dict(net.named_parameters()), **dict(net.named_buffers())}
@@ -140,13 +152,13 @@ def _mean_over_images(
 
 @torch.no_grad()
 def _labels_of_the_net(net: nn.Module, images: Tensor, seed: int) -> Tensor:
-    """One class an image, drawn from the net's softmax; the same for a seed on every device."""
+    """One class number for each image, drawn from the net's softmax. A seed draws the same labels on every device."""
     probabilities = torch.cat([net(chunk).softmax(1) for chunk in images.split(256)]).cpu().double()
     generator = torch.Generator().manual_seed(seed)
     return torch.multinomial(probabilities, 1, generator=generator).squeeze(1).to(images.device)
 
 
 def _random(like: Tensor, seed: int, name: str) -> Tensor:
-    """Uniform scores that depend on the seed and the name alone."""
+    """Uniform random scores in [0, 1) that depend only on the seed and the name."""
     generator = torch.Generator().manual_seed(seed * 1_000_003 + zlib.crc32(name.encode()))
     return torch.rand(like.shape, generator=generator).to(like.device)

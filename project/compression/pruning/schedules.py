@@ -1,7 +1,7 @@
-"""How much goes when: one shot, iterative, an explicit list, or gradually while the net trains.
+"""Schedules: how much is pruned, and when. In one round, in equal rounds, by a list, or gradually during the training.
 
-Iterative: Han et al. 2015 (arXiv:1506.02626, sec. 3.4), Frankle & Carbin 2019 (arXiv:1803.03635, sec. 1). Gradual: Zhu
-& Gupta 2017 (arXiv:1710.01878, eq. 1).
+Rounds: Han et al. 2015 (arXiv:1506.02626, sec. 3.4), Frankle & Carbin 2019 (arXiv:1803.03635, sec. 1). Gradual: Zhu &
+Gupta 2017 (arXiv:1710.01878, eq. 1).
 """
 
 import math
@@ -10,31 +10,61 @@ from itertools import pairwise
 
 
 class Rounds(ABC):
-    """Prune, train on, and again: rounds that follow the training of the dense net."""
+    """Base class of schedules with rounds, which begin after the training of the dense net.
+
+    Each round prunes the net and trains it again. A subclass returns the amounts of its rounds.
+
+    Example::
+
+        >>> from project.compression import Rounds
+        >>> class Halving(Rounds):
+        ...     def amounts(self) -> list[float]:
+        ...         return [0.5, 0.5, 0.5]
+        >>> [Halving().level(number) for number in range(3)]
+        [0.5, 0.75, 0.875]
+    """
 
     @abstractmethod
     def amounts(self) -> list[float]:
-        """Share of what is left that goes, round by round (of :class:`QualityFactors`, the factors)."""
+        """For each round, the share of what is left that is pruned; for :class:`QualityFactors`, the factor."""
 
     def amount(self, number: int, gone: float) -> float:
-        """That of round ``number``, counted from 0, when the share ``gone`` is gone before it.
+        """The share of what is left that a round must prune to reach its level.
 
-        Where widths are round numbers, or dead ends go as well, a round takes more than was asked for; the next one
-        then takes less.
+        A round can prune more than its amount, if widths are multiples of ``round_to`` or if dead ends are pruned too.
+        The next round then prunes less.
+
+        Args:
+            number: number of the round, counted from 0.
+            gone: share of the dense net that is pruned before this round, in [0, 1).
         """
         return share_to_take(gone, self.level(number))
 
     def level(self, number: int) -> float:
-        """The share that is gone after round ``number``; -1 is the last."""
+        """The share of the dense net that is pruned after a round.
+
+        Args:
+            number: number of the round, counted from 0; -1 is the last round.
+        """
         amounts = self.amounts()
         return 1 - math.prod(1 - amount for amount in amounts[: number % len(amounts) + 1])
 
 
 class OneShot(Rounds):
-    """One round.
+    """Prunes in one round.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.IterativeMagnitudePruning
+              init_args:
+                schedule:
+                  class_path: project.compression.OneShot
+                  init_args: {sparsity: 0.8}
 
     Args:
-        sparsity: share that goes, in (0, 1).
+        sparsity: share of the dense net that is pruned, in (0, 1).
     """
 
     def __init__(self, sparsity: float = 0.9) -> None:
@@ -46,17 +76,27 @@ class OneShot(Rounds):
 
 
 class Iterative(Rounds):
-    """The same share of what is left in each round: after r rounds ``(1 - fraction)^r`` are left.
+    """Prunes the same share of what is left in each round: after r rounds the share ``(1 - fraction)^r`` is left.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.IterativeMagnitudePruning
+              init_args:
+                schedule:
+                  class_path: project.compression.Iterative
+                  init_args: {fraction: 0.2, rounds: 10}
 
     Args:
-        fraction: in (0, 1).
-        rounds: how many.
+        fraction: share of what is left that each round prunes, in (0, 1).
+        rounds: number of rounds, 1 or more.
     """
 
     def __init__(self, fraction: float = 0.2, rounds: int = 10) -> None:
         _check_share("fraction", fraction)
         if rounds < 1:
-            raise ValueError(f"rounds is {rounds}: choose 1 or more.")
+            raise ValueError(f"rounds is {rounds}, but it is a number of rounds: choose 1 or more.")
         self.fraction, self.rounds = fraction, rounds
 
     def amounts(self) -> list[float]:
@@ -64,10 +104,20 @@ class Iterative(Rounds):
 
 
 class Sparsities(Rounds):
-    """One round for each sparsity.
+    """Prunes to a given sparsity in each round.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.IterativeMagnitudePruning
+              init_args:
+                schedule:
+                  class_path: project.compression.Sparsities
+                  init_args: {levels: [0.5, 0.8, 0.9]}
 
     Args:
-        levels: shares that are gone after each round, in (0, 1), rising.
+        levels: shares of the dense net that are pruned after each round, in (0, 1), rising.
     """
 
     def __init__(self, levels: list[float]) -> None:
@@ -76,7 +126,7 @@ class Sparsities(Rounds):
         for level in levels:
             _check_share("levels", level)
         if any(before >= after for before, after in pairwise(levels)):
-            raise ValueError(f"levels is {levels}, but what is pruned stays pruned: give rising sparsities.")
+            raise ValueError(f"levels is {levels}, but pruned weights stay pruned: give rising sparsities.")
         self.levels = list(levels)
 
     def amounts(self) -> list[float]:
@@ -84,15 +134,32 @@ class Sparsities(Rounds):
 
 
 class QualityFactors(Rounds):
-    """Han's thresholds, for ``scope: deviation``: one factor on the standard deviations in each round.
+    """Prunes by Han's thresholds, together with ``scope: deviation``.
+
+    In each round, a layer's threshold is the round's factor times the standard deviation of its remaining weights.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.IterativeMagnitudePruning
+              init_args:
+                schedule:
+                  class_path: project.compression.QualityFactors
+                  init_args: {factors: [0.8, 1.0]}
+                pruner:
+                  class_path: project.compression.Pruner
+                  init_args: {scope: deviation}
 
     Args:
-        factors: above 0.
+        factors: a factor on the standard deviations for each round, above 0.
     """
 
     def __init__(self, factors: list[float]) -> None:
         if not factors or min(factors) <= 0:
-            raise ValueError(f"factors is {factors}: give one number above 0 for each round, such as [0.8, 1.0].")
+            raise ValueError(
+                f"factors is {factors}, but each round needs a factor above 0: give a list such as [0.8, 1.0]."
+            )
         self.factors = list(factors)
 
     def amounts(self) -> list[float]:
@@ -100,13 +167,27 @@ class QualityFactors(Rounds):
 
 
 class Gradual:
-    """While the dense net trains, ``final + (initial - final) * (1 - progress)^3`` between two epochs; no rounds.
+    """Prunes step by step during the dense training, without rounds.
+
+    Between ``begin_epoch`` and ``end_epoch`` the sparsity is ``final + (initial - final) * (1 - progress)^3``, where
+    ``progress`` rises from 0 to 1.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.IterativeMagnitudePruning
+              init_args:
+                schedule:
+                  class_path: project.compression.Gradual
+                  init_args: {final: 0.9, begin_epoch: 3, end_epoch: 20, every_n_steps: 50}
 
     Args:
         final: sparsity from ``end_epoch`` on, in (0, 1).
-        begin_epoch: first pruning; the epochs may be fractions.
-        end_epoch: last pruning; the epochs after it heal the net.
-        every_n_steps: optimizer steps between prunings.
+        begin_epoch: epoch of the first pruning, 0 or more; it may be a fraction, such as 1.5.
+        end_epoch: epoch of the last pruning, above ``begin_epoch`` and before the last epoch that is saved, so that the
+            pruned net is trained for some epochs; it may be a fraction, such as 10.5.
+        every_n_steps: number of optimizer steps from one pruning to the next, 1 or more.
         initial: sparsity at ``begin_epoch``, in [0, ``final``).
     """
 
@@ -116,29 +197,42 @@ class Gradual:
         _check_share("final", final)
         if not 0 <= begin_epoch < end_epoch:
             raise ValueError(
-                f"begin_epoch is {begin_epoch} and end_epoch {end_epoch}: begin at 0 or later, end after it."
+                f"begin_epoch is {begin_epoch} and end_epoch is {end_epoch}: choose a begin_epoch of 0 or more, and a "
+                "larger end_epoch."
             )
         if every_n_steps < 1:
-            raise ValueError(f"every_n_steps is {every_n_steps}: choose 1 or more.")
+            raise ValueError(f"every_n_steps is {every_n_steps}, but it is a number of steps: choose 1 or more.")
         if not 0 <= initial < final:
-            raise ValueError(f"initial is {initial}, but it lies between 0 and final ({final}).")
+            raise ValueError(f"initial is {initial}, but final is {final}: choose 0 or more, below final.")
         self.final, self.initial = final, initial
         self.begin_epoch, self.end_epoch, self.every_n_steps = begin_epoch, end_epoch, every_n_steps
 
     def sparsity_at(self, step: int, steps_per_epoch: float) -> float | None:
-        """The sparsity to prune to before optimizer step number ``step``; ``None`` where nothing is pruned."""
+        """The sparsity to prune to before an optimizer step; ``None`` if this step prunes nothing.
+
+        Args:
+            step: number of the optimizer step, counted from 0.
+            steps_per_epoch: number of optimizer steps in an epoch, above 0.
+        """
         begin, end = round(self.begin_epoch * steps_per_epoch), round(self.end_epoch * steps_per_epoch)
         if not begin <= step <= end or ((step - begin) % self.every_n_steps and step != end):
             return None
         progress = (step - begin) / max(end - begin, 1)
-        return self.final + (self.initial - self.final) * (1 - progress) ** 3
+        return self.final + (self.initial - self.final) * (1 - progress) ** 3  # Zhu & Gupta, eq. 1
 
 
 def share_to_take(before: float, after: float) -> float:
-    """The share of what is left at sparsity ``before`` whose loss brings sparsity ``after``."""
+    """The share of what is left at sparsity ``before`` that must be pruned to reach sparsity ``after``; 0 or more."""
     return max(0.0, 1 - (1 - after) / (1 - before))
 
 
 def _check_share(name: str, share: float) -> None:
+    """Check that an argument lies between 0 and 1, both excluded.
+
+    Raises:
+        ValueError: if it does not.
+    """
     if not 0 < share < 1:
-        raise ValueError(f"{name} has {share}, but it is a share that goes: choose a number between 0 and 1.")
+        raise ValueError(
+            f"{name} has {share}, but it is the share that is pruned: choose a number between 0 and 1, such as 0.8."
+        )

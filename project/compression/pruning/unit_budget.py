@@ -1,10 +1,12 @@
-"""Which units go when all layers compete: the least saliency per unit, or per multiply-accumulate that goes with it.
+"""The choice of units over all layers: the least saliency per unit, or per multiply-accumulate (MAC) that is saved.
 
-A greedy knapsack: the value of a step over its cost, as latency-aware pruning does it (Shen et al. 2022,
-arXiv:2110.10811, sec. 3.2), with multiply-accumulates (MACs) for cost. What a unit costs depends on what is left: a
-convolution's MACs are pixels x kernel x inputs x outputs, so that units of a layer get cheaper while its input shrinks.
-Each step therefore counts the net anew. A step is as many units of one layer as bring it to the next multiple of
-``round_to``; of a layer with no more units than that, it is one unit.
+It is a greedy knapsack. Each step removes the units with the least ratio of saliency to cost, as in latency-aware
+pruning (Shen et al. 2022, arXiv:2110.10811, sec. 3.2), here with MACs as the cost.
+
+The cost of a unit depends on the units that are left. A convolution's MACs are pixels x kernel x inputs x outputs, so
+that the units of a layer become cheaper while its input loses channels. Each step therefore counts the net's MACs
+again. A step removes as many units of one layer as bring its width to the next multiple of ``round_to``, or one unit of
+a layer that has no more units than ``round_to``.
 """
 
 import math
@@ -20,14 +22,16 @@ Readers = Mapping[str, int]
 
 
 class Macs:
-    """Multiply-accumulates of a net for one image, as a function of the units that its layers keep.
+    """Multiply-accumulates of a net for one image, as a function of the number of units that its layers keep.
 
-    Exact for convolutions and linear layers; what else multiplies (attention) is counted as in the whole net.
+    The count is exact for convolutions and linear layers. Other multiplications, such as those of attention, are
+    counted as in the whole net.
 
     Args:
-        net: with all its units.
-        image_shape: (C, H, W).
-        groups: name -> (layers whose outputs are the group's units, layers that read them -> inputs for each unit).
+        net: the net with all its units.
+        image_shape: shape (C, H, W) of an image.
+        groups: the layers whose outputs are a group's units, and the layers that read them, each with the number of its
+            inputs that one unit fills. The key of a group is the name of its first layer.
     """
 
     def __init__(
@@ -42,7 +46,7 @@ class Macs:
         self._groups = groups
 
     def __call__(self, kept: Mapping[str, int]) -> float:
-        """Of the whole net, with ``kept`` units in each group."""
+        """The multiply-accumulates of the whole net if each group keeps ``kept`` units."""
         outputs = {name: shape[0] for name, shape in self._shapes.items()}
         inputs = {name: shape[1] for name, shape in self._shapes.items()}
         for group, (writers, readers) in self._groups.items():
@@ -58,13 +62,14 @@ class Macs:
 
 
 def step_of(num_units: int, round_to: int) -> int:
-    """How many units of a layer of ``num_units`` go at once."""
+    """The number of units that one step removes from a layer of ``num_units`` units."""
     return round_to if num_units > round_to else 1
 
 
 def least_units(num_units: int, keep: float, round_to: int) -> int:
-    """How many units a layer of ``num_units`` never goes below."""
+    """The least number of units that a layer of ``num_units`` units keeps."""
     step = step_of(num_units, round_to)
+    # at least the share `keep`, at least one unit if round_to is above 1, and whole steps
     return math.ceil(max(math.ceil(keep * num_units), min(round_to - 1, 1)) / step) * step
 
 
@@ -77,21 +82,24 @@ def take_cheapest(
     round_to: int = 1,
     macs: Macs | None = None,
 ) -> dict[str, Tensor]:
-    """``left`` without the units that are worth least for what they cost.
+    """The masks ``left`` without the units of least saliency for their cost.
 
     Args:
-        scores: saliency of each layer's units ``[num_units]``, ≥ 0.
-        left: which of them are there, ``[num_units]`` of bool.
-        amount: share that goes, in [0, 1), of the units that are left, or with ``macs`` of its count; the last step may
-            overshoot by less than ``round_to`` units of one layer.
-        keep: share of each layer's ``num_units`` that stays.
-        round_to: a layer of more units than this that loses any keeps a multiple of it, and above 1 every layer keeps
-            some. At 1 and without ``keep`` a layer may lose all: the caller refuses.
-        macs: counts the cost; ``None`` counts units.
+        scores: saliency of each layer's units ``[num_units]``, 0 or more.
+        left: whether each unit is still there, bools ``[num_units]`` for each layer.
+        amount: share that is removed, in [0, 1), of the units that are left, or with ``macs`` of the present
+            multiply-accumulates. The last step may remove too much, by less than ``round_to`` units of one layer.
+        keep: share of each layer's ``num_units`` that stays, in [0, 1).
+        round_to: divisor of the widths, 1 or more. A layer with more units than ``round_to`` that loses any keeps a
+            multiple of it. Above 1 every layer keeps some units. At 1, and with ``keep`` 0, a layer may lose all: the
+            caller must refuse this.
+        macs: counter of the cost in multiply-accumulates; ``None`` counts units.
 
     Raises:
-        ValueError: when not so much can go.
+        ValueError: if ``keep`` and ``round_to`` protect so many units that ``amount`` cannot be removed.
     """
+    # For each layer, the units from the least score to the largest, and the sums of these scores: units are removed in
+    # this order. Units that are gone already have the score infinity and so come last.
     orders = {
         name: score.masked_fill(~left[name], torch.inf).sort(stable=True).indices for name, score in scores.items()
     }
@@ -107,11 +115,11 @@ def take_cheapest(
     now = cost(kept)
     target = now - round(amount * now) if macs is None else (1 - amount) * now
     while now > target * (1 + 1e-9):
-        best: tuple[float, str, int, float] | None = None
+        best: tuple[float, str, int, float] | None = None  # saliency per cost, layer, its new width, the new cost
         for name, count in kept.items():
             fewer = (count - 1) // steps[name] * steps[name]
             after = cost({**kept, name: max(fewer, 0)})
-            if fewer < least[name] or after >= now:  # where nothing arrives any more, nothing can be saved
+            if fewer < least[name] or after >= now:  # a layer that nothing reaches any more saves nothing
                 continue
             gone, then = present[name] - count, present[name] - fewer
             value = sums[name][then - 1] - (sums[name][gone - 1] if gone else 0.0)
@@ -120,7 +128,7 @@ def take_cheapest(
         if best is None:
             what = "units" if macs is None else "multiply-accumulates"
             raise ValueError(
-                f"{100 * amount:g} % of the {what} that are left are to go, but with keep {keep:g} and round_to "
+                f"{100 * amount:g} % of the {what} that are left are to be pruned, but with keep {keep:g} and round_to "
                 f"{round_to} the layers can not lose so many: prune less, choose a smaller keep or round_to, or "
                 "exclude fewer layers."
             )

@@ -1,4 +1,7 @@
-"""Training with weights and activations rounded to few bits, by :mod:`project.compression.qat.fake_quantization`."""
+"""Quantization-aware training: the last epochs run with weights and activations rounded to few bits.
+
+The mathematics and its papers are in :mod:`project.compression.qat.fake_quantization`.
+"""
 
 import logging
 
@@ -12,23 +15,31 @@ log = logging.getLogger(__name__)
 
 
 class QuantizationAwareTraining(Callback):
-    """Trains the last epochs with weights and activations rounded to few bits, so that the net gets used to it.
+    """Trains the last epochs with weights and activations rounded to few bits, so that the net adapts to the rounding.
 
-    Structure, checkpoints and keys stay those of the plain net: the rounding is in the forward pass alone, of training
-    and, once ranges are known, of validation, so that ``best.ckpt`` is the best net of these epochs as it will be
-    rounded. :class:`PostTrainingQuantization` after it writes the file, with a quantizer of as many bits. A fit that
-    begins with a trained net (``--ckpt_path`` its ``best.ckpt``) and a larger ``trainer.max_epochs`` goes on in the
-    schedule.
+    Only the forward pass rounds: in training and, when the ranges are known, in validation. So ``best.ckpt`` is the
+    epoch that is best after rounding. The structure of the net, its checkpoints and its keys do not change. To write
+    the quantized file, put :class:`~project.callbacks.PostTrainingQuantization` after this callback, with a quantizer
+    of the same number of bits. To continue from a trained net, set ``--ckpt_path`` to its ``best.ckpt`` and choose a
+    larger ``trainer.max_epochs``: the learning rate schedule continues.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.QuantizationAwareTraining
+              init_args: {begin_epoch: 25}
+            - class_path: project.callbacks.PostTrainingQuantization
 
     Args:
-        begin_epoch: the first epoch, from 0, that rounds, well after half of the training; null rounds from the fit's
-            first one on, for a trained net.
-        weight_bits: 2 to 8.
-        activations: round the layers' inputs to eight bits too.
-        reduce_range: round the weights as ``Quantizer.reduce_range`` does; choose the same value for both.
+        begin_epoch: first epoch that rounds, counted from 0; 0 or more, best well after half of the training. None
+            rounds from the first epoch of the fit on, which is meant for a trained net.
+        weight_bits: number of bits of the weights, 2 to 8.
+        activations: whether to round the inputs of the layers too, to eight bits.
+        reduce_range: whether to round the weights as ``Quantizer.reduce_range`` does. Choose the same value for both.
 
     Raises:
-        ValueError: for numbers out of their range.
+        ValueError: if a number is outside its range.
     """
 
     stages = ("integer training",)
@@ -52,13 +63,14 @@ class QuantizationAwareTraining(Callback):
         self.begun = False
         if trainer.max_epochs is not None and 0 < trainer.max_epochs <= (self.begin_epoch or 0):
             raise ValueError(
-                f"begin_epoch is {self.begin_epoch}, but training ends after {trainer.max_epochs} epochs: begin before."
+                f"begin_epoch is {self.begin_epoch}, but training ends after {trainer.max_epochs} epochs: begin "
+                "earlier, or train longer."
             )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch >= (self.begin_epoch or 0) and not self.begun:  # else it is a run resumed after it
+        if trainer.current_epoch >= (self.begin_epoch or 0) and not self.begun:  # begun: a resumed run
             self.begun = True
-            forget_best(trainer)
+            forget_best(trainer)  # float epochs are not compared with rounded ones
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         self._attach(pl_module)
@@ -68,13 +80,14 @@ class QuantizationAwareTraining(Callback):
             self._attach(pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Between epochs the net is a plain one, which other callbacks may copy or prune."""
+        """Restore the plain forward methods, so that other callbacks can copy or prune the net between epochs."""
         self.fake.detach_()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.fake.detach_()
 
     def _attach(self, module: LightningModule) -> None:
+        """Let the net round in its forward pass, once ``begin_epoch`` is reached."""
         assert isinstance(module, Classifier)
         if self.begun:
             self.fake.attach_(module.net)

@@ -1,12 +1,14 @@
-"""Rounding to few bits in the forward pass of training, with gradients as if there were none.
+"""Fake quantization: the forward pass of training rounds to few bits, and the gradient ignores the rounding.
 
-Jacob et al. 2018 (arXiv:1712.05877, sec. 3: ranges of activations as moving averages, of weights as they are);
-Krishnamoorthi 2018 (arXiv:1806.08342, sec. 3.2: a scale per output channel). The gradient is the straight-through
-estimator (Bengio et al. 2013, arXiv:1308.3432, sec. 3.3), zero where a value was clipped.
+Jacob et al. 2018 (arXiv:1712.05877, sec. 3): the range of activations is a moving average, and the range of weights is
+that of their present values. Krishnamoorthi 2018 (arXiv:1806.08342, sec. 3.2): one scale per output channel. The
+gradient is the straight-through estimator (Bengio et al. 2013, arXiv:1308.3432, sec. 3.3), and 0 where an activation
+was clipped.
 
-A convolution's and linear layer's inputs are rounded rather than its outputs: the tensors are the same, after pooling
-and concatenation, and what a layer feeds need not be known. Scales per channel make folding batch norm unnecessary: it
-multiplies each channel of a weight by one number, which its scale follows.
+The inputs of convolutions and linear layers are rounded, not their outputs. These are the same tensors, after pooling
+and concatenation, and no layer must know which layers read its output. Batch norm need not be folded before rounding:
+folding multiplies each output channel of a weight by one number, and the scale of that channel changes by the same
+number.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,15 +23,16 @@ _MOMENTUM = 0.01
 
 
 class FakeQuantization:
-    """Puts the rounding into a net's convolutions and linear layers and takes it out again.
+    """Adds the rounding to the convolutions and linear layers of a net, and removes it again.
 
     Args:
-        num_bits: of the weights, 2 to 8.
-        activations: round the layers' inputs to eight bits too.
-        reduce_range: round the weights as ``Quantizer.reduce_range`` does; without ``activations`` it has no effect.
+        num_bits: number of bits of the weights, 2 to 8.
+        activations: whether to round the inputs of the layers too, to eight bits.
+        reduce_range: whether to round the weights as ``Quantizer.reduce_range`` does. Without ``activations`` it has no
+            effect.
 
     Raises:
-        ValueError: for another number of bits.
+        ValueError: if the number of bits is outside its range.
     """
 
     def __init__(self, num_bits: int = 8, activations: bool = True, reduce_range: bool = True) -> None:
@@ -38,12 +41,12 @@ class FakeQuantization:
         self.num_bits = num_bits
         self.activations = activations
         self.reduce_range = reduce_range and activations
-        self._spans: dict[str, Tensor] = {}  # of each layer's inputs, low and high, on its device
+        self._spans: dict[str, Tensor] = {}  # range (low, high) of each layer's inputs, on its device
         self._layers: list[nn.Module] = []
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
-        """Of each layer's inputs: moving averages of the training batches' extremes."""
+        """The range (low, high) of each layer's inputs: moving averages of the extremes of the training batches."""
         return {name: (float(span[0]), float(span[1])) for name, span in self._spans.items()}
 
     @ranges.setter
@@ -51,7 +54,11 @@ class FakeQuantization:
         self._spans = {name: torch.tensor(span) for name, span in ranges.items()}
 
     def attach_(self, net: nn.Module) -> None:
-        """From now on the net rounds; once, however often it is said."""
+        """Let the net round in its forward pass. If it does so already, nothing changes.
+
+        Args:
+            net: net whose convolutions and linear layers round; their forward methods are replaced.
+        """
         if self._layers:
             return
         for name, module in net.named_modules():
@@ -63,7 +70,7 @@ class FakeQuantization:
                 self._layers.append(module)
 
     def detach_(self) -> None:
-        """The net computes as it did before; nothing happens where nothing was attached."""
+        """Remove the rounding, so that the net computes as before. Without a net attached, nothing happens."""
         for module in self._layers:
             del module.forward
         self._layers = []
@@ -75,6 +82,7 @@ class FakeQuantization:
         return plain(x, fake_weight(module.weight, self.num_bits, reduce_range=self.reduce_range), module.bias)
 
     def _round_activation(self, name: str, x: Tensor, *, update: bool) -> Tensor:
+        """The rounded inputs of a layer. In training its range is updated first."""
         if update or name not in self._spans:
             seen = _of_all_processes(x.detach().amin().float().clamp(max=0), x.detach().amax().float().clamp(min=0))
             known = self._spans.get(name, seen).to(seen.device)
@@ -84,15 +92,21 @@ class FakeQuantization:
 
 
 def _of_all_processes(low: Tensor, high: Tensor) -> Tensor:
-    """The lowest and the highest of a training in several processes, ``[2]``."""
-    ends = torch.stack([-low, high])
+    """The lowest and the highest value over all training processes, ``[2]``."""
+    ends = torch.stack([-low, high])  # one maximum gives both ends
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(ends, distributed.ReduceOp.MAX)
     return torch.stack([-ends[0], ends[1]])
 
 
 def fake_activation(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``x`` rounded to 256 values from ``low`` to ``high``, of which 0 is one; no gradient outside."""
+    """``x`` rounded to 256 values from ``low`` to ``high``; one of these values is 0. The gradient outside is 0.
+
+    Args:
+        x: activations of any shape.
+        low: lower end of the range, a scalar; 0 or below.
+        high: upper end of the range, a scalar; 0 or above.
+    """
     scale = ((high - low) / 255).clamp(min=1e-12)
     zero = (-low / scale).round()
     with torch.no_grad():
@@ -103,8 +117,14 @@ def fake_activation(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 
 def fake_weight(weight: Tensor, num_bits: int, *, reduce_range: bool = False) -> Tensor:
-    """``weight`` ``[out, ...]`` as :func:`project.deployment.int8.observers.round_weight` rounds it for the file, with
-    the gradient of ``weight``.
+    """The weight as it is rounded in the quantized file; the gradient is passed on to ``weight`` unchanged.
+
+    The rounding is that of :func:`project.deployment.int8.observers.round_weight`.
+
+    Args:
+        weight: float weight ``[out_channels, ...]``.
+        num_bits: number of bits, 2 to 8.
+        reduce_range: whether to limit the integers so that sums of products cannot overflow; see ``round_weight``.
     """
     integers, scales = round_weight(weight, num_bits, reduce_range=reduce_range)
     rounded = integers * scales.view(-1, *[1] * (weight.dim() - 1))

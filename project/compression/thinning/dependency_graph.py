@@ -1,15 +1,17 @@
-"""Which units can be removed from a net, and which slices of which modules go with them.
+"""The units that can be removed from a net, and the slices of other modules that must be removed with them.
 
-DepGraph: towards any structural pruning, Fang et al. 2023 (arXiv:2301.12900), section 3: layers whose widths are bound
-to each other form a group. The graph and the groups are those of the authors' package ``torch-pruning``; it only looks
-at a copy of the net. What the paper does not have: a group is kept only if its removal is exact, that is, if units
-whose own parameters are zero add nothing to any other. Three things are asked for:
+DepGraph: towards any structural pruning, Fang et al. 2023 (arXiv:2301.12900), section 3: layers whose widths depend on
+each other form a group. The graph and the groups come from the authors' package ``torch-pruning``, which is run on a
+copy of the net.
 
-- every operation between the units and their readers treats each channel on its own (a list of known ones; local
-  response norm, group norm and layer norm do not);
-- nothing makes something of nothing: with half of the units' parameters at zero, a forward pass is looked at, and the
-  readers must get exact zeros there (an activation with act(0) != 0 fails, and so would a wrong trace);
-- each module in the group has its own weights and runs once.
+Our addition to the paper: a group is accepted only if its removal is exact. This means that units whose own parameters
+are zero add nothing to any other unit. There are three conditions:
+
+- Every operation between the units and the layers that read them treats each channel on its own. A list names the
+  operations that do; local response norm, group norm and layer norm do not.
+- Zero stays zero. Half of the units' parameters are set to zero, and in a forward pass their readers must get exact
+  zeros from them. An activation with act(0) != 0 fails here, and so would a wrong trace.
+- Each module in the group has its own weights and runs once in a forward pass.
 """
 
 import re
@@ -29,7 +31,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
 _MIXING_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
-# Names of autograd nodes. Activations and arithmetic (whether 0 stays 0 is measured); over pixels; shapes.
+# Names of autograd nodes, in three groups: activations and arithmetic (whether 0 stays 0 is measured later); poolings
+# and other operations over pixels; changes of shape.
 _CHANNELWISE = re.compile(
     r"(Abs|Add|Celu|Clamp|ClampMax|ClampMin|Div|Elu|Exp|Expm1|Gelu|Hardshrink|Hardsigmoid|Hardswish|Hardtanh|LeakyRelu"
     r"|Log1p|LogSigmoid|Mish|Mul|NativeBatchNorm|Neg|Pow|PreluKernel|Relu|Sigmoid|Silu|Softplus|Softshrink|Sqrt|Sub"
@@ -41,12 +44,14 @@ _CHANNELWISE = re.compile(
 
 @dataclass(frozen=True)
 class UnitGroup:
-    """All that hangs on the units of one layer.
+    """The modules that depend on the units of one layer.
 
     Args:
-        num: number of units.
-        outputs: modules whose first dimension is these units, in their order: the layer, its norms, coupled layers.
-        inputs: (unit, input) pairs of each layer that reads the units; a flattened channel is several inputs.
+        num: number of units, 1 or more.
+        outputs: names of the modules whose parameters have these units as their first dimension, in the same order: the
+            layer, its norms, and coupled layers.
+        inputs: pairs (number of the unit, number of the reading layer's input), by the name of each layer that reads
+            the units. A unit has several inputs if its channel is flattened.
     """
 
     num: int
@@ -55,15 +60,19 @@ class UnitGroup:
 
 
 class _InexactError(Exception):
-    """Why the units of a layer stay."""
+    """The units of a layer cannot be removed exactly; the message is the reason."""
 
 
 def trace(net: nn.Module, image_shape: tuple[int, int, int]) -> tuple[dict[str, UnitGroup], dict[str, str]]:
-    """Groups of the layers whose units can be removed exactly, and for all other layers the reason why not.
+    """Find the layers whose units can be removed exactly.
 
     Args:
-        net: takes images ``[N, C, H, W]``; it is copied and stays as it is.
-        image_shape: (C, H, W).
+        net: a net that takes images ``[N, C, H, W]``; it is copied and not changed.
+        image_shape: shape (C, H, W) of an image.
+
+    Returns:
+        The group of each such layer, and for every other convolution or linear layer the reason why its units cannot be
+        removed; both by the layer's name.
     """
     with torch.inference_mode(False):
         tracer = _Tracer(evaluated_copy(net), example_images(image_shape))
@@ -71,7 +80,10 @@ def trace(net: nn.Module, image_shape: tuple[int, int, int]) -> tuple[dict[str, 
 
 
 def evaluated_copy(net: nn.Module) -> nn.Module:
-    """A copy in eval mode and float32 on the CPU. Activations work out of place: in place they hide in the graph."""
+    """A copy in eval mode, in float32, on the CPU.
+
+    Its activations do not work in place, because the trace does not see activations that do.
+    """
     copied = deepcopy(net).cpu().float().eval()
     for module in copied.modules():
         if getattr(module, "inplace", False):
@@ -80,12 +92,12 @@ def evaluated_copy(net: nn.Module) -> nn.Module:
 
 
 def example_images(image_shape: tuple[int, int, int], batch: int = 1) -> Tensor:
-    """The same random images each time, without a draw from the global generator."""
+    """Random images ``[batch, C, H, W]``. They are the same in each call, and no global random number is drawn."""
     return torch.randn(batch, *image_shape, generator=torch.Generator().manual_seed(0))
 
 
 def mask_(net: nn.Module, name: str, units: list[int]) -> None:
-    """Zero these units' slices of the parameters of the module ``name``, in place."""
+    """Set the parameters of some units of the module ``name`` to zero, in place."""
     with torch.no_grad():
         for parameter in net.get_submodule(name).parameters(recurse=False):
             parameter[units] = 0
@@ -93,7 +105,14 @@ def mask_(net: nn.Module, name: str, units: list[int]) -> None:
 
 @dataclass
 class _Tracer:
-    """One look at a net that may be spoiled."""
+    """Traces one net, which is changed by it.
+
+    Args:
+        net: a copy of the net, in eval mode.
+        images: a batch of images ``[N, C, H, W]`` for the forward passes.
+        groups: the groups found so far, by the name of their layer.
+        reasons: the reasons found so far why a layer has no group, by the layer's name.
+    """
 
     net: nn.Module
     images: Tensor
@@ -103,7 +122,7 @@ class _Tracer:
     def __post_init__(self) -> None:
         self.names = {module: name for name, module in self.net.named_modules()}
         self.num_calls: Counter[nn.Module] = Counter()
-        self.mixing: dict[Any, str] = {}  # autograd node of the output -> description of the norm
+        self.mixing: dict[Any, str] = {}  # for each norm that mixes channels: autograd node of its output, description
         self.num_owners = Counter(id(p) for _, p in self.net.named_parameters(remove_duplicate=False))
         with _silent():
             self.graph = self._build()
@@ -116,10 +135,11 @@ class _Tracer:
         self._refuse_what_does_not_vanish()
 
     def _build(self) -> Any:
-        import torch_pruning  # late: only thinning needs it
+        """The dependency graph of ``torch-pruning``. It follows the autograd graph of one forward pass."""
+        import torch_pruning  # imported here because only thinning needs it
 
         for parameter in self.net.parameters():
-            parameter.requires_grad_(parameter.is_floating_point())  # also frozen layers: autograd is the trace
+            parameter.requires_grad_(parameter.is_floating_point())  # frozen layers too, or autograd does not see them
         handles = [module.register_forward_hook(self._note) for module in self.net.modules()]
         with torch.enable_grad():
             graph = torch_pruning.DependencyGraph().build_dependency(
@@ -130,6 +150,7 @@ class _Tracer:
         return graph
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook: count the module's calls, and remember the norms that mix channels."""
         self.num_calls[module] += 1
         if isinstance(module, _MIXING_NORMS):
             self.mixing[output.grad_fn] = self._describe(module)
@@ -138,29 +159,43 @@ class _Tracer:
         return f"{self.names[module]} ({type(module).__name__})"
 
     def _group(self, layer: nn.Conv2d | nn.Linear) -> UnitGroup:
+        """The group of one layer's units.
+
+        ``torch-pruning`` lists all that would change if all units of the layer were removed. Each item of the list is a
+        module or an operation with pairs of indices: the number of the unit in the layer, and its number there.
+
+        Raises:
+            _InexactError: if an item does not treat each unit on its own.
+        """
         self._check_weights(layer)
         if layer not in self.graph.module2node:
-            raise _InexactError("it has no part in the output, so that nothing tells who reads its units")
+            raise _InexactError("it has no part in the output, so that the layers that read its units are not known")
         num = layer.weight.shape[0]
         prune_out = self.graph.get_pruner_of_module(layer).prune_out_channels
         items = list(self.graph.get_pruning_group(layer, prune_out, list(range(num))))
+        # Two reasons to refuse the group are looked for in the whole list first, whatever kind of item has them.
         for item in items:
             node = item.dep.target
             if node.grad_fn in self.mixing:
                 raise _InexactError(f"its channels are mixed in the statistics of {self.mixing[node.grad_fn]}")
             if node.type.name == "CONCAT" and node.module.offsets is None:
-                raise _InexactError("nothing tells where its units lie in a concatenation (is that flattened next?)")
+                raise _InexactError(
+                    "the position of its units in a concatenation is not known (is the concatenation flattened next?)"
+                )
         outputs: list[str] = []
         inputs: dict[str, list[tuple[int, int]]] = {}
         for item in items:
             node, module = item.dep.target, item.dep.target.module
             pairs = list(zip(item.root_idxs, item.idxs, strict=True))
+            # A layer that reads the units loses inputs: slices of the weight's second dimension.
             if isinstance(module, nn.Conv2d | nn.Linear) and self.graph.is_in_channel_pruning_fn(item.dep.handler):
                 self._check_weights(module)
                 inputs[self.names[module]] = pairs
                 continue
             if not node.outputs:
                 raise _InexactError("it gives the net's output: its units are the logits")
+            # The layer itself, its norms, and coupled layers lose units: slices of the first dimension. Each unit must
+            # have the same number there; it has not if the module sees a concatenation of several layers.
             if isinstance(module, nn.Conv2d | nn.Linear | _BatchNorm | _InstanceNorm):
                 self._check_weights(module)
                 if pairs != [(unit, unit) for unit in range(module.weight.shape[0])]:
@@ -171,12 +206,16 @@ class _Tracer:
         return UnitGroup(num, tuple(outputs), inputs)
 
     def _check_weights(self, module: Any) -> None:
-        """Refuse modules whose weights can not be sliced, or not for this group alone."""
+        """Refuse a module whose weights cannot be sliced, or cannot be sliced without changing something else.
+
+        Raises:
+            _InexactError: for such a module.
+        """
         who = self._describe(module)
         if "weight" not in module._parameters:
             raise _InexactError(f"the weight of {who} is computed from other parameters")
         if module.weight is None:
-            raise _InexactError(f"{who} has no scale and shift that could be zero with the unit (affine=False)")
+            raise _InexactError(f"{who} has no scale and shift that could be zero for the unit (affine=False)")
         if getattr(module, "groups", 1) > 1:
             raise _InexactError(f"{who} is a grouped convolution")
         if any(self.num_owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
@@ -185,16 +224,25 @@ class _Tracer:
             raise _InexactError(f"{who} runs more than once in a forward pass")
 
     def _check_operation(self, node: Any) -> None:
+        """Refuse an operation that may mix channels, or that adds parameters of its own.
+
+        Raises:
+            _InexactError: for such an operation.
+        """
         if isinstance(node.module, nn.Parameter):
             raise _InexactError("its units meet a parameter that belongs to no layer")
         if isinstance(node.module, nn.PReLU) and node.module.num_parameters > 1:
             raise _InexactError(f"its units have slopes of their own in {self._describe(node.module)}")
+        # A node without inputs is a view of a layer's weight, before the layer uses it. It has no channels to mix.
         if node.inputs and (not _CHANNELWISE.fullmatch(node.grad_fn.name()) or _pools_channels(node.grad_fn)):
-            # Without inputs it is a view of some layer's weight, on its way into the layer.
             raise _InexactError(f"its units pass through {node.grad_fn.name()}, which may mix channels")
 
     def _refuse_what_does_not_vanish(self) -> None:
-        """Zero half of the units of every group; what is then read of these units must be exactly zero."""
+        """Remove the groups whose readers do not get exact zeros from units that have zero parameters.
+
+        The test sets half of the units of every group to zero, all groups at once, and runs the net. This changes the
+        net.
+        """
         masked = {layer: _random_half(group) for layer, group in self.groups.items()}
         for layer, group in self.groups.items():
             for name in group.outputs:
@@ -205,16 +253,16 @@ class _Tracer:
                 if any(alive[reader][index] for unit, index in pairs if unit in masked[layer]):
                     self.groups.pop(layer, None)
                     self.reasons[layer] = (
-                        f"its units do not vanish with their weights: {reader} still reads other values than 0 "
-                        "from them (an activation with act(0) != 0 on the way, or a constant added)"
+                        f"its units are not 0 if their weights are 0: {reader} still reads other values than 0 from "
+                        "them (is there an activation with act(0) != 0 before it, or is a constant added?)"
                     )
 
     def _nonzero_inputs(self) -> dict[str, list[bool]]:
-        """For every layer and each of its inputs: was anything but zero read?"""
+        """For every layer that runs, and each of its inputs, whether the layer read any value other than zero."""
         alive: dict[str, list[bool]] = {}
 
         def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            images = args[0].movedim(1 if isinstance(module, nn.Conv2d) else -1, 0)
+            images = args[0].movedim(1 if isinstance(module, nn.Conv2d) else -1, 0)  # the inputs first: [in, ...]
             alive[self.names[module]] = (images.flatten(1) != 0).any(dim=1).tolist()
 
         for module in self.net.modules():
@@ -226,21 +274,26 @@ class _Tracer:
 
 
 def _random_half(group: UnitGroup) -> set[int]:
-    """Random, since a wrong offset in a trace is even as a rule; the same for all layers that share the units."""
+    """The number 0 and a random half of the other units; the same numbers for all layers that share the units.
+
+    The choice is random to find wrong offsets in a trace. These are mostly even, and would hide in a regular pattern.
+    """
     draw = Random(min(group.outputs))
     return {0} | {unit for unit in range(1, group.num) if draw.random() < 0.5}
 
 
 def _pools_channels(grad_fn: Any) -> bool:
-    """Whether a mean or sum runs over other dimensions than the pixels' two."""
+    """Whether the operation is a mean or sum over the batch or the channels, not only over the two pixel dimensions."""
     if not grad_fn.name().startswith(("Mean", "Sum")):
         return False
     dims, num_dims = getattr(grad_fn, "_saved_dim", (0,)), len(grad_fn._saved_self_sym_sizes)
-    return any((dim - 2**64 if dim >= 2**63 else dim) % num_dims < 2 for dim in dims)  # -1 is kept as 2^64 - 1
+    # Autograd stores a negative dimension as an unsigned 64-bit number: -1 is 2^64 - 1.
+    return any((dim - 2**64 if dim >= 2**63 else dim) % num_dims < 2 for dim in dims)
 
 
 @contextmanager
 def _silent() -> Iterator[None]:
+    """Hide the warnings and the prints of ``torch-pruning``."""
     with warnings.catch_warnings(), redirect_stdout(StringIO()):
         warnings.simplefilter("ignore")
         yield

@@ -1,10 +1,10 @@
-"""Weight sharing after training and pruning: few values for each layer's weights, which go on learning.
+"""Weight sharing after training and pruning: each layer keeps a few different weight values, which are trained further.
 
 Han, Mao & Dally 2016, Deep Compression (arXiv:1510.00149, sec. 3); the mathematics is in
-:mod:`project.compression.weight_sharing.codebook`. While the shared values learn, batch norm takes the batch's
-statistics as in any training; afterwards, in the finished file, norms become scale and shift, and these and the biases
-are rounded (:mod:`project.compression.norm_folding`): folded before, it would train without the normalisation that it
-is used to.
+:mod:`project.compression.weight_sharing.codebook`. While the shared values are trained, batch norm uses the statistics
+of the batch, as in any training. Norms are folded only at the end: in the finished checkpoint they are a scale and a
+shift, and these and the biases are rounded (:mod:`project.compression.norm_folding`). If the norms were folded earlier,
+the net would train without the normalisation that it was trained with.
 """
 
 import logging
@@ -33,38 +33,55 @@ from project.learning.classifier import Classifier, Phase
 log = logging.getLogger(__name__)
 
 _FINISHED = "weight_sharing"
-"""Stands in a checkpoint whose weights are shared and whose norms are folded: bits by weight."""
+"""The checkpoint key that marks shared weights and folded norms. Its value: the number of bits by weight name."""
 
 
 class WeightSharing(Callback):
-    """Trains ``trainer.max_epochs`` and the rounds of a pruning before it, then shares and trains on for ``epochs``.
+    """Shares the weights of each layer when training is over, and trains the shared values for ``epochs`` more epochs.
 
-    A run that is trained already is shared at once by ``fit --ckpt_path`` with its ``last.ckpt`` and the same
-    ``max_epochs``, a thinned ``best.ckpt``, which is at epoch 0, with ``trainer.max_epochs`` 0.
+    The epochs of ``trainer.max_epochs`` and the rounds of a pruning callback run first. To share the weights of a run
+    that is already trained, call ``fit --ckpt_path`` with its ``last.ckpt`` and the same ``trainer.max_epochs``. A
+    thinned ``best.ckpt`` is at epoch 0, so it needs ``trainer.max_epochs`` 0.
 
-    Sharing begins with the best epoch of what was before, which stays as ``checkpoints/level_<n>.ckpt``. From there on
-    Adam trains the shared values by the sums of their weights' gradients, with half a cosine to nothing; norms, biases
-    and layers that are not shared go on with the run's optimizer and schedule, begun anew after its warm-up. Zeros stay
-    zeros. At the end the best of these epochs is finished: ``best.ckpt`` and ``level_<n+1>.ckpt`` hold weights of at
-    most ``2 ** bits`` values of float16 and 0, norms that are scale and shift, and both of them and biases of few bits.
-    A finished net is not meant to be trained on: batch norm would take the batches' statistics again.
+    Sharing starts from the best epoch so far, which stays as ``checkpoints/level_<n>.ckpt``. Then Adam trains the
+    shared values: the gradient of a value is the sum of the gradients of its weights, and the learning rate falls to 0
+    along half a cosine. Zeros stay zeros. Norms, biases and layers that are not shared are trained by the run's own
+    optimizer, which is created anew. Its schedule starts again at the point after the warm-up.
 
-    Codebooks, their optimizer and the assignments lie in the run's checkpoints: ``fit --resume`` goes on bit for bit.
-    An :class:`~project.callbacks.EMA` begins anew with sharing and averages the shared values.
+    At the end the best epoch with shared weights is finished and written to ``best.ckpt`` and ``level_<n+1>.ckpt``.
+    There a shared layer has at most ``2 ** bits`` float16 values and 0, norms are a scale and a shift, and norms and
+    biases have ``vector_bits`` bits. Do not train a finished net further: batch norm would use the statistics of the
+    batches again.
+
+    The checkpoints of the run hold the codebooks, their optimizer and the assignments of the weights, so
+    ``fit --resume`` gives the same bits as a run without a stop. An :class:`~project.callbacks.EMA` starts its averages
+    again when sharing begins, and averages the shared values.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.WeightSharing
+              init_args:
+                sharer:
+                  class_path: project.compression.Sharer
+                  init_args: {bits: 4}
+                epochs: 2
 
     Args:
-        sharer: what is shared, and among how many values.
-        epochs: of training with shared weights, 1 or more, after all others.
-        lr: Adam's first rate for the shared values, relative to the root mean square of a layer's codebook.
-        finetune_lr: factor on the run's learning rate for what is not shared, above 0.
-        vector_bits: of norms' scales and shifts and of biases in the finished file, 2 to 16.
-        num_images: training images that batch norm's statistics are taken from anew at the end; 0 keeps those of
-            training.
-        report: add a row to ``report.csv`` and ``report.md``.
-        latency: measure the speed for it.
+        sharer: layers to share and the number of values of each; None means 4 bits for all layers.
+        epochs: number of epochs with shared weights, 1 or more; they follow all other epochs.
+        lr: first learning rate of Adam for the shared values, relative to the root mean square of a layer's shared
+            values; above 0.
+        finetune_lr: factor on the run's learning rate for all parameters that are not shared; above 0.
+        vector_bits: number of bits of norm scales, norm shifts and biases in the finished checkpoint; 2 to 16.
+        num_images: number of training images for new batch norm statistics at the end; 0 or more. With 0, the
+            statistics of training stay.
+        report: whether to add a row to ``report.csv`` and ``report.md``.
+        latency: whether to measure the latency for this row.
 
     Raises:
-        ValueError: for numbers outside their range.
+        ValueError: if a number is outside its range.
     """
 
     stages = ("shared weights", "smaller net")
@@ -85,20 +102,20 @@ class WeightSharing(Callback):
             raise ValueError(f"epochs is {epochs}, but shared weights are saved after an epoch: choose 1 or more.")
         for name, rate in (("lr", lr), ("finetune_lr", finetune_lr)):
             if not rate > 0:
-                raise ValueError(f"{name} is {rate}, but it is a rate of learning: choose a number above 0.")
+                raise ValueError(f"{name} is {rate}, but it scales a learning rate: choose a number above 0.")
         if not 2 <= vector_bits <= 16:
             raise ValueError(f"vector_bits is {vector_bits}: choose 2 to 16, such as 8.")
         if num_images < 0:
-            raise ValueError(f"num_images is {num_images}, but it is a count: choose 0 or more.")
+            raise ValueError(f"num_images is {num_images}, but it is a number of images: choose 0 or more.")
         self.sharer = sharer or Sharer()
         self.epochs, self.lr, self.finetune_lr = epochs, lr, finetune_lr
         self.vector_bits, self.num_images = vector_bits, num_images
         self.report, self.latency = report, latency
         self.codebook: Codebook | None = None
         self.bits: dict[str, int] = {}
-        """By the names of shared weights."""
+        """The number of bits of each shared weight, by the weight's name. Empty before sharing begins."""
         self._begin = 0  # the first epoch with shared weights
-        self._num_steps = 0  # taken by the codebook
+        self._num_steps = 0  # steps of the codebook's optimizer so far
         self._optimizer: torch.optim.Adam | None = None
         self._optimizer_state: dict[str, Any] = {}
 
@@ -112,19 +129,23 @@ class WeightSharing(Callback):
         self.sharer.layers(pl_module.net)
         if (self.sharer.budget_bytes or self.num_images) and not isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
             raise ValueError(
-                "budget_bytes and num_images take training images, but there is no ImageDataModule: give one, or set "
-                "bits and num_images: 0."
+                "budget_bytes and num_images need training images, but the run has no ImageDataModule: give one, or "
+                "set budget_bytes: null and num_images: 0."
             )
         self.codebook, self.bits, self._optimizer, self._optimizer_state, self._num_steps = None, {}, None, {}, 0
         self._begin = trainer.max_epochs
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
-            log.info("fast_dev_run trains one batch and shares no weights: the layers were looked up, no more")
+            log.info("fast_dev_run shares no weights: it trains one batch, and only the layer names were checked")
             return
         trainer.fit_loop.max_epochs = self._begin + self.epochs
+        # The schedule must not count the added epochs. A pruning callback has already set the phase of its round.
         pl_module.phase = pl_module.phase or Phase(max(self._begin, 1))
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """The optimizer that is made next is that of the shared epochs, when the checkpoint is of one of them."""
+        """Choose the schedule of the shared epochs if the checkpoint was written during one of them.
+
+        Lightning creates the run's optimizer and schedule after this hook.
+        """
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if trainer.training and state and state["bits"] and isinstance(pl_module, Classifier):
             pl_module.phase = self._phase(trainer, pl_module)
@@ -135,7 +156,7 @@ class WeightSharing(Callback):
             self._optimize(self.codebook.to_(pl_module.device))
         elif self._begin == 0 and trainer.ckpt_path is None:
             raise ValueError(
-                "max_epochs is 0, but weights that were never trained are not worth sharing: give ckpt_path."
+                "trainer.max_epochs is 0, so that random weights would be shared: give trained weights as --ckpt_path."
             )
         elif trainer.current_epoch > self._begin and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
@@ -152,16 +173,20 @@ class WeightSharing(Callback):
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """The codebook's step; the run's optimizer then finds no gradients of shared weights and leaves them alone."""
+        """Take the step of the shared values.
+
+        Afterwards the gradients of the shared weights are None, so that the run's optimizer skips these weights.
+        """
         if self.codebook is None or self._optimizer is None:
             return
         assert isinstance(pl_module, Classifier)
+        # trainer.max_epochs includes the shared epochs by now: steps per epoch, times the shared epochs.
         total = self.epochs * trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1)
         self._num_steps += 1
         factor = (1 + math.cos(math.pi * min(self._num_steps / total, 1))) / 2
         gradients = self.codebook.gradients(pl_module.net)
         for group, name in zip(self._optimizer.param_groups, gradients, strict=True):
-            group["lr"] = self.lr * group["scale"] * factor
+            group["lr"] = self.lr * group["scale"] * factor  # scale: root mean square of the layer's values
             group["params"][0].grad = gradients[name]
         self._optimizer.step()
         self.codebook.write_(pl_module.net)
@@ -172,7 +197,7 @@ class WeightSharing(Callback):
         assert isinstance(pl_module, Classifier)
         run = run_of(trainer)
         if trainer.current_epoch < (trainer.max_epochs or 0):
-            log.warning("stopped before the shared weights were trained: the finished net waits for fit --resume")
+            log.warning("the run stopped before the shared weights were trained: continue it with fit --resume")
             return
         if run is None or self.codebook is None or not (run.best_checkpoint.is_file() or run.last_checkpoint.is_file()):
             return
@@ -188,7 +213,7 @@ class WeightSharing(Callback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, Classifier):
-            trainer.fit_loop.max_epochs = min(trainer.max_epochs or 0, self._begin)  # pruning has restored its own
+            trainer.fit_loop.max_epochs = min(trainer.max_epochs or 0, self._begin)  # pruning has reset it already
             pl_module.phase = None
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -210,6 +235,7 @@ class WeightSharing(Callback):
     # -- sharing -------------------------------------------------------------------------------------------------
 
     def _share(self, trainer: Trainer, module: Classifier) -> None:
+        """Begin the shared epochs: cluster the weights of the best net and start both optimizers."""
         self._keep_level(trainer, module)
         self.bits = self._choose_bits(trainer, module)
         self.codebook = Codebook.of(module.net, self.bits, self.sharer.start, _seed(trainer))
@@ -218,7 +244,7 @@ class WeightSharing(Callback):
         module.phase = self._phase(trainer, module)
         trainer.strategy.setup_optimizers(trainer)
         if (pruning := self._pruning(trainer)) is not None:
-            pruning.hold(trainer, module)
+            pruning.hold(trainer, module)  # the masks must follow the new optimizer
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, EMA):
                 callback.restart()
@@ -228,7 +254,7 @@ class WeightSharing(Callback):
         log.info("the weights of %d layers are shared: about %.1f kB entropy coded", len(centers), size / 1000)
 
     def _keep_level(self, trainer: Trainer, module: Classifier) -> None:
-        """The best epoch before sharing, under its own name, becomes the net that is shared."""
+        """Keep the best checkpoint so far as ``level_<n>.ckpt`` and load its weights, which are shared next."""
         pruning, run = self._pruning(trainer), getattr(trainer, "run", None)
         if pruning is not None:
             pruning.keep_level(trainer, module)
@@ -242,7 +268,7 @@ class WeightSharing(Callback):
         if kept.is_file():
             checkpoint = torch.load(kept, map_location="cpu", weights_only=True)
             module.load_state_dict(checkpoint["state_dict"])
-        elif trainer.checkpoint_callbacks:  # a fit that began with another run's checkpoint (--ckpt_path)
+        elif trainer.checkpoint_callbacks:  # the fit began with the checkpoint of another run (--ckpt_path)
             part = kept.with_name(f".{kept.name}")
             trainer.save_checkpoint(part)
             if trainer.is_global_zero:
@@ -250,17 +276,19 @@ class WeightSharing(Callback):
             trainer.strategy.barrier()
 
     def _choose_bits(self, trainer: Trainer, module: Classifier) -> dict[str, int]:
+        """The number of bits by weight name: the sharer's own, or those within its budget."""
         bits = self.sharer.layers(module.net)
         if self.sharer.budget_bytes is None:
             return bits
         images = _images(trainer, self.sharer.num_images).to(module.device)
         options = measure_options(deepcopy(module.net), list(bits), images, self.sharer.start, _seed(trainer))
+        # All processes must use the same bits, so the first process chooses.
         chosen: dict[str, int] = trainer.strategy.broadcast(choose_bits(options, self.sharer.budget_bytes))
         log.info("bits under the budget: %s", ", ".join(f"{name} {number}" for name, number in chosen.items()))
         return chosen
 
     def _optimize(self, codebook: Codebook) -> None:
-        """Adam for the centers: whole layers of unlike size and scale learn at one speed."""
+        """Create Adam for the centers, with a learning rate for each layer that is relative to its values."""
         scales = [float(centers[1:].square().mean().sqrt()) for centers in codebook.centers.values()]
         groups = [
             {"params": [centers], "scale": scale}
@@ -272,40 +300,48 @@ class WeightSharing(Callback):
             self._optimizer_state = {}
 
     def _finish(self, trainer: Trainer, module: Classifier, run: Run) -> None:
-        """The best checkpoint as a file of shared values alone; once, since folded statistics are gone."""
+        """Write ``best.ckpt`` with shared weights and folded norms.
+
+        This happens once, because folding removes the batch norm statistics.
+        """
         source = run.best_or_last
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
         if _FINISHED in checkpoint:
             return
         assert self.codebook is not None
         small, codebook = with_weights(module, checkpoint), self.codebook.to_("cpu")
-        codebook.gather_(small.net)  # EMA's weights are averages of the codebook over time
+        codebook.gather_(small.net)  # with EMA, the best weights are averages, not the last centers
         codebook.write_(small.net)
         if self.num_images:
             reestimate_statistics_(small.net, _images(trainer, self.num_images))
-        fold_norms_(small.net)
+        fold_norms_(small.net)  # needs the final statistics, and rounding needs the folded vectors
         round_vectors_(small.net, self.vector_bits)
         finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.bits}
         write_whole(run.best_checkpoint, lambda part: torch.save(finished, part))
 
     def _phase(self, trainer: Trainer, module: Classifier) -> Phase:
-        """The run's schedule over the shared epochs, but for its warm-up, which may be longer than these."""
+        """The run's schedule over the shared epochs, without its warm-up.
+
+        The phase is longer by the warm-up and starts at its end, because the warm-up may be longer than ``epochs``.
+        """
         warmup = math.ceil(module.schedule.warmup_epochs)
         first = round(warmup * trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1))
         return Phase(warmup + self.epochs, first, self.finetune_lr)
 
     def _level(self, trainer: Trainer) -> int:
-        """The number of the level that is shared."""
+        """The number n of the checkpoint ``level_<n>.ckpt`` whose weights are shared."""
         pruning = self._pruning(trainer)
         return 0 if pruning is None else pruning.round
 
     @staticmethod
     def _pruning(trainer: Trainer) -> Any | None:
+        """The pruning callback of the run, or None."""
         callbacks = trainer.callbacks  # type: ignore[attr-defined]
         return next((each for each in callbacks if "pruning" in stages_of(each)), None)
 
 
 def _images(trainer: Trainer, count: int) -> Tensor:
+    """Training images ``[N, C, H, W]``, normalised and not augmented, at most ``count``."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     assert isinstance(data, ImageDataModule)
     images: Tensor = data.sample(count)[0]
@@ -313,5 +349,6 @@ def _images(trainer: Trainer, count: int) -> Tensor:
 
 
 def _seed(trainer: Trainer) -> int:
+    """The seed of the run, or 0 without an ImageDataModule."""
     data = trainer.datamodule  # type: ignore[attr-defined]
     return data.run_seed if isinstance(data, ImageDataModule) else 0

@@ -1,4 +1,4 @@
-"""What weight sharing does not go together with, said before the first step."""
+"""Checks before the first training step: which settings and callbacks weight sharing cannot be combined with."""
 
 import math
 
@@ -9,57 +9,63 @@ from project.compression.company import Company, check_company
 from project.learning.classifier import Classifier
 
 _INTEGERS = (
-    "integers with a scale per channel replace a layer's few values by others, so that both losses add up and nothing "
-    "is saved: drop one"
+    "integers with a scale per channel replace the shared values of a layer, so that the accuracy suffers twice and no "
+    "bytes are saved: remove one of the two"
 )
 COMPANY = Company(
     never={
-        "early stopping": "it would end the run before or amid weight sharing: leave it out and choose a smaller "
-        "max_epochs",
-        "low rank": "both end a run with their best net: share in a second run, fit --ckpt_path checkpoints/best.ckpt "
-        "of the first with trainer.max_epochs 0",
+        "early stopping": "it would end the run before or during weight sharing: remove it and choose a smaller "
+        "trainer.max_epochs",
+        "low rank": "both end a run with a best.ckpt of their own: share the weights in a second run, which is fit "
+        "with --ckpt_path set to the first run's checkpoints/best.ckpt and --trainer.max_epochs 0",
         "integer training": _INTEGERS,
         "integer file": _INTEGERS,
         "units removed at the end": "pruning removes units at the end of the run, after the weights were shared: set "
-        "thin: false, or share in a second run: fit --ckpt_path with the first one's best.ckpt and "
+        "thin: false, or share in a second run: fit with --ckpt_path set to the first run's best.ckpt and "
         "--trainer.max_epochs 0",
     },
-    after={"pruning": "what is pruned after it was given a value in vain: put the pruning first"},
+    after={"pruning": "weights must be pruned before they are shared: put the pruning first"},
     before={
-        "own teacher": "teacher is null: the run's own net is kept when sharing begins, so put DistillFrom after it"
+        "own teacher": "a DistillFrom without a teacher learns from the net that is kept when weight sharing begins: "
+        "put DistillFrom after it"
     },
 )
 
 
 def check_sharing(trainer: Trainer, module: LightningModule, sharing: Callback, epochs: int) -> None:
-    """A Classifier, epochs that nothing cuts short, a checkpoint of each part, and no callback that undoes another.
+    """Check that the run can share weights.
+
+    The model must be a ``Classifier``, nothing may end the run early, each part of the run must write a checkpoint, and
+    no callback may undo the work of another.
 
     Args:
-        trainer: its ``max_epochs`` is what comes before sharing.
-        module: the model.
-        sharing: the callback itself, for its place in the list.
-        epochs: with shared weights.
+        trainer: trainer of the run. Its ``max_epochs`` counts the epochs before sharing.
+        module: model of the run.
+        sharing: the weight sharing callback itself; its position among the callbacks is checked.
+        epochs: number of epochs with shared weights; 1 or more.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: if one of these conditions is not met.
     """
     if not isinstance(module, Classifier):
-        raise ValueError(f"the model is a {type(module).__name__}, but weights are shared in a Classifier's net.")
+        raise ValueError(f"the model is a {type(module).__name__}, but WeightSharing needs a Classifier.")
     steps = trainer.max_steps > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if trainer.max_epochs is None or trainer.max_epochs < 0 or steps:
-        raise ValueError("weight sharing counts in epochs: set trainer.max_epochs, and leave max_steps out.")
+        raise ValueError("weight sharing counts epochs, not steps: set trainer.max_epochs, and leave max_steps out.")
     if module.max_norm.conv is not None or module.max_norm.fc is not None:
-        raise ValueError("max_norm is set, but it would make shared values of different units different: drop it.")
+        raise ValueError(
+            "max_norm is set, but it scales each unit by itself, so that units no longer share values: remove max_norm."
+        )
     if trainer.precision == "16-mixed":
         raise ValueError(
-            "precision is 16-mixed, whose overflowing gradients only the run's optimizer knows to skip: choose "
-            "bf16-mixed or 32-true."
+            "precision is 16-mixed, but only the run's own optimizer skips steps with overflowing gradients, and the "
+            "shared values have another one: choose bf16-mixed or 32-true."
         )
     check_company(trainer.callbacks, sharing)
     best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
     every = 1 if best is None else math.lcm(best._every_n_epochs, trainer.check_val_every_n_epoch or 1)
     if epochs < every and not trainer.fast_dev_run:
         raise ValueError(
-            f"checkpoints are written every {every} epochs, but weight sharing trains for {epochs}: write them more "
-            "often, or raise its epochs."
+            f"checkpoints are written every {every} epochs, but weight sharing trains for {epochs}: write checkpoints "
+            "more often, or choose a larger number of epochs for WeightSharing."
         )

@@ -1,4 +1,4 @@
-"""After training: the best net's 3x3 convolutions by Winograd's algorithm, where that is faster here.
+"""Winograd's algorithm after training, for those 3x3 convolutions of the best net that it makes faster here.
 
 Lavin & Gray 2016 (arXiv:1509.09308); the mathematics is in :mod:`project.compression.winograd.convolution`, the choice
 in :mod:`project.compression.winograd.choice`.
@@ -26,27 +26,36 @@ log = logging.getLogger(__name__)
 
 
 class WinogradConvolutions(AfterFit):
-    """At the end of a fit times the best checkpoint's 3x3 convolutions on this machine's processor and, where
-    Winograd's algorithm wins, writes the checkpoint with it in their place; the weights are the same.
+    """Replaces those 3x3 convolutions of the best checkpoint that Winograd's algorithm makes faster, after training.
 
-    The net before is kept as ``checkpoints/level_0.ckpt``, unless another step has left one there. Layers, times and
-    errors are logged; the net is a row of the run's report, as PyTorch runs it. Exported files hold plain convolutions,
-    whose algorithm is their engine's choice.
+    The times are measured on this machine's processor. ``best.ckpt`` is written again with the replaced layers; the
+    weights do not change. The net with direct convolutions is kept as ``checkpoints/level_0.ckpt``, unless another
+    callback has left a file there. Layers, times and errors are logged, and the net, run by PyTorch, gets a row in the
+    report of the run. Exported files hold ordinary convolutions: the engine that runs a file chooses the algorithm.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.WinogradConvolutions
+              init_args: {algorithm: auto, batch_size: 64}
 
     Args:
         algorithm: ``auto``, ``f2`` or ``f4``; see :class:`project.compression.winograd.choice.WinogradChooser`.
-        batch_size: images that the net is to be fast at.
-        rounds: of measurements of each layer, at most.
-        include: regular expressions on names of layers; without any, all are.
-        exclude: likewise, what stays direct.
-        report: add a row to ``report.csv`` and ``report.md``.
-        latency: measure the speed for it.
+        batch_size: number of images in the timed batch, 1 or more.
+        rounds: largest number of timed rounds for each layer, 1 or more.
+        include: regular expressions; a layer may be replaced if one is found in its name (``re.search``). None means
+            all layers.
+        exclude: regular expressions; a layer stays a direct convolution if one is found in its name. None excludes no
+            layer.
+        report: whether to add a row to ``report.csv`` and ``report.md``.
+        latency: whether to measure the latency for this row.
 
     Raises:
-        ValueError: for an unknown algorithm and counts below 1.
+        ValueError: if the algorithm is unknown, or if a number is below 1.
     """
 
-    company = Company(after={"smaller net": "it times the net that that one makes: give it after"})
+    company = Company(after={"smaller net": "Winograd times the net that the other makes: put Winograd after it"})
 
     def __init__(
         self,
@@ -70,18 +79,26 @@ class WinogradConvolutions(AfterFit):
         if self.chooser.algorithm != "auto" and library(torch.float32) is None:
             raise ValueError(
                 f"algorithm is {self.chooser.algorithm!r}, but there is no kernel for it: install a C compiler and do "
-                "not set PROJECT_KERNELS to 0, or choose auto, which then keeps direct convolution."
+                "not set PROJECT_KERNELS to 0, or choose auto, which then keeps all direct convolutions."
             )
         check_company(trainer.callbacks, self)  # type: ignore[attr-defined]
 
     def after_fit(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
+        """Choose the layers, write ``best.ckpt`` with them and add the row of the report.
+
+        Args:
+            trainer: trainer whose fit has ended, with an ``ImageDataModule``.
+            module: classifier of the run; it is not changed.
+            run: folder of the run, where the checkpoints and the report are written.
+            source: checkpoint to start from, the best one of the run.
+        """
         dense = run.level_checkpoint(0)
         images = trainer.datamodule.sample(self.chooser.batch_size)[0]  # type: ignore[attr-defined]
         checkpoint = torch.load(source, map_location="cpu", weights_only=True)
         best = with_weights(module, checkpoint)
         try:
             plan = _plan(self.chooser, best, images)
-        except ValueError as error:  # another step has left no such layer
+        except ValueError as error:  # another callback, such as LowRank, has left no 3x3 convolution
             log.warning("%s", error)
             return
         if not dense.is_file():
@@ -93,7 +110,10 @@ class WinogradConvolutions(AfterFit):
             self._report(trainer, module, dense, run.best_or_last, changed=bool(plan.surgery.tiles))
 
     def _report(self, trainer: Trainer, module: Classifier, dense: Path, best: Path, *, changed: bool) -> None:
-        """The other engines choose their own algorithm: where layers were changed, the row is that of eager PyTorch."""
+        """Add the row of the report.
+
+        If layers were replaced, only eager PyTorch is timed, since other engines choose their own algorithm.
+        """
         run = run_of(trainer)
         assert run is not None
         if not run.report.is_file():
@@ -103,17 +123,20 @@ class WinogradConvolutions(AfterFit):
 
 
 def _plan(chooser: WinogradChooser, module: Classifier, images: torch.Tensor) -> WinogradPlan:
-    """The choice for the net as it runs, and in words."""
+    """Choose the layers in the memory format that the net runs in, and log the result."""
     order = torch.channels_last if module.channels_last else torch.contiguous_format
     plan = chooser.plan(module.net.to(memory_format=order), images.contiguous(memory_format=order))
-    log.info("lower quartiles; gains, of how many times fewer multiplications; errors over direct convolution's")
+    log.info(
+        "winograd: lower quartile of the times; speedup, of the factor of saved multiplications; error relative to "
+        "direct convolution"
+    )
     for row in plan.rows:
         log.info("%s", row)
     if not plan.surgery.tiles:
-        log.info("winograd: of %d layers none is kept", len(plan.rows))
+        log.info("winograd: none of %d layers is replaced", len(plan.rows))
         return plan
     log.info(
-        "winograd: %d of %d layers; a batch of %d takes %.2f instead of %.2f ms (%.2fx)",
+        "winograd: %d of %d layers replaced; a batch of %d images takes %.2f instead of %.2f ms (%.2fx)",
         len(plan.surgery.tiles),
         len(plan.rows),
         len(images),

@@ -1,12 +1,16 @@
-"""Which layers compute by Winograd's algorithm, and on which tiles: those that are as exact as they must be and that
-gain time, measured on this machine at the shapes they have in the net.
+"""Chooses the layers that use Winograd's algorithm, and their tile sizes.
 
-The gate: on what the first images put into the layer, the error of float32 against float64, over that of direct
-convolution, may be :data:`ERROR_LIMITS`; of one channel F(2x2, 3x3) reaches it, since sums of nine products have next
-to no error. The clock: direct convolution and both tiles take turns in rounds of an order drawn anew, in the memory
-format that the net runs in; a layer is kept where Winograd's lower quartile is below the fastest round of direct
-convolution. In the end the whole net must be faster by the same measure, since there other layers' weights and maps
-compete for the caches.
+A layer is chosen if it is exact enough and faster. Both are measured on this machine, with the shapes that the layer
+has in the net.
+
+The test of exactness: the layer gets the activations of the first images. Its error is that of float32 against float64,
+divided by the same error of direct convolution. It may be at most :data:`ERROR_LIMITS`. With one input channel
+the error of F(2x2, 3x3) is about this limit, since direct sums of nine products have almost no error.
+
+The test of speed: direct convolution and both tile sizes are timed in rounds, in the memory format that the net runs
+in. The order within each round is random. Winograd is faster if the lower quartile of its times is below the fastest
+round of direct convolution. At the end the whole net must be faster by the same rule, since there the weights and maps
+of the other layers compete for the caches.
 """
 
 import random
@@ -33,24 +37,25 @@ from project.models.kernels import can_run_winograd
 Algorithm = Literal["auto", "f2", "f4"]
 
 ERROR_LIMITS = {2: 2.0, 4: 50.0}
-"""By the tile's side: how many times the error of direct convolution in float32 a layer's may be."""
+"""By the tile's side: the largest allowed error of a layer, as a multiple of that of direct convolution in float32."""
 
-_NUM_CHECKED = 4
+_NUM_CHECKED = 4  # images that the error is measured on
 _TILE_OF = {"f2": 2, "f4": 4}
 
 
 @dataclass(frozen=True)
 class WinogradRow:
-    """What was measured of a layer.
+    """The measurements of one layer, and what was chosen for it.
 
     Args:
-        name: of the layer.
-        shape: of its input, ``[N, C, H, W]``, and its output channels.
-        ms: lower quartile for a batch by tile; 0 is direct convolution.
-        errors: by tile, over direct convolution's.
-        saved: by tile, multiplications of direct convolution over its own, whole tiles counted.
-        kept: tile; ``None`` is direct convolution.
-        reason: why it stays direct.
+        name: name of the layer in the net.
+        shape: input shape N, C, H, W, and then the number of output channels.
+        ms: lower quartile of the times for a batch, in ms, by the tile's side; 0 stands for direct convolution.
+        errors: error relative to that of direct convolution, by the tile's side.
+        saved: multiplications of direct convolution divided by those of Winograd, by the tile's side. Partial tiles
+            count as whole ones.
+        kept: side of the chosen tile, 2 or 4; None means direct convolution.
+        reason: text that says why the layer stays a direct convolution; empty if it does not.
     """
 
     name: str
@@ -75,12 +80,14 @@ class WinogradRow:
 
 @dataclass(frozen=True)
 class WinogradPlan:
-    """What was chosen, and why.
+    """The chosen layers, and the measurements behind the choice.
 
     Args:
-        surgery: may hold no layer.
-        rows: of all layers that there were to choose from.
-        direct_ms, ms: lower quartiles of the whole net for a batch, before and with the layers that won.
+        surgery: surgery that replaces the chosen layers; it may hold no layer.
+        rows: measurements of all layers that could be chosen.
+        direct_ms: lower quartile of the times of the whole net for a batch with direct convolutions, in ms.
+        ms: lower quartile of the times of the whole net for a batch with each layer replaced that was chosen alone, in
+            ms. If this net is not faster, ``auto`` gives a surgery without layers.
     """
 
     surgery: Winograd
@@ -91,19 +98,31 @@ class WinogradPlan:
 
 @dataclass(frozen=True)
 class WinogradChooser:
-    """Chooses layers and tiles.
+    """Chooses the layers of a net that use Winograd's algorithm, and their tile sizes.
+
+    Example::
+
+        >>> import torch
+        >>> from project.compression import WinogradChooser
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(4, 8, 3, padding=1), torch.nn.Conv2d(8, 2, 1))
+        >>> plan = WinogradChooser(batch_size=2, rounds=3).plan(net, torch.randn(2, 4, 8, 8))
+        >>> [row.name for row in plan.rows]
+        ['0']
+        >>> plan.surgery.apply_(net)
 
     Args:
-        algorithm: ``auto`` takes what is fastest, layer by layer, direct convolution included; ``f2`` and ``f4`` take
-            F(2x2, 3x3) or F(4x4, 3x3) wherever the error allows it.
-        batch_size: images that the net is to be fast at.
-        rounds: of measurements of each layer, at most.
-        budget_s: seconds for a layer and for the whole net; there are five rounds at least.
-        include: regular expressions, searched for in the names of layers; without any, all layers are.
-        exclude: likewise, what stays direct.
+        algorithm: ``auto`` takes the fastest algorithm for each layer, which may be direct convolution. ``f2`` takes
+            F(2x2, 3x3) and ``f4`` takes F(4x4, 3x3) for each layer whose error allows it.
+        batch_size: number of images in the timed batch, 1 or more.
+        rounds: largest number of timed rounds for each layer and for the whole net, 1 or more.
+        budget_s: seconds after which no further round begins, for each layer and for the whole net; any number. The
+            first five rounds are always allowed.
+        include: regular expressions; a layer may be chosen if one is found in its name (``re.search``). An empty list
+            means all layers.
+        exclude: regular expressions; a layer stays a direct convolution if one is found in its name.
 
     Raises:
-        ValueError: for an unknown algorithm and counts below 1.
+        ValueError: if the algorithm is unknown, or if ``batch_size`` or ``rounds`` is below 1.
     """
 
     algorithm: Algorithm = "auto"
@@ -117,19 +136,23 @@ class WinogradChooser:
         if self.algorithm not in ("auto", *_TILE_OF):
             raise ValueError(f"algorithm is {self.algorithm!r}: choose auto, f2 or f4.")
         if self.batch_size < 1 or self.rounds < 1:
-            raise ValueError(f"batch_size is {self.batch_size} and rounds {self.rounds}: choose at least 1 of each.")
+            raise ValueError(f"batch_size is {self.batch_size} and rounds is {self.rounds}: choose at least 1 of each.")
 
     def layers(self, net: nn.Module) -> dict[str, nn.Conv2d]:
         """The convolutions that may be chosen, by name.
 
+        Args:
+            net: net with the convolutions to choose from; it is not changed.
+
         Raises:
-            ValueError: when an expression finds no convolution, or none that it leaves has a Winograd form.
+            ValueError: if a regular expression matches no convolution, or if none of the remaining ones has a Winograd
+                form.
         """
         convs = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d) and name}
         for argument, patterns in (("include", self.include), ("exclude", self.exclude)):
             for pattern in patterns:
                 if not any(re.search(pattern, name) for name in convs):
-                    raise ValueError(f"{argument} has {pattern!r}, which finds no convolution of the net.")
+                    raise ValueError(f"{argument} has {pattern!r}, which finds no convolution of the net: correct it.")
         chosen = {
             name: layer
             for name, layer in convs.items()
@@ -139,27 +162,28 @@ class WinogradChooser:
         }
         if not chosen:
             raise ValueError(
-                f"{type(net).__name__} has no convolution of 3x3 with stride 1, one group and zeros as padding among "
-                "those to choose from, and Winograd's algorithm is for these: leave it out, or include more."
+                f"{type(net).__name__} has no convolution of 3x3 with stride 1, one group and zero padding among the "
+                "layers to choose from, and Winograd's algorithm needs one: leave it out, or include more layers."
             )
         return chosen
 
     @torch.inference_mode()
     def plan(self, net: nn.Module, images: Tensor) -> "WinogradPlan":
-        """The surgery, which may hold no layer, and what was measured.
+        """Measure all layers that may be chosen, and then the whole net.
 
         Args:
-            net: on the processor, in the memory format that it runs in; stays as it is.
-            images: ``[N, C, H, W]`` as the net takes them, :attr:`batch_size` of them.
+            net: net on the CPU, in the memory format that it runs in; it is not changed.
+            images: images ``[N, C, H, W]``, normalised as the net expects them; N is :attr:`batch_size`.
 
         Raises:
-            ValueError: as :meth:`layers`.
+            ValueError: if :meth:`layers` finds no layer to choose from.
         """
         net = deepcopy(net).eval()
-        Winograd({}).apply_(net)
+        Winograd({}).apply_(net)  # begin with direct convolutions, also in a net that has Winograd layers
         rows: list[WinogradRow] = []
 
         def measure(name: str, layer: nn.Conv2d, x: Tensor) -> None:
+            """Measure a layer on its own inputs; a layer that runs several times is measured once."""
             if all(row.name != name for row in rows):
                 rows.append(self._measure(name, layer, x))
 
@@ -170,6 +194,7 @@ class WinogradChooser:
         net(images)
         for handle in handles:
             handle.remove()
+        # A layer that is faster alone may be slower in the net. Compare the whole nets, and keep all layers or none.
         fast = deepcopy(net)
         _surgery(rows).apply_(fast)
         direct, own = self._times([partial(net, images), partial(fast, images)])
@@ -178,8 +203,9 @@ class WinogradChooser:
         return WinogradPlan(_surgery(rows), rows, _typical(direct), _typical(own))
 
     def _measure(self, name: str, layer: nn.Conv2d, x: Tensor) -> WinogradRow:
+        """Times, errors and choice of one layer with inputs ``x`` ``[N, C, H, W]``."""
         fast = {tile: WinogradConv2d.of(layer, tile) for tile in TILES}
-        forms: dict[int, nn.Conv2d] = {0: layer, **fast}
+        forms: dict[int, nn.Conv2d] = {0: layer, **fast}  # by the tile's side; 0 is direct convolution
         samples = self._times([partial(form.forward, x) for form in forms.values()])
         times = dict(zip(forms, samples, strict=True))
         errors = relative_errors(layer, x[:_NUM_CHECKED])
@@ -199,8 +225,9 @@ class WinogradChooser:
         return replace(row, kept=kept, reason=reason)
 
     def _choose(self, row: WinogradRow, times: Mapping[int, list[float]], can_run: bool) -> tuple[int | None, str]:
+        """The chosen tile of a layer, or None and the reason for direct convolution."""
         if not can_run:
-            return None, "there is no kernel for its maps"
+            return None, "there is no kernel for its inputs"
         wanted = TILES if self.algorithm == "auto" else (_TILE_OF[self.algorithm],)
         exact = [tile for tile in wanted if row.errors[tile] <= ERROR_LIMITS[tile]]
         if not exact:
@@ -211,7 +238,11 @@ class WinogradChooser:
         return (fastest, "") if _wins(times[fastest], times[0]) else (None, "it is not faster")
 
     def _times(self, runs: Sequence[Callable[[], object]]) -> list[list[float]]:
-        """Milliseconds in rounds, each timed call after an untimed one, since another has used the caches last."""
+        """The times of each function in ms, one for each round.
+
+        An untimed call comes before each timed call, since another function has used the caches last. A round calls the
+        functions in a random order, so that slow changes of the machine's speed do not favour one of them.
+        """
         order, start = random.Random(0), time.perf_counter()
         samples: list[list[float]] = [[] for _ in runs]
         for number in range(self.rounds):
@@ -227,9 +258,14 @@ class WinogradChooser:
 
 @torch.inference_mode()
 def relative_errors(layer: nn.Conv2d, x: Tensor) -> dict[int, float]:
-    """By tile, the error of float32 against float64, in the root mean square, over that of direct convolution; for the
-    latter a quarter of the last digit is taken at least, which is what rounding the exact output costs: a short sum of
-    round numbers may have none.
+    """The root mean square error of Winograd in float32 against float64, relative to direct convolution, by tile.
+
+    The error of direct convolution counts as at least a quarter of the last digit, the error of rounding the exact
+    output. Without this limit the quotient could be infinite: a short sum of round numbers may have no error at all.
+
+    Args:
+        layer: convolution of 3x3 in float32 that has a Winograd form.
+        x: inputs ``[N, C, H, W]`` of the layer, float32.
     """
     exact = deepcopy(layer).double().forward(x.double())
     least = torch.finfo(torch.float32).eps / 4 * exact.norm()
@@ -238,16 +274,18 @@ def relative_errors(layer: nn.Conv2d, x: Tensor) -> dict[int, float]:
 
 
 def _surgery(rows: list[WinogradRow]) -> Winograd:
+    """The surgery for the layers that are kept."""
     return Winograd({row.name: row.kept for row in rows if row.kept is not None})
 
 
 def _wins(own: list[float], direct: list[float]) -> bool:
-    """Whether a quarter of the rounds is faster than direct convolution's fastest: by chance, of two that are equally
-    fast, once in forty times.
+    """Whether a quarter of the rounds is faster than the fastest round of direct convolution.
+
+    If two functions are equally fast, this happens by chance once in forty times.
     """
     return _typical(own) < min(direct)
 
 
 def _typical(samples: list[float]) -> float:
-    """The lower quartile: what other processes take of the machine only ever adds."""
+    """The lower quartile of the times: other processes can only make a call slower, never faster."""
     return float(torch.tensor(samples, dtype=torch.float64).quantile(0.25))

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 from project.deployment.benchmark.rows import BenchmarkRow, slow_files, to_markdown, to_short_table
 from project.deployment.engines import unavailable
+from project.deployment.table import write_csv
 from project.frame.environment import describe_environment
 from project.frame.paths import Run, write_whole
-from project.frame.table import write_csv
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -33,8 +33,8 @@ def publish(rows: Sequence[BenchmarkRow], run: Run, command: str, writer: "Summa
     """
     from PIL import Image
 
+    from project.deployment.report_plots import plot_benchmark
     from project.frame.plots import figure_to_image
-    from project.frame.report_plots import plot_benchmark
 
     title = f"Benchmark of {', '.join(dict.fromkeys(row.run for row in rows))}"
     left_out = "; ".join(f"{name} ({reason})" for name, reason in unavailable().items())

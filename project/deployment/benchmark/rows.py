@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from project.deployment.engines import FP32
 from project.deployment.latency import Latency
-from project.frame.table import markdown_line, write_latency, write_number
+from project.deployment.table import markdown_line, write_latency, write_number
 
 
 @dataclass(frozen=True)

@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import project
 from project.deployment.metadata import Metadata
-from project.deployment.packed.packing import Packed, PackedTensors, pack
+from project.deployment.packed.packing import PACKAGE, Packed, PackedTensors, pack
 from project.deployment.recipe import Recipe
+from project.deployment.table import markdown_line, write_csv, write_number
 from project.frame.paths import write_whole
-from project.frame.table import markdown_line, write_csv, write_number
 from project.models.surgery import from_plain, to_plain
 
 _INDEX_BITS = 5
@@ -78,7 +79,8 @@ def write_packed(net: nn.Module, metadata: Metadata, recipe: Recipe, path: Path)
         ValueError: when a tensor is of a type that the format has no place for.
     """
     surgeries = [_shorter(surgery) for surgery in recipe.surgeries]
-    content, rows = pack(net.state_dict(), {**asdict(metadata), "recipe": {"net": recipe.net, "surgeries": surgeries}})
+    plain = {"net": recipe.renamed(project.__name__, PACKAGE).net, "surgeries": surgeries}
+    content, rows = pack(net.state_dict(), {**asdict(metadata), "recipe": plain})
     path.write_bytes(content)
     return rows
 
@@ -95,7 +97,7 @@ def open_packed(path: Path, trust: Sequence[str] = ()) -> tuple[nn.Module, Metad
     """
     packed = Packed(path.read_bytes())
     metadata, recipe = _read(packed.header)
-    net = recipe.build(trust)
+    net = recipe.renamed(PACKAGE, project.__name__).build(trust)
     logits = net(torch.empty(2, *metadata.image_shape, device="meta"))
     if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, len(metadata.class_names)):
         raise ValueError(f"its net does not give {len(metadata.class_names)} logits")

@@ -31,19 +31,21 @@ from project.deployment.packed.tensor_codes import TYPES, code_group, groups_of
 _FRAME = struct.Struct("<4sBIII")
 _MAGIC, _VERSION = b"\x93NET", 1
 _MAX_HEADER = 1 << 22
+PACKAGE = "project"  # a word of the format: renaming leaves this line
+"""What a header calls the package that reads it, whatever its name is."""
 _DICTIONARY = (
     ",".join(map(str, range(4096))).encode()  # indices of channels
     + b'"surgeries":[{"type":"Thin","kept_out":{"kept_in":{"out_channels":{},"instance_norm","factorized":true,'
-    b'"class_path":"project.models.GoogLeNet""class_path":"project.models.LeNet5""class_path":"project.models.'
-    b'LeNet300100""project.models.NoNorm""torch.nn.Identity""torch.nn.init.xavier_uniform_""conv_activation":'
+    b'"class_path":"@.models.GoogLeNet""class_path":"@.models.LeNet5""class_path":"@.models.'
+    b'LeNet300100""@.models.NoNorm""torch.nn.Identity""torch.nn.init.xavier_uniform_""conv_activation":'
     b'"torch.nn.init.xavier_normal_""torch.nn.ReLU"[3,32,32],"mean":[0.5],"std":[0.5],[1,8,8]{"class_names":["0","1",'
     b'"2","3","4","5","6","7","8","9"],"image_shape":[1,28,28],"mean":[0.],"std":[0.],"recipe":{"net":{"class_path":'
-    b'"project.models.SmallInception","init_args":{"num_classes":10,"image_shape":[1,28,28],"width":1.0,"stem":[32,64],'
-    b'"stages":[[192],[384]],"pool_first":true,"norm":{"class_path":"project.models.BatchNorm","init_args":{"eps":1e-05,'
+    b'"@.models.SmallInception","init_args":{"num_classes":10,"image_shape":[1,28,28],"width":1.0,"stem":[32,64],'
+    b'"stages":[[192],[384]],"pool_first":true,"norm":{"class_path":"@.models.BatchNorm","init_args":{"eps":1e-05,'
     b'"momentum":0.1,"affine":true,"track_running_stats":true,"device":null,"dtype":null,"bias":true}},"activation":'
-    b'{"class_path":"project.models.ReLU"},"conv_dropout":0.0,"conv_dropout_type":{"class_path":"torch.nn.Dropout2d",'
+    b'{"class_path":"@.models.ReLU"},"conv_dropout":0.0,"conv_dropout_type":{"class_path":"torch.nn.Dropout2d",'
     b'"init_args":{"inplace":false}},"fc_dropout":0.0,"weight_init":"torch.nn.init.kaiming_normal_"}},"surgeries":[]}}'
-)
+).replace(b"@", PACKAGE.encode())
 """What headers are like; part of the format, so a change needs another version."""
 
 

@@ -103,7 +103,7 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, options: dict[str, 
         ([QuantizationAwareTraining(0)], "both round"),
         ([LowRank(1)], "thin layers"),
         ([WeightSharing()], "shared already"),
-        ([EarlyStopping("val/loss")], "amid the rounded epochs"),
+        ([EarlyStopping("val/loss")], "during the rounded epochs"),
         ([PostTrainingQuantization()], "stands before TernaryWeights"),
     ],
 )

@@ -107,7 +107,7 @@ def test_without_a_kernel_everything_stays_direct(monkeypatch):
     monkeypatch.setenv("PROJECT_KERNELS", "0")
     for algorithm in ("auto", "f4"):
         plan = WinogradChooser(algorithm, rounds=1).plan(net, images)
-        assert not plan.surgery.tiles and {row.reason for row in plan.rows} == {"there is no kernel for its maps"}
+        assert not plan.surgery.tiles and {row.reason for row in plan.rows} == {"there is no kernel for its inputs"}
     tiles = {row.name: 4 for row in plan.rows}
     Winograd(tiles).apply_(net)  # as another machine chose
     with torch.inference_mode():
@@ -130,8 +130,8 @@ def test_damaged_weights_and_empty_ones():
     ("options", "message"),
     [
         ({"algorithm": "f6"}, "algorithm is 'f6': choose auto, f2 or f4"),
-        ({"batch_size": 0}, "batch_size is 0 and rounds 20: choose at least 1"),
-        ({"rounds": 0}, "rounds 0: choose at least 1"),
+        ({"batch_size": 0}, "batch_size is 0 and rounds is 20: choose at least 1"),
+        ({"rounds": 0}, "rounds is 0: choose at least 1"),
         ({"include": ["conv9x9"]}, "include has 'conv9x9', which finds no convolution"),
         ({"exclude": ["conv9x9"]}, "exclude has 'conv9x9', which finds no convolution"),
         ({"include": ["conv1x1"]}, "SmallInception has no convolution of 3x3 with stride 1"),

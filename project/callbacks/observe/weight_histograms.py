@@ -1,4 +1,4 @@
-"""Histograms of the weights, and the length of each gradient, in TensorBoard now and then."""
+"""Writes histograms of the weights and the norm of each gradient to TensorBoard, every few epochs."""
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -9,16 +9,22 @@ from project.callbacks.places import tensorboard
 
 
 class WeightHistograms(Callback):
-    """Writes ``weights/<name>`` and ``gradient_norm/<name>`` at the first step of every n-th epoch, the weights also
-    at the end.
+    """Writes ``weights/<name>`` and ``gradient_norm/<name>`` at the first step of every n-th epoch.
 
-    The gradients are those of one batch, before clipping.
+    The weights are also written at the end of training. The gradients are those of one batch, before clipping.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.WeightHistograms
+              init_args: {every_n_epochs: 1}
 
     Args:
-        every_n_epochs: epochs from one to the next, 1 or more.
+        every_n_epochs: number of epochs from one histogram to the next, 1 or more.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: if ``every_n_epochs`` is below 1.
     """
 
     def __init__(self, every_n_epochs: int = 5) -> None:
@@ -45,7 +51,7 @@ def _write_weights(trainer: Trainer, module: LightningModule) -> None:
     if (writer := tensorboard(trainer)) is None:
         return
     for name, weight in _weights(module).items():
-        if weight.isfinite().all():  # TensorBoard raises on others, and stopping is not this callback's business
+        if weight.isfinite().all():  # TensorBoard raises an error otherwise; StopOnNaN ends such a run
             writer.add_histogram(f"weights/{name}", weight.detach().float(), trainer.global_step)
 
 
@@ -61,7 +67,7 @@ def _write_gradient_norms(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _weights(module: LightningModule) -> dict[str, Tensor]:
-    """Weights of convolutions and linear layers: what has two dimensions or more."""
+    """Weights of convolutions and linear layers: the parameters with two or more dimensions."""
     named = module.named_parameters()
     return {
         name.replace("_orig_mod.", "").removesuffix(".weight"): weight for name, weight in named if weight.dim() > 1

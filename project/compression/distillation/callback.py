@@ -1,6 +1,7 @@
-"""Train with a teacher: the net of another run, or this run's own dense net while it is made small.
+"""Knowledge distillation: train a net with the outputs of a teacher net beside the labels.
 
-Hinton et al. 2015 (arXiv:1503.02531); the formula is in :mod:`project.losses.distillation`.
+The teacher is the net of another run, or this run's own dense net while the run prunes it. Paper: Hinton et al. 2015
+(arXiv:1503.02531). The formula is in :mod:`project.compression.distillation.loss`.
 """
 
 import logging
@@ -11,27 +12,38 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from project.callbacks.places import run_of
+from project.compression.distillation.loss import Distillation, check_distillation
 from project.frame.paths import Run
 from project.learning.checkpoints import load_net
 from project.learning.classifier import Classifier
-from project.losses.distillation import Distillation, check_distillation
 
 log = logging.getLogger(__name__)
 
 
 class DistillFrom(Callback):
-    """Adds a teacher to the loss of training.
+    """Adds a teacher to the training loss.
+
+    With ``teacher: null`` the callback must come after the pruning callback in the list, because the dense net is
+    saved when the first round of pruning begins.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.DistillFrom
+              init_args: {teacher: logs/fashion_mnist, temperature: 4, weight: 0.9}
 
     Args:
-        teacher: a run's folder, whose best checkpoint teaches; null is the run's own dense net, from the first round of
-            pruning on (``level_0.ckpt``).
-        temperature: of both nets' logits, above 0.
-        weight: the teacher's share of the loss, in [0, 1].
-        begin_epoch: the first epoch, from 0, with the teacher of another run; the length of the dense training has it
-            teach what is pruned, and leaves the dense net as it is without.
+        teacher: folder of another run, whose best checkpoint is the teacher; the folder of an experiment means its
+            newest run. None takes this run's own dense net (``level_0.ckpt``), from the first round of pruning on.
+        temperature: number that the logits of both nets are divided by, above 0.
+        weight: share of the teacher's term in the loss, in [0, 1].
+        begin_epoch: first epoch with the teacher of another run, counted from 0; 0 or more. Set it to the number of
+            epochs of the dense training if only the pruned net shall learn from the teacher.
 
     Raises:
-        ValueError: for numbers outside their range, a folder without a run, a teacher of other images or classes.
+        ValueError: if a number is outside its range, if the folder holds no run, or if the teacher was trained on
+            images of another shape or on another number of classes.
     """
 
     def __init__(
@@ -39,11 +51,11 @@ class DistillFrom(Callback):
     ) -> None:
         check_distillation(temperature, weight)
         if begin_epoch < 0:
-            raise ValueError(f"begin_epoch is {begin_epoch}, but epochs count from 0: choose 0 or more.")
+            raise ValueError(f"begin_epoch is {begin_epoch}, but epochs are counted from 0: choose 0 or more.")
         if begin_epoch and teacher is None:
             raise ValueError(
-                f"begin_epoch is {begin_epoch}, but the run's own dense net teaches from the first round of pruning "
-                "on: name a run as the teacher, or leave begin_epoch out."
+                f"begin_epoch is {begin_epoch}, but the run's own dense net is the teacher from the first round of "
+                "pruning on: set teacher to the folder of another run, or leave begin_epoch out."
             )
         self.teacher = teacher
         self.temperature = temperature
@@ -53,7 +65,7 @@ class DistillFrom(Callback):
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """How compression callbacks know it; see :mod:`project.compression.company`."""
+        """The name under which compression callbacks find this one; see :mod:`project.compression.company`."""
         return ("own teacher",) if self.teacher is None else ()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -61,13 +73,14 @@ class DistillFrom(Callback):
             return
         if not isinstance(pl_module, Classifier):
             raise ValueError(
-                f"the model is a {type(pl_module).__name__}, but what learns from a teacher is a Classifier."
+                f"the model is a {type(pl_module).__name__}, but DistillFrom needs a Classifier: "
+                "use project.learning.Classifier or a subclass."
             )
         if self.teacher is not None:
             self._net = _net_of(Run.find(self.teacher, "teacher").weights("teacher"), pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """The own dense net is there once a round has begun; give this callback after the pruning."""
+        """Set the teacher. The run's own dense net exists only after the first round of pruning has begun."""
         assert isinstance(pl_module, Classifier)
         run = getattr(trainer, "run", None)
         if pl_module.distillation is not None:
@@ -81,7 +94,7 @@ class DistillFrom(Callback):
             if path.is_file():
                 self._teach(pl_module, load_net(pl_module, path))
                 if run_of(trainer) is not None:
-                    log.info("the dense net teaches from epoch %d on", trainer.current_epoch + 1)
+                    log.info("the dense net is the teacher from epoch %d on", trainer.current_epoch + 1)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, Classifier):
@@ -96,13 +109,16 @@ class DistillFrom(Callback):
 
 def _net_of(checkpoint: Path, student: Classifier) -> nn.Module:
     if not checkpoint.is_file():
-        raise ValueError(f"teacher is {str(checkpoint.parent.parent)!r}, but that run has no best checkpoint.")
+        raise ValueError(
+            f"teacher is {str(checkpoint.parent.parent)!r}, but that run has no checkpoints/best.ckpt: "
+            "choose a run that has finished an epoch."
+        )
     if "net" not in torch.load(checkpoint, map_location="meta", weights_only=True).get("hyper_parameters", {}):
-        return load_net(student, checkpoint)  # built in Python: it can only be of the same kind
+        return load_net(student, checkpoint)  # built in Python, so its class is not stored: it must be the student's
     teacher = Classifier.load_from_checkpoint(checkpoint, map_location="cpu", weights_only=True)
     if (teacher.image_shape, teacher.num_classes) != (student.image_shape, student.num_classes):
         raise ValueError(
-            f"the teacher takes images {teacher.image_shape} of {teacher.num_classes} classes, the net "
-            f"{student.image_shape} of {student.num_classes}: choose a run on the same data."
+            f"the teacher takes images of shape {teacher.image_shape} and has {teacher.num_classes} classes, but this "
+            f"net takes {student.image_shape} and has {student.num_classes}: set teacher to a run on the same data."
         )
     return teacher.net

@@ -1,6 +1,4 @@
-"""Look at your batch: the images that the net is about to see, as augmentation and mixing have left them, with their
-labels.
-"""
+"""Shows a training batch: the images after augmentation and mixing, as the net receives them, and their labels."""
 
 from typing import Any
 
@@ -12,14 +10,22 @@ from project.callbacks.places import run_of, show_figure, tensorboard
 
 
 class LookAtBatch(Callback):
-    """Draws the first training batch before the first step: in TensorBoard and as ``training_batch.png`` in the run's
-    folder.
+    """Draws the first training batch before the first step.
+
+    The picture goes to TensorBoard, and to ``training_batch.png`` in the run's folder.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.LookAtBatch
+              init_args: {num_images: 64}
 
     Args:
-        num_images: how many of the batch, 1 or more.
+        num_images: number of images of the batch to draw, 1 or more.
 
     Raises:
-        ValueError: for a number below 1.
+        ValueError: if ``num_images`` is below 1.
     """
 
     def __init__(self, num_images: int = 32) -> None:
@@ -28,7 +34,7 @@ class LookAtBatch(Callback):
         self.num_images = num_images
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step or batch_idx:  # also: a resumed run has its picture
+        if trainer.global_step or batch_idx:  # a resumed run already has its picture
             return
         if tensorboard(trainer) is None and run_of(trainer) is None:
             return
@@ -41,13 +47,13 @@ class LookAtBatch(Callback):
 
 
 def denormalize(images: Tensor, module: Any) -> Tensor:
-    """Normalised images ``[N, C, H, W]`` back to pixels in [0, 1], by the ``mean`` and ``std`` of the classifier."""
+    """Turn normalised images ``[N, C, H, W]`` into pixels in [0, 1], with the classifier's ``mean`` and ``std``."""
     mean, std = (torch.tensor(values, device=images.device).view(-1, 1, 1) for values in (module.mean, module.std))
     return images.float() * std + mean
 
 
 def describe_targets(targets: Tensor, class_names: tuple[str, ...]) -> list[str]:
-    """A class name for each target, or for mixed targets the two largest with their shares."""
+    """The class name of each target. A mixed target gives the two classes with the largest shares, and these shares."""
     if targets.dim() == 1:
         return [class_names[label] for label in targets.tolist()]
     shares, classes = targets.topk(min(2, targets.shape[1]), dim=1)

@@ -4,7 +4,7 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from project.callbacks import LookAtBatch
-from project.callbacks.look_at_batch import denormalize, describe_targets
+from project.callbacks.observe.look_at_batch import denormalize, describe_targets
 
 
 def test_draws_the_first_batch_once(tiny):

@@ -1,4 +1,4 @@
-"""Hyperparameters beside final metrics, in TensorBoard's HParams tab."""
+"""Shows hyperparameters and final metrics side by side in TensorBoard's HParams tab."""
 
 import os
 from typing import Any
@@ -10,21 +10,27 @@ from project.callbacks.places import tensorboard
 from project.metrics.complexity import count_macs, count_parameters
 
 METRICS = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "fit_seconds")
-"""Columns of the tab. It shows each scalar's last value, so those that the module logs need not be written again."""
+"""Metric columns of the tab. The tab shows the last value of each scalar, so logged metrics need no second write."""
 
 Plain = bool | int | float | str
 
 
 class HParams(Callback):
-    """Declares the run's hyperparameters when training starts, so that a run that fails is listed too, and its
-    seconds at the end.
+    """Writes the run's hyperparameters when training starts, and the duration of the fit in seconds when it ends.
 
-    They are the classifier's own (``pl_module.hparams``, flattened to ``net.init_args.width``), and what the other
-    objects have: names of net, data, optimizer; learning rate, batch size, epochs, seed, parameters,
-        multiply-accumulates.
+    Since they are written at the start, a run that fails is listed too. The hyperparameters are those of the classifier
+    (``pl_module.hparams``, with flat names such as ``net.init_args.width``), the class names of net, data and
+    optimizer, and learning rate, batch size, epochs, seed, number of parameters and multiply-accumulates.
 
-    All goes into the run's own event file. TensorBoard keeps the first declaration in a folder, so the logger must
-    not write one itself: ``TensorBoardLogger(default_hp_metric=False)``.
+    All values go into the run's own event file. TensorBoard keeps only the first declaration of a folder, so the logger
+    itself must not write one: use ``TensorBoardLogger(default_hp_metric=False)``.
+
+    Example::
+
+        trainer:
+          observe: false  # no pictures and no histograms
+          callbacks+:
+            - class_path: project.callbacks.HParams
     """
 
     def __init__(self) -> None:
@@ -48,12 +54,12 @@ class HParams(Callback):
         from torch.utils.tensorboard.summary import hparams
 
         writer.add_scalar("fit_seconds", self._clock.seconds, trainer.global_step)
-        writer._get_file_writer().add_summary(hparams({}, {})[2])  # the end: without it the run counts as going on
+        writer._get_file_writer().add_summary(hparams({}, {})[2])  # the end; else the tab shows the run as running
         writer.flush()
 
 
 def hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, Plain]:
-    """All that was chosen for a run, flat and plain."""
+    """All hyperparameters of a run, as a flat dictionary of plain values."""
     net = getattr(module, "net", module)
     image_shape: Any = getattr(module, "image_shape", None)
     values: dict[str, Any] = flatten(dict(module.hparams))
@@ -78,13 +84,14 @@ def hyperparameters(trainer: Trainer, module: LightningModule) -> dict[str, Plai
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Plain]:
-    """``{"net": {"width": 2}} -> {"net.width": 2}``; lists of up to 8 become strings, longer ones (class names) are
-    left out.
+    """Flatten nested dictionaries: ``{"net": {"width": 2}}`` becomes ``{"net.width": 2}``.
+
+    Lists of up to 8 items become strings. Longer lists, such as class names, are left out.
     """
     flat: dict[str, Plain] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
-        if key.startswith("_"):  # jsonargparse's own
+        if key.startswith("_"):  # added by jsonargparse
             continue
         if isinstance(value, dict):
             flat |= flatten(value, f"{name}.")

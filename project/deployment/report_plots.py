@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from project.frame.plots import round_ticks
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
@@ -124,20 +126,6 @@ def plot_report(rows: "Sequence[ReportRow]") -> "Figure":
     handles = [line for line in axes[0].lines if not str(line.get_label()).startswith("_")]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return figure
-
-
-def round_ticks(axes: "Axes", span: float) -> None:
-    """Round numbers along a logarithmic x-axis, few enough not to lie on each other.
-
-    Args:
-        axes: with a logarithmic x-axis.
-        span: the greatest value there over the smallest.
-    """
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if span > 5 else (1, 1.5, 2, 3, 4, 5, 7)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_points(

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 from project.compression.report_rows import ReportRow
 from project.deployment.benchmark.rows import BenchmarkRow
-from project.frame.report_plots import plot_benchmark, plot_levels, plot_report
+from project.deployment.report_plots import plot_benchmark, plot_levels, plot_report
 
 
 def test_levels_run_from_dense_to_sparse():

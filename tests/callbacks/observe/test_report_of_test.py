@@ -5,7 +5,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from project.callbacks import TestReport
-from project.callbacks.test_report import Mistakes
+from project.callbacks.observe.report_of_test import Mistakes
 
 
 def predict(model, data):

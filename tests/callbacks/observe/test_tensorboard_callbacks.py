@@ -6,7 +6,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import project.callbacks
 from project.callbacks import EMA, HParams, LogGraph, LookAtBatch, StopOnNaN, TestReport, WeightHistograms, WriteSummary
-from project.callbacks.hparams import flatten
+from project.callbacks.observe.hparams import flatten
 from project.models import SmallInception
 
 

@@ -12,7 +12,7 @@ from project.frame.paths import Run
 from project.losses import Distillation
 from project.models import Classifier
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 
 
 class Teachers(Callback):

@@ -1,4 +1,4 @@
-"""What went wrong at test: the confusion matrix, the most confident mistakes, the accuracy of every class."""
+"""Report of a test: the confusion matrix, the most confident mistakes and the accuracy of each class."""
 
 import csv
 import logging
@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from project.callbacks.look_at_batch import denormalize
+from project.callbacks.observe.look_at_batch import denormalize
 from project.callbacks.places import run_of, show_figure, tensorboard
 from project.frame.paths import write_whole
 from project.learning.whole_batch import gather
@@ -21,27 +21,33 @@ log = logging.getLogger(__name__)
 
 
 class TestReport(Callback):
-    """Writes ``confusion_matrix.png``, ``mistakes.png`` and ``per_class_accuracy.csv`` to the run's folder; the
-    pictures also to TensorBoard.
+    """Writes ``confusion_matrix.png``, ``mistakes.png`` and ``per_class_accuracy.csv`` to the run's folder.
 
-    Of all images only the mistakes wanted are kept while the test runs. Several processes each see their share of the
-    images; counts and mistakes are those of all.
+    The pictures also go to TensorBoard. While the test runs, only ``num_mistakes`` images are kept in memory. With
+    several processes the report covers the images of all of them.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.TestReport
+              init_args: {num_mistakes: 48}
 
     Args:
-        num_mistakes: how many mistakes to draw, 0 or more.
+        num_mistakes: number of wrongly classified images to draw, 0 or more.
 
     Raises:
-        ValueError: for a negative number.
+        ValueError: if ``num_mistakes`` is negative.
     """
 
-    __test__ = False  # not a test for pytest, whatever its name
+    __test__ = False  # the name begins with Test, but this is no test for pytest
 
     def __init__(self, num_mistakes: int = 24) -> None:
         if num_mistakes < 0:
             raise ValueError(f"num_mistakes is {num_mistakes}, but it counts the images to draw: choose 0 or more.")
         self.num_mistakes = num_mistakes
         self.matrix: Tensor | None = None
-        """Counts ``[K, K]``: true classes down, predicted ones across."""
+        """Counts ``[K, K]``: the row is the true class, the column the predicted class."""
         self.mistakes: Mistakes | None = None
 
     def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -93,34 +99,38 @@ class TestReport(Callback):
 
 
 class Mistakes:
-    """The ``size`` wrongly classified images of the highest confidence so far, without a wait for the device.
+    """Keeps the ``size`` wrongly classified images with the highest confidence, without waiting for the device.
 
     Args:
-        size: how many to keep.
+        size: number of images to keep, 0 or more.
     """
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.images = torch.empty(0)
-        """``[size, C, H, W]``, the most confident first; those beyond the number of mistakes are no mistakes."""
+        """Images ``[size, C, H, W]``, the most confident mistake first. With fewer mistakes than ``size``, correctly
+        classified images follow; :meth:`rows` leaves them out."""
         self._labels = torch.empty(0)
         self._predictions = torch.empty(0)
         self._confidences = torch.empty(0)
 
     def update(self, images: Tensor, labels: Tensor, predictions: Tensor, confidences: Tensor) -> None:
-        """Merge a batch: images ``[N, C, H, W]``, the others ``[N]``."""
+        """Add the mistakes of a batch: images ``[N, C, H, W]``, all other tensors ``[N]``."""
         confidences = torch.where(predictions == labels, -1.0, confidences)
         new = (images, labels, predictions, confidences)
         best = confidences.topk(min(self.size, len(confidences))).indices
         self._keep(*(tensor.detach()[best] for tensor in new))
 
     def rows(self) -> list[tuple[int, int, float]]:
-        """(true, predicted, confidence) of the mistakes, the most confident first."""
+        """The true class, the predicted class and the confidence of each mistake, the most confident first."""
         columns = (self._labels.tolist(), self._predictions.tolist(), self._confidences.tolist())
         return [row for row in zip(*columns, strict=True) if row[2] >= 0]
 
     def gather_(self) -> None:
-        """Merge the mistakes of all processes. Each may hold another number, so each pads to ``size``."""
+        """Merge the mistakes of all processes.
+
+        Processes may hold different numbers of mistakes, so each pads its tensors to ``size`` before they are gathered.
+        """
         kept = [self.images, self._labels, self._predictions, self._confidences]
         missing = self.size - len(self._confidences)
         padded = [torch.cat([t, t.new_full((missing, *t.shape[1:]), -1)]) for t in kept]
@@ -136,13 +146,15 @@ class Mistakes:
 
 
 def count_confusions(labels: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
-    """Counts ``[K, K]`` of (true, predicted)."""
+    """Confusion matrix: counts ``[K, K]`` of (true class, predicted class)."""
     return torch.bincount(labels * num_classes + predictions, minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def write_per_class(path: Path, matrix: Tensor, class_names: tuple[str, ...]) -> None:
-    """CSV of every class: its test images, how many were right, the accuracy, and the class it is most often taken
-    for.
+    """Write a CSV file with one row for each class.
+
+    Its columns are the class, the number of test images, the number classified correctly, the accuracy, and the class
+    with which it is most often confused.
     """
     counts = matrix.cpu()
     with path.open("w", newline="") as file:

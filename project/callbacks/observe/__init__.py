@@ -1,0 +1,12 @@
+"""What a run shows in TensorBoard beside its curves; ``trainer.observe: false`` leaves it out."""
+
+from lightning.pytorch import Callback
+
+from project.callbacks.observe.hparams import HParams
+from project.callbacks.observe.log_graph import LogGraph
+from project.callbacks.observe.look_at_batch import LookAtBatch
+from project.callbacks.observe.report_of_test import TestReport
+from project.callbacks.observe.weight_histograms import WeightHistograms
+
+CALLBACKS: list[type[Callback]] = [LookAtBatch, LogGraph, WeightHistograms, TestReport, HParams]
+"""The callbacks of a run with ``trainer.observe: true``, in their order."""
