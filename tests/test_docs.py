@@ -215,7 +215,7 @@ def shorter(args: list[str]) -> list[str]:
     if args[0].startswith("find_"):
         return ["--num_steps=20"] if args[0] == "find_lr" else ["--largest=64"]
     options = ["--trainer.limit_train_batches=2", "--trainer.observe=false"]
-    if not re.search(r"--resume|max_epochs|begin_epoch|configs/compression|deep_compression|deploy_fast|lottery", line):
+    if not re.search(r"--resume|max_epochs|begin_epoch|pruning|low_rank|rounds|deep_compression|deploy_fast", line):
         options += ["--trainer.max_epochs=1"]
     return [*options, "--trials=1", "--workers=1"] if args[0] == "tune" else options
 
