@@ -16,14 +16,14 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
 
 import yaml
-from technique_report import TechniqueRow, plot_techniques, to_markdown
+from technique_report import TechniqueRow, draw_techniques, to_markdown
 
 from project.compression.report import accuracy
 from project.deployment.model_file import ModelFile
@@ -31,7 +31,6 @@ from project.deployment.table import write_csv
 from project.frame.cli import CLI
 from project.frame.environment import describe_environment
 from project.frame.paths import Paths, Run
-from project.frame.plots import figure_to_image
 from project.learning.checkpoints import load_net
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -219,8 +218,6 @@ def main() -> None:
 
 
 def write(rows: Sequence[TechniqueRow], command: str, config: Path, finetune_epochs: int, folder: Path) -> None:
-    from PIL import Image
-
     epochs = int(yaml.safe_load(config.read_text())["trainer"]["max_epochs"])
     on = {"weights shared": "dense, then 2 epochs", INT8: "dense, not trained"}
     trained = {DENSE: f"{epochs} epochs"} | {
@@ -238,14 +235,7 @@ def write(rows: Sequence[TechniqueRow], command: str, config: Path, finetune_epo
 {NOTES}"""
     write_csv(rows, TechniqueRow, folder / "techniques.csv")
     (folder / "techniques.md").write_text(text, encoding="utf-8")
-    costs: dict[str, tuple[Callable[[TechniqueRow], float], str]] = {
-        "bytes": (lambda row: row.bytes / 1e3, "kilobytes of the smallest file"),
-        "latency": (lambda row: row.latency_ms_batch64, "milliseconds for a batch of 64, the faster engine"),
-    }
-    for name, (cost, label) in costs.items():
-        Image.fromarray(figure_to_image(plot_techniques(rows, cost, label), dpi=110)).save(
-            folder / f"techniques_{name}.png"
-        )
+    draw_techniques(rows, folder)
 
 
 if __name__ == "__main__":

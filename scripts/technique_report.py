@@ -1,14 +1,18 @@
-"""What ``scripts/compare_techniques.py`` leaves: a row for each technique and seed, a table of their means, and two
-pictures of accuracy against what it costs.
+"""The report of ``scripts/compare_techniques.py``: a row for each technique and seed, a table of their means, and two
+pictures of accuracy against cost.
 """
 
+import csv
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_type_hints
+
+from point_labels import Label, label_points
 
 from project.deployment.table import markdown_line, write_latency
-from project.frame.plots import round_ticks
+from project.frame.plots import figure_to_image, round_ticks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -19,17 +23,18 @@ class TechniqueRow:
     """One technique with one seed.
 
     Args:
-        technique: its name.
-        seed: of the run.
-        val_accuracy, test_accuracy: fractions, 0 to 1.
-        macs, num_parameters, num_nonzero: as :mod:`project.metrics.complexity` counts them.
-        packed_bytes: of ``model.packed``; ``None`` for int8, which is an ONNX file.
-        onnx_bytes: of the ONNX file.
-        engine: what the latencies are of, the faster one; two names where batch 1 and batch 64 differ.
-        latency_ms_batch1, latency_ms_batch64: medians for one batch.
-        latency_ms_batch1_p05, latency_ms_batch1_p95, latency_ms_batch64_p05, latency_ms_batch64_p95: their 5th and
-            95th percentile.
-        speedup_batch1, speedup_batch64: over the dense net's fastest fp32 engine in the same rounds.
+        technique: name of the technique.
+        seed: seed of the run; any int.
+        val_accuracy, test_accuracy: shares of the images that are classified correctly, 0 to 1.
+        macs, num_parameters, num_nonzero: numbers that :mod:`project.metrics.complexity` counts, for one image.
+        packed_bytes: size of ``model.packed`` in bytes. None for int8, which is an ONNX file.
+        onnx_bytes: size of the ONNX file in bytes.
+        engine: name of the faster engine, whose latencies these are. Two names if batch 1 and batch 64 differ.
+        latency_ms_batch1, latency_ms_batch64: median times for one batch, in milliseconds.
+        latency_ms_batch1_p05, latency_ms_batch1_p95, latency_ms_batch64_p05, latency_ms_batch64_p95: 5th and 95th
+            percentiles of these times, in milliseconds.
+        speedup_batch1, speedup_batch64: ratios of the time of the dense net's fastest fp32 engine to this time,
+            measured in the same rounds.
     """
 
     technique: str
@@ -53,7 +58,7 @@ class TechniqueRow:
 
     @property
     def bytes(self) -> int:
-        """Of the smallest file that holds the net."""
+        """The size of the smallest file that holds the net."""
         return self.onnx_bytes if self.packed_bytes is None else min(self.packed_bytes, self.onnx_bytes)
 
 
@@ -112,43 +117,71 @@ def plot_techniques(rows: Sequence[TechniqueRow], cost: Callable[[TechniqueRow],
     """Test accuracy against a cost on a logarithmic axis, means over the seeds; left and up is better.
 
     Args:
-        rows: as above.
-        cost: of a row.
-        label: what the cost is.
+        rows: rows of all techniques and seeds. The first technique is the dense net.
+        cost: function that gives the cost of a row; above 0.
+        label: name of the cost, with its unit.
     """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     points: dict[str, tuple[float, float]] = {}
-    colours: dict[str, Any] = {}
+    avoid: list[tuple[float, float]] = []
+    dense = rows[0].technique
     for name in dict.fromkeys(row.technique for row in rows):
         group = [row for row in rows if row.technique == name]
         accuracies = [100 * row.test_accuracy for row in group]
-        points[name] = (statistics.mean(map(cost, group)), statistics.mean(accuracies))
-        deviation = statistics.stdev(accuracies) if len(group) > 1 else None
-        marker = "s" if name == rows[0].technique else "o"
-        colours[name] = axes.errorbar(*points[name], yerr=deviation, marker=marker, markersize=5, capsize=2)[
-            0
-        ].get_color()
-    # Points lie close together: the names stand beside the axes, in the points' order, with a line to each.
-    for place, name in enumerate(sorted(points, key=lambda name: points[name][1])):
-        axes.annotate(
-            name,
-            points[name],
-            (1.06, (place + 0.5) / len(points)),
-            textcoords="axes fraction",
-            va="center",
-            fontsize=9,
-            arrowprops={"arrowstyle": "-", "color": colours[name], "linewidth": 0.7, "shrinkB": 3, "relpos": (0, 0.5)},
-        )
+        x, y = points[name] = (statistics.mean(map(cost, group)), statistics.mean(accuracies))
+        deviation = statistics.stdev(accuracies) if len(group) > 1 else 0.0
+        avoid += [(x, y + part * deviation) for part in (-1, -0.5, 0.5, 1) if deviation]
+        look: dict[str, Any] = {"marker": "o", "markersize": 5, "capsize": 2}
+        if name == dense:
+            look |= {"marker": "s", "markersize": 10, "markerfacecolor": "none"}
+        axes.errorbar(x, y, yerr=deviation or None, **look)
     axes.set_xscale("log")
     axes.margins(0.08)
     costs = [x for x, _ in points.values()]
     round_ticks(axes, max(costs) / min(costs))
     axes.set(xlabel=label, ylabel="test accuracy (%)")
     axes.grid(alpha=0.3)
+    label_points(
+        axes, [Label(name, *point, "0.15", 5 if name == dense else 2.5) for name, point in points.items()], avoid=avoid
+    )
     return figure
+
+
+def read_rows(path: Path) -> list[TechniqueRow]:
+    """The rows of a ``techniques.csv``, in its order."""
+    types = get_type_hints(TechniqueRow)
+    with path.open(newline="", encoding="utf-8") as file:
+        return [
+            TechniqueRow(**{name: _parse(text, types[name]) for name, text in row.items()})
+            for row in csv.DictReader(file)
+        ]
+
+
+def draw_techniques(rows: Sequence[TechniqueRow], folder: Path) -> None:
+    """Write techniques_bytes.png and techniques_latency.png into a folder.
+
+    Args:
+        rows: rows of all techniques and seeds. The first technique is the dense net.
+        folder: an existing folder.
+    """
+    from PIL import Image
+
+    costs: dict[str, tuple[Callable[[TechniqueRow], float], str]] = {
+        "bytes": (lambda row: row.bytes / 1e3, "kilobytes of the smallest file"),
+        "latency": (lambda row: row.latency_ms_batch64, "milliseconds for a batch of 64, the faster engine"),
+    }
+    for name, (cost, label) in costs.items():
+        image = Image.fromarray(figure_to_image(plot_techniques(rows, cost, label), dpi=110))
+        image.save(folder / f"techniques_{name}.png", optimize=True)
+
+
+def _parse(text: str, kind: Any) -> Any:
+    if kind in (int, float, str):
+        return kind(text)
+    return int(text) if text else None  # int | None
 
 
 def _spread(values: Sequence[float]) -> str:

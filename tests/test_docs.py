@@ -116,7 +116,6 @@ def test_the_readme_shows_the_main_job():
     assert "project fit --config configs/digits.yaml" in commands_of(DOCUMENTS[0].read_text())
 
 
-@pytest.mark.xfail(reason="the shorter README is not merged yet", strict=False)
 def test_the_readme_is_short():
     assert len(DOCUMENTS[0].read_text().splitlines()) <= 200
 

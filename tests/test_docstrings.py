@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ["callbacks", "compression", "data", "frame", "deployment", "learning", "losses", "metrics", "models"]
+ROOMS = ["callbacks", "compression", "data", "frame", "deployment", "learning", "losses", "metrics", "models", "tuning"]
 FRAGMENT = re.compile(
     r"(of|likewise|in|from|for|to|as|with|by|at|on|and|or|that|which|whose|what|who|see|same|ditto)\b", re.IGNORECASE
 )
@@ -73,6 +73,8 @@ def faults_of_phrase(phrase: str, is_number: bool) -> Iterator[str]:
 
 def constructor_of(cls: type) -> tuple[Callable[..., Any], str | None]:
     """What makes an object, and the docstring of the class that defines it; none if that class is not ours."""
+    if getattr(cls, "_is_protocol", False):  # nothing makes an object of it; its __init__ is typing's
+        return cls, None
     owner = next(base for base in cls.__mro__ if "__init__" in vars(base))
     return owner.__init__, owner.__doc__ if owner.__module__.startswith("project.") else None  # type: ignore[misc]
 
@@ -142,6 +144,7 @@ def test_the_example_runs(name, tmp_path, monkeypatch):
     example = section(CLASSES[name].__doc__, "Example::")
     monkeypatch.setenv("PROJECT_LOGS_DIR", str(tmp_path))
     if example.startswith(">>>"):
+        monkeypatch.chdir(tmp_path)  # for the files that it writes
         test = doctest.DocTestParser().get_doctest(example, {}, name, None, None)
         result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
         assert result.attempted and not result.failed
@@ -158,6 +161,7 @@ def objects_made_by(fragment: Path) -> list[Any]:
     made: list[Any] = []
     cli = CLI([f"--config={ROOT / 'configs/digits.yaml'}", f"--config={fragment}"], run=False)
     waiting: list[Any] = [cli.model, cli.datamodule, cli.trainer, *cli.trainer.callbacks]
+    waiting.append(cli.model.make_optimizer(cli.model.parameter_groups()))  # YAML gives a callable that makes it
     while waiting:
         value = waiting.pop()
         if any(value is other for other in made) or not type(value).__module__.startswith(("project.", "torch.nn")):

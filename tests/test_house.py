@@ -1,9 +1,12 @@
 """Laws of the package's structure: few rooms, no circle, and a core that stands without the optional rooms."""
 
+import ast
+import io
 import os
 import shutil
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -40,6 +43,25 @@ def test_the_core_imports_no_optional_room():
     assert not arrows
 
 
+def code_lines(path: Path) -> int:
+    """Lines of a file that hold code: neither blank nor a comment nor a docstring."""
+    source = path.read_text(encoding="utf-8")
+    texts = [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    ]
+    text_lines = {line for node in texts for line in range(node.lineno, (node.end_lineno or 0) + 1)}
+    empty = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    tokens = [token for token in tokenize.generate_tokens(io.StringIO(source).readline) if token.type not in empty]
+    return len({line for token in tokens for line in range(token.start[0], token.end[0] + 1)} - text_lines)
+
+
+def test_the_core_is_small():
+    lines = {name: code_lines(path) for name, path in MODULES.items() if not HOUSE.is_in(name, WHOLE)}
+    assert 3000 < sum(lines.values()) <= 5000, sorted(lines.items(), key=lambda item: -item[1])
+
+
 def test_no_compression_callback_imports_another():
     """But XNOR-Net's, which is a subclass of that for ternary weights in the same folder."""
     callbacks = {name for name in MODULES if "compression" in name and name.rpartition(".")[2].endswith("callback")}
@@ -69,6 +91,13 @@ from project.__main__ import main
 main()
 """
 """The command line of the copy. An editable installation would find in the original what the copy lacks."""
+IMPORT = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in f"{finder}".lower()]
+from project.models import SmallInception
+print(sum(name.partition(".")[0] == "project" for name in sys.modules))
+"""
+"""Prints how many modules of the copy are loaded with a net."""
 
 
 @pytest.mark.parametrize(
@@ -100,6 +129,9 @@ def test_the_rest_works_without(rooms, tmp_path):
     for args in (["fit", *digits], ["test", "--run", str(tmp_path / "logs/digits")], ["--help"]):
         done = run(*args)
         assert done.returncode == 0, done.stderr
+    if rooms == WHOLE_ROOMS:
+        done = subprocess.run([sys.executable, "-c", IMPORT], cwd=copy, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0 and int(done.stdout) <= 12, done.stderr
     for room in rooms:
         if room in VERBS:
             assert VERBS[room] not in run("--help").stdout

@@ -72,7 +72,7 @@ def test_it_stands_between_pruning_and_packing(fit, logs):
     ("callbacks", "words"),
     [
         ([OWN, PRUNING], "FewDigits stands before IterativeMagnitudePruning, but it rounds what pruning leaves"),
-        ([PACKING, OWN], "Packing stands before FewDigits, but it packs what that one makes"),
+        ([PACKING, OWN], "Packing stands before FewDigits, but it packs the net that the other makes"),
         ([OWN, OWN], "weights are rounded once"),
     ],
 )

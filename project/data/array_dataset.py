@@ -1,7 +1,8 @@
-"""Data sets that answer with whole batches, and the sampler that shuffles them as a pure function of (seed, epoch).
+"""Data sets that return whole batches, and samplers for them. The order of an epoch depends on (seed, epoch) alone.
 
-``DataLoader`` hands all indices of a batch to ``__getitems__`` where a data set has it, so one gather from one uint8
-tensor makes the batch, with no Python call per image; workers, samplers and distributed samplers work as ever.
+If a data set has the method ``__getitems__``, ``DataLoader`` calls it once with all indices of a batch. One gather from
+one uint8 tensor then makes the batch, without a Python call per image. Workers, samplers and distributed samplers work
+as usual.
 """
 
 from abc import ABC, abstractmethod
@@ -20,11 +21,25 @@ Batch = tuple[Tensor, Tensor, Tensor]
 
 
 class BatchDataset(Dataset[Batch], ABC):
-    """A data set of images, or a part of one, that is read batch by batch.
+    """Base class of data sets of images that are read batch by batch. An object is a whole data set or a part of one.
+
+    A subclass implements :meth:`images_at` and :meth:`subset`.
+
+    Example::
+
+        >>> import numpy as np, torch
+        >>> from project.data import BatchDataset
+        >>> class NumpyImages(BatchDataset):  # the array may be a file on disk: np.memmap
+        ...     pixels = np.zeros((6, 1, 8, 8), dtype=np.uint8)
+        ...     def images_at(self, indices): return torch.from_numpy(self.pixels[indices.numpy()])
+        ...     def subset(self, positions): return type(self)(self.all_labels, self.indices[positions])
+        >>> len(NumpyImages(labels=torch.arange(6)).subset(torch.tensor([0, 2])))
+        2
 
     Args:
-        labels: ``[N]`` int64, of the whole data set.
-        indices: which images belong to this part, in its order; ``None`` takes all.
+        labels: labels of the whole data set, ``[N]`` int64.
+        indices: indices, in the whole data set, of the images of this part, in the order of the part. ``None`` takes
+            all images.
     """
 
     def __init__(self, labels: Tensor, indices: Tensor | None = None) -> None:
@@ -33,14 +48,14 @@ class BatchDataset(Dataset[Batch], ABC):
 
     @property
     def labels(self) -> Tensor:
-        """Labels of this part, ``[len(self)]``."""
+        """The labels of this part, ``[len(self)]`` int64."""
         return self.all_labels[self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, position: int) -> Batch:
-        """A batch of one."""
+        """The image at ``position`` as a batch of one image."""
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
@@ -48,24 +63,46 @@ class BatchDataset(Dataset[Batch], ABC):
         return self.images_at(indices), self.all_labels[indices], indices
 
     def set_epoch(self, epoch: int) -> None:
-        """Told by :class:`EpochSampler`; for data sets that crop at random while decoding."""
+        """Called by :class:`EpochSampler` before each epoch. A data set that crops at random overrides this method.
+
+        Args:
+            epoch: number of the epoch that begins, 0 or more.
+        """
 
     @abstractmethod
     def images_at(self, indices: Tensor) -> Tensor:
-        """The images with these numbers in the whole data set, ``[N, C, H, W]`` uint8."""
+        """The images with these indices, ``[N, C, H, W]`` uint8.
+
+        Args:
+            indices: indices of the images in the whole data set, ``[N]`` int64.
+        """
 
     @abstractmethod
     def subset(self, positions: Tensor) -> Self:
-        """The part of this data set at ``positions``, in their order; images are shared, not copied."""
+        """A part of this data set. It shares the images with this one; nothing is copied.
+
+        Args:
+            positions: positions of the images in this data set, ``[M]`` int64. The part has this order.
+        """
 
 
 class ArrayDataset(BatchDataset):
     """Images in memory as one uint8 tensor.
 
+    Example::
+
+        >>> import torch
+        >>> from project.data import ArrayDataset
+        >>> pixels = torch.zeros(100, 1, 8, 8, dtype=torch.uint8)
+        >>> dataset = ArrayDataset(pixels, labels=torch.arange(100) % 10)
+        >>> images, labels, indices = dataset.__getitems__([3, 14])
+        >>> images.shape, labels
+        (torch.Size([2, 1, 8, 8]), tensor([3, 4]))
+
     Args:
-        images: ``[N, C, H, W]`` uint8.
-        labels: ``[N]`` int64.
-        indices: which images belong to this part; ``None`` takes all.
+        images: all images of the data set, ``[N, C, H, W]`` uint8.
+        labels: labels of all images, ``[N]`` int64.
+        indices: indices of the images that belong to this part, in the order of the part. ``None`` takes all images.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
@@ -75,25 +112,49 @@ class ArrayDataset(BatchDataset):
         self.images = images
 
     def images_at(self, indices: Tensor) -> Tensor:
+        """A copy of the images with these indices, ``[N, C, H, W]`` uint8.
+
+        Args:
+            indices: indices of the images in the whole data set, ``[N]`` int64.
+        """
         return self.images.index_select(0, indices)
 
     def subset(self, positions: Tensor) -> Self:
+        """A part of this data set that shares its images.
+
+        Args:
+            positions: positions of the images in this data set, ``[M]`` int64. The part has this order.
+        """
         return type(self)(self.images, self.all_labels, self.indices[positions])
 
 
 class EpochSampler(DistributedSampler[Any]):
-    """A new order each epoch that depends on (seed, epoch) alone; process r of R takes every R-th image from the r-th.
+    """Shuffles a data set: a new order for each epoch, which depends on (seed, epoch) alone.
 
-    Lightning calls ``set_epoch`` before each epoch, and leaves a ``DistributedSampler`` in place under DDP, where it
-    would replace any other by one of its own. The last ``len(dataset) % R`` images of an order are left out, so that
-    all processes take equally many.
+    Of R processes, process r takes the images r, r + R, r + 2R, ... of the order. The last ``len(dataset) % R`` images
+    of an order are left out, so that all processes take equally many.
+
+    Lightning calls ``set_epoch`` before each epoch. The base class is ``DistributedSampler`` because Lightning keeps
+    such a sampler under DDP; it would replace any other sampler by its own.
+
+    Example::
+
+        >>> import torch
+        >>> from project.data import ArrayDataset, EpochSampler
+        >>> dataset = ArrayDataset(torch.zeros(6, 1, 8, 8, dtype=torch.uint8), labels=torch.arange(6))
+        >>> sampler = EpochSampler(dataset, seed=0)
+        >>> first = list(sampler)
+        >>> sampler.set_epoch(1)
+        >>> sorted(first) == sorted(sampler), first == list(sampler)
+        (True, False)
 
     Args:
-        dataset: what to shuffle.
-        seed: the run's seed.
-        epoch: where to start; a resumed run's workers fetch before Lightning tells the epoch.
-        num_replicas: number of processes R.
-        rank: this process r.
+        dataset: the data set that is shuffled. Its ``set_epoch`` is called too.
+        seed: seed of the run; any int.
+        epoch: number of the epoch to begin with, 0 or more. A resumed run needs it, because its workers read the first
+            batches before Lightning calls ``set_epoch``.
+        num_replicas: number of processes R, at least 1.
+        rank: number r of this process, 0 to R - 1.
     """
 
     def __init__(
@@ -117,14 +178,15 @@ class EpochSampler(DistributedSampler[Any]):
 
 
 class PartSampler(DistributedSampler[Any]):
-    """Process r of R looks at every R-th image from the r-th, in order: each image once, so that metrics are exact.
+    """Distributes the images that a metric is measured on: process r of R takes the images r, r + R, r + 2R, ...
 
-    Lightning's own choice repeats images until all processes have equally many.
+    Each image is used once, so metrics are exact. Lightning's own sampler repeats images until all processes have
+    equally many.
 
     Args:
-        dataset: of at least R images.
-        num_replicas: number of processes R.
-        rank: this process r.
+        dataset: a data set of at least R images.
+        num_replicas: number of processes R, at least 1.
+        rank: number r of this process, 0 to R - 1.
     """
 
     def __init__(self, dataset: BatchDataset, *, num_replicas: int, rank: int) -> None:
@@ -138,10 +200,16 @@ class PartSampler(DistributedSampler[Any]):
 
 
 def epoch_order(num_images: int, seed: int, epoch: int) -> Tensor:
-    """The order of an epoch: a permutation of 0..num_images-1, ``[num_images]`` int64."""
+    """The order of the images in an epoch: a permutation of 0 to num_images - 1, ``[num_images]`` int64."""
     return BatchRandom(seed, epoch, torch.arange(num_images), ORDER).permutation()
 
 
 def pass_through(batch: T) -> T:
-    """Collate function for data sets that answer with whole batches; importable, so that workers can unpickle it."""
+    """The collate function for data sets that return whole batches: it returns its argument.
+
+    It is a function of a module, not a lambda, so that the loader's workers can unpickle it.
+
+    Args:
+        batch: a batch of any type, as the data set returned it.
+    """
     return batch

@@ -2,9 +2,9 @@
 
 Learning multiple layers of features from tiny images, Krizhevsky 2009 (https://www.cs.toronto.edu/~kriz/cifar.html).
 
-The folder of batches is looked for in ``<data>`` and ``<data>/<Name>``, and ``<data>`` may be that folder; else the
-archive is taken from ``<data>`` or downloaded to it, and unpacked. The pickles are read by an unpickler that builds
-NumPy arrays and plain values only, so a file from anywhere cannot run code.
+The folder of batch files is searched in ``<data>`` and in ``<data>/<Name>``; ``<data>`` may also be this folder itself.
+If it is not found, the archive is unpacked: the one in ``<data>``, or else a downloaded one. The pickles are read by an
+unpickler that builds only NumPy arrays and plain values, so a file from an unknown source cannot run code.
 """
 
 import logging
@@ -27,22 +27,24 @@ log = logging.getLogger(__name__)
 
 
 class CifarDataModule(ImageDataModule):
-    """A data set in CIFAR's format."""
+    """Base class of the data sets in CIFAR's format."""
 
     image_shape = (3, 32, 32)
     folder_name: str
     archive: tuple[str, str]
     """Name and MD5 of the archive."""
     train_files: dict[str, str]
-    """Names of the batches, with their MD5."""
+    """Names of the training files, each with its MD5."""
     test_files: dict[str, str]
+    """Names of the test files, each with its MD5."""
     label_key: str
+    """Key of the labels in a file's dictionary."""
 
     def prepare_data(self) -> None:
-        """Unpack or download what is nowhere to be found.
+        """Unpack the archive if the files are missing; download it if the archive is missing too.
 
         Raises:
-            ValueError: when that fails.
+            ValueError: if the download fails, or if the archive is damaged.
         """
         if self._find(train=True) is not None and self._find(train=False) is not None:
             return
@@ -56,9 +58,13 @@ class CifarDataModule(ImageDataModule):
         _unpack(archive, self.folder_name)
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
-        """
+        """The images ``[N, 3, 32, 32]`` uint8 and labels ``[N]`` int64 of one part of the data set.
+
+        Args:
+            train: whether to load the training images (with validation) or the test images.
+
         Raises:
-            ValueError: when files are missing or damaged.
+            ValueError: if a file is missing or damaged.
         """
         folder = self._find(train)
         if folder is None:
@@ -83,7 +89,7 @@ class CifarDataModule(ImageDataModule):
         pixels, labels = entries.get("data"), entries.get(self.label_key)
         if not isinstance(pixels, np.ndarray) or not isinstance(labels, list) or pixels.shape != (len(labels), 3072):
             raise ValueError(
-                f"{path} holds no 'data' [N, 3072] with as many {self.label_key!r}: "
+                f"{path} holds no 'data' [N, 3072] with N labels under {self.label_key!r}: "
                 f"delete {path.parent} and download it again."
             )
         targets = torch.tensor(labels, dtype=torch.int64)
@@ -105,7 +111,19 @@ class CifarDataModule(ImageDataModule):
 
 
 class CIFAR10(CifarDataModule):
-    """Ten classes of animals and vehicles."""
+    """CIFAR-10: colour images of 32x32 pixels in ten classes of animals and vehicles.
+
+    Example::
+
+        data:
+          class_path: project.data.CIFAR10
+          init_args:
+            batch_size: 128
+            augment:
+              - class_path: project.data.PadCrop
+                init_args: {padding: 4, mode: reflect}
+              - class_path: project.data.HorizontalFlip
+    """
 
     class_names = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
     mean = (0.4914, 0.4822, 0.4465)
@@ -124,7 +142,18 @@ class CIFAR10(CifarDataModule):
 
 
 class CIFAR100(CifarDataModule):
-    """A hundred classes (the fine labels)."""
+    """CIFAR-100: colour images of 32x32 pixels in a hundred classes (the fine labels).
+
+    Example::
+
+        data:
+          class_path: project.data.CIFAR100
+          init_args: {batch_size: 128, val_fraction: 0.1}
+        model:
+          net:
+            class_path: project.models.SmallInception
+            init_args: {width: 2.0, fc_dropout: 0.3}
+    """
 
     class_names = (
         "apple", "aquarium_fish", "baby", "bear", "beaver", "bed", "bee", "beetle", "bicycle", "bottle", "bowl",
@@ -149,11 +178,11 @@ class CIFAR100(CifarDataModule):
 
 
 def load_pickle(contents: bytes, path: Path) -> dict[str, Any]:
-    """The dictionary in a batch file, its keys as text, with no code run.
+    """The dictionary in a batch file, with its keys as text. No code of the file is run.
 
     Raises:
-        ValueError: when the file is truncated, is no pickle of a dictionary or asks for anything but arrays and plain
-        values.
+        ValueError: if the file is truncated, is no pickle of a dictionary, or contains anything but arrays and plain
+            values.
     """
     try:
         entries = _ArrayUnpickler(BytesIO(contents), encoding="latin1").load()
@@ -165,7 +194,7 @@ def load_pickle(contents: bytes, path: Path) -> dict[str, Any]:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Knows the functions that make NumPy arrays, and no others."""
+    """An unpickler that knows the functions that make NumPy arrays, and no others."""
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
@@ -180,10 +209,10 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _unpack(archive: Path, folder_name: str) -> None:
-    """Unpack beside, then rename, so that no half of a folder is left.
+    """Unpack the archive into a temporary folder and then rename it, so that an interruption leaves no partial folder.
 
     Raises:
-        ValueError: when the archive is damaged or lacks the folder.
+        ValueError: if the archive is damaged or lacks the folder.
     """
     log.info("Unpacking %s", archive)
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack-") as folder:

@@ -1,10 +1,10 @@
-"""The base of all data modules: uint8 batches from memory, augmented as a whole on the training device.
+"""The base class of all data modules: uint8 batches from memory, augmented as a whole on the training device.
 
-The loader yields raw batches (uint8 images, labels, numbers of the images);
-:meth:`ImageDataModule.on_after_batch_transfer`, which Lightning calls once the batch is on the device, makes
-normalised float images of them. Augmentation depends on (seed, epoch, number of the image) alone, so a resumed run
-sees the same images as one never stopped, at any number of workers or processes. A mix takes its partners from the
-batch of all processes.
+The loader yields raw batches: uint8 images, labels, and the indices of the images. Lightning calls
+:meth:`ImageDataModule.on_after_batch_transfer` when the batch is on the device; this method makes normalised float
+images of them. Augmentation depends on (seed, epoch, index of the image) alone. A resumed run therefore sees the same
+images as a run that was never stopped, with any number of workers or processes. MixUp and CutMix take an image's
+partner from the batch of all processes together.
 """
 
 import os
@@ -34,32 +34,49 @@ from project.learning.whole_batch import gather
 
 
 class ImageDataModule(LightningDataModule):
-    """Images with class labels; a subclass implements :meth:`load` and names classes, shape, mean and std.
+    """Base class of the data modules: images with class labels.
+
+    A subclass implements :meth:`load` and sets ``class_names``, ``image_shape``, ``mean`` and ``std``.
+
+    Example::
+
+        >>> import torch
+        >>> from project.data import ImageDataModule
+        >>> class Noise(ImageDataModule):
+        ...     class_names, image_shape, mean, std = ("a", "b"), (1, 8, 8), (0.5,), (0.29,)
+        ...     def load(self, train):
+        ...         return torch.randint(0, 256, (120, 1, 8, 8), dtype=torch.uint8), torch.arange(120) % 2
+        >>> data = Noise(batch_size=10, val_fraction=1 / 12)
+        >>> data.setup("fit")
+        >>> len(data.train_data), len(data.val_data)
+        (110, 10)
 
     Args:
-        batch_size: training images per step (and process); a last batch that is not full is dropped.
-        eval_batch_size: images per batch of validation, test and prediction.
-        val_fraction: share of the training images held out for validation, in [0, 1); 0 trains on all, without
-        validation.
-        augment: transforms of the training images, in this order.
-        mix: MixUp or CutMix of the training images; makes soft targets.
-        num_workers: processes that read; 0 is fastest for data in memory.
-        data_dir: folder of the data sets; ``None`` takes ``PROJECT_DATA_DIR``, else ``data``.
-        split_seed: which of the possible validation splits.
-        seed: of order and augmentation; ``None`` takes the run's (``seed_everything``).
+        batch_size: number of training images per step and process, at least 1. A last batch that is not full is
+            dropped.
+        eval_batch_size: number of images per batch in validation, test and prediction, at least 1.
+        val_fraction: share of the training images that is held out for validation, in [0, 1). With 0 the run trains on
+            all images and has no validation.
+        augment: transforms of the training images, applied in this order. ``None`` means no augmentation.
+        mix: MixUp or CutMix of the training images, which makes soft targets. ``None`` means no mixing.
+        num_workers: number of extra processes that read images, 0 or more. 0 is fastest for data in memory.
+        data_dir: folder of the data sets. ``None`` takes the environment variable ``PROJECT_DATA_DIR``, or else
+            ``data``.
+        split_seed: seed of the validation split; any int.
+        seed: seed of the order and of the augmentation; any int. ``None`` takes the run's (``seed_everything``).
 
     Raises:
-        ValueError: for numbers outside their range.
+        ValueError: if a number is outside its range.
     """
 
     class_names: tuple[str, ...]
-    """Names of the classes, by label."""
+    """Names of the classes, in the order of the labels."""
     image_shape: tuple[int, int, int]
-    """Channels, height, width."""
+    """Channels, height and width of an image."""
     mean: tuple[float, ...]
-    """Per channel, of the training images' pixels in [0, 1]."""
+    """Mean of each channel over the training images, for pixels in [0, 1]."""
     std: tuple[float, ...]
-    """Per channel, likewise."""
+    """Standard deviation of each channel over the training images, for pixels in [0, 1]."""
 
     def __init__(
         self,
@@ -100,27 +117,39 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def run_seed(self) -> int:
-        """``seed``, else the one ``seed_everything`` left in the environment, else 0."""
+        """The argument ``seed``; if it is ``None``, the seed of ``seed_everything``; if there is none, 0."""
         return self.seed if self.seed is not None else int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     @abstractmethod
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
-        """The training or test images ``[N, C, H, W]`` uint8 and labels ``[N]`` int64."""
+        """The images ``[N, C, H, W]`` uint8 and labels ``[N]`` int64 of one part of the data set.
+
+        Args:
+            train: whether to load the training images (with validation) or the test images.
+        """
 
     def load_dataset(self, train: bool) -> BatchDataset:
-        """The training (with validation) or test images as a data set."""
+        """One part of the data set as an object. A subclass that does not keep its images in memory overrides this.
+
+        Args:
+            train: whether to load the training images (with validation) or the test images.
+        """
         return ArrayDataset(*self.load(train))
 
     def split(self, dataset: BatchDataset) -> tuple[BatchDataset, BatchDataset]:
-        """Parts for training and for validation."""
+        """Split the training images into a part for training and a part for validation.
+
+        Args:
+            dataset: all training images, as :meth:`load_dataset` returned them.
+        """
         train, val = stratified_split(dataset.labels, self.val_fraction, self.split_seed)
         return dataset.subset(train), dataset.subset(val)
 
     def setup(self, stage: str | None = None) -> None:
-        """Load what ``stage`` needs, once.
+        """Load the data that ``stage`` needs, unless they are loaded already.
 
         Raises:
-            ValueError: when the data are missing or damaged, or a batch is larger than the training set.
+            ValueError: if the data are missing or damaged, or if a batch is larger than the training set.
         """
         if stage in ("fit", "validate", None) and self.train_data is None:
             self.train_data, self.val_data = self.split(self.load_dataset(train=True))
@@ -130,7 +159,7 @@ class ImageDataModule(LightningDataModule):
             self._check_batch_size()
 
     def count_test_images(self) -> int:
-        """The number of test images; loads them, as the test after a fit does."""
+        """The number of test images. This loads them, as the test after ``fit`` does."""
         self.setup("test")
         assert self.test_data is not None
         return len(self.test_data)
@@ -139,7 +168,7 @@ class ImageDataModule(LightningDataModule):
         assert self.train_data is not None, "call setup('fit') first"
         trainer = self.trainer
         if trainer is not None and getattr(trainer, "overfit_batches", 0) > 0:
-            # The same few images each epoch, in an order that mixes the classes.
+            # Every epoch uses the same few images. The order mixes the classes.
             order = epoch_order(len(self.train_data), self.run_seed, 0)
             return self._loader(self.train_data.subset(order), self.batch_size, drop_last=True)
         sampler = EpochSampler(
@@ -168,13 +197,22 @@ class ImageDataModule(LightningDataModule):
         return self.test_dataloader()
 
     def measured_images(self, split: str) -> DataLoader[Batch]:
-        """All ``val`` or ``test`` images, for one process that measures alone."""
+        """All images of one part, for one process that measures alone.
+
+        Args:
+            split: name of the part, ``"val"`` or ``"test"``.
+        """
         data = self.test_data if split == "test" else self.val_data
         assert data is not None, "call setup first"
         return self._loader(data, self.eval_batch_size)
 
     def sample(self, count: int) -> tuple[Tensor, Tensor]:
-        """At most ``count`` training images, spread over the whole set, normalised and not augmented, and labels."""
+        """Some training images ``[count, C, H, W]`` and their labels, normalised but not augmented.
+
+        Args:
+            count: number of images, at least 1, spread evenly over the training set. A smaller set gives all its
+                images.
+        """
         assert self.train_data is not None, "call setup('fit') first"
         count = min(count, len(self.train_data))
         positions = torch.linspace(0, len(self.train_data) - 1, count).long().tolist()
@@ -182,9 +220,10 @@ class ImageDataModule(LightningDataModule):
         return self._in_precision(self.normalize(images.float().div_(255))), labels
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Raw batch -> float images, normalised, channels-last in memory when coloured, and targets.
+        """Make normalised float images and targets of a raw batch.
 
-        In training also augmented; targets are int64 ``[N]``, or float ``[N, K]`` after a mix.
+        Images of several channels are channels-last in memory. In training the images are also augmented. Targets are
+        class numbers ``[N]`` int64, or distributions ``[N, K]`` float after MixUp or CutMix.
         """
         images, targets, indices = batch
         images = images.float().div_(255)
@@ -200,7 +239,10 @@ class ImageDataModule(LightningDataModule):
         return self._for_net(images), targets
 
     def _mixed(self, mix: BatchMix, images: Tensor, labels: Tensor, random: BatchRandom) -> tuple[Tensor, Tensor]:
-        """Of several processes each mixes the whole batch and takes its part, so that partners are those of one."""
+        """Each process mixes the batch of all processes and keeps its own part.
+
+        So the partners are the same as in a run of one process.
+        """
         trainer = self.trainer
         if trainer is None or trainer.world_size == 1:
             return mix(images, labels, random, self.num_classes)
@@ -215,12 +257,16 @@ class ImageDataModule(LightningDataModule):
         return images.contiguous(memory_format=torch.channels_last) if images.shape[1] > 1 else images
 
     def _in_precision(self, images: Tensor) -> Tensor:
-        """In the type of the net's weights (``64-true``, ``bf16-true``)."""
+        """The images in the type of the net's weights, which is not float32 under ``64-true`` or ``bf16-true``."""
         module = getattr(self.trainer, "lightning_module", None)
         return images if module is None else images.to(module.dtype)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """``(images - mean) / std`` per channel, for images in [0, 1]."""
+        """``(images - mean) / std`` for each channel.
+
+        Args:
+            images: images ``[N, C, H, W]`` float with pixels in [0, 1].
+        """
         if self._normalize is None:
             self._normalize = Normalize(self.mean, self.std)
         if self._normalize.scale.device != images.device:
@@ -228,7 +274,7 @@ class ImageDataModule(LightningDataModule):
         return self._normalize(images)
 
     def _part(self, dataset: BatchDataset, name: str) -> PartSampler | None:
-        """This process's share of the images to measure on; all of them where there is one process."""
+        """The sampler of this process's share of the images to measure on; ``None`` if there is only one process."""
         trainer = self.trainer
         if trainer is None or trainer.world_size == 1:
             return None
@@ -248,9 +294,9 @@ class ImageDataModule(LightningDataModule):
         drop_last: bool = False,
     ) -> DataLoader[Batch]:
         if self.num_workers == 0 and isinstance(dataset, ArrayDataset):
-            # Lightning's advice to add workers does not hold for a gather from memory.
+            # Lightning advises to add workers, but workers do not make a gather from memory faster.
             warnings.filterwarnings("ignore", r"The '\w+' does not have many workers which may be a bottleneck")
-        return DataLoader(  # by keyword: Lightning makes it anew for prediction with another batch sampler
+        return DataLoader(  # keywords, because Lightning makes it again for prediction, with another batch sampler
             dataset=dataset,
             batch_size=batch_size,
             sampler=sampler,

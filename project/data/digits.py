@@ -1,9 +1,10 @@
 """Handwritten digits: 1797 images of 8x8 pixels that come inside scikit-learn, so nothing is downloaded.
 
 Optical recognition of handwritten digits, Alpaydin & Kaynak 1998, UCI Machine Learning Repository
-(https://doi.org/10.24432/C50P49), the set's test part of 13 writers. It has no split of its own: a fifth, stratified,
-is held out as test set by a constant seed, the same in every run. The split is by image, not by writer, so the accuracy
-says how well known writers' digits are read.
+(https://doi.org/10.24432/C50P49); scikit-learn has the test part of this set, by 13 writers. It has no split of its
+own. A fifth of the images, stratified by class, is held out as test set. The seed of this split is constant, so the
+test set is the same in every run. The split is by image, not by writer: the accuracy tells how well digits of known
+writers are read.
 """
 
 import torch
@@ -14,7 +15,18 @@ from project.data.split import stratified_split
 
 
 class Digits(ImageDataModule):
-    """8x8 gray digits: 1438 images for training and validation, 359 for test."""
+    """8x8 gray digits: 1438 images for training and validation, 359 for test.
+
+    Example::
+
+        data:
+          class_path: project.data.Digits
+          init_args:
+            batch_size: 64
+            augment:
+              - class_path: project.data.RandomAffine
+                init_args: {degrees: 10, translate: 0.08}
+    """
 
     class_names = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
     image_shape = (1, 8, 8)
@@ -25,6 +37,11 @@ class Digits(ImageDataModule):
     test_seed = 1797
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
+        """The images ``[N, 1, 8, 8]`` uint8 and labels ``[N]`` int64 of one part of the data set.
+
+        Args:
+            train: whether to load the training images (with validation) or the test images.
+        """
         from sklearn.datasets import load_digits  # here, because its import takes a second
 
         digits = load_digits()

@@ -1,4 +1,4 @@
-"""Download a file with its checksum, whole or not at all."""
+"""Download a file and verify its checksum. The file appears complete or not at all."""
 
 import logging
 import socket
@@ -12,15 +12,15 @@ TIMEOUT_S = 20.0
 
 
 def download(urls: Sequence[str], path: Path, md5: str) -> None:
-    """Fetch ``path`` from the first of the mirrors that has it; written beside, checked, then renamed.
+    """Download a file from the first mirror that has it. A temporary file is written, checked and then renamed.
 
     Args:
-        urls: the same file at several places.
-        path: where it goes.
-        md5: its checksum.
+        urls: addresses of the file, one for each mirror, in the order in which they are tried.
+        path: path that the file gets.
+        md5: MD5 checksum of the file, in hexadecimal digits.
 
     Raises:
-        ConnectionError: when no mirror gives a file with this checksum.
+        ConnectionError: if no mirror gives a file with this checksum.
     """
     from torchvision.datasets.utils import download_url
 

@@ -1,13 +1,14 @@
 """Hide a rectangle of every image: random erasing and cutout.
 
 Random erasing data augmentation, Zhong et al. 2017 (arXiv:1708.04896, sec. 3.2, algorithm 1): a rectangle of random
-area and aspect ratio. Its loop "until the rectangle fits" is ten candidates drawn at once, of which the first that
-fits counts; an image for which none fits stays whole (with the paper's ranges fewer than 1 in 10000). The place is
-uniform among those inside the image.
+area and aspect ratio. The paper draws in a loop until the rectangle fits. Here ten candidates are drawn at once, and
+the first that fits is used. If none fits, the image stays whole (with the paper's ranges, fewer than 1 image in 10000).
+The place is uniform among those inside the image.
 
 Improved regularization of convolutional neural networks with cutout, DeVries & Taylor 2017 (arXiv:1708.04552, sec.
-3): a square whose centre lies anywhere in the image, so that it is clipped at the border. The paper fills with the
-data set's mean (0 after normalisation); these act before normalisation, so give the mean as ``value`` for that.
+3): a square whose centre lies anywhere in the image, so that the square is clipped at the border. The paper fills it
+with the data set's mean, which is 0 after normalisation. Both classes here act before normalisation: to do as the paper
+does, give the mean as ``value``.
 """
 
 from math import log
@@ -23,14 +24,22 @@ from project.data.transforms import BatchTransform, check_probability, check_ran
 class RandomErasing(BatchTransform):
     """Overwrite a rectangle of random area and shape.
 
+    Example::
+
+        data:
+          init_args:
+            augment+:
+              - class_path: project.data.RandomErasing
+                init_args: {p: 0.25, scale: [0.02, 0.2], value: random}
+
     Args:
-        p: probability for each image, in [0, 1].
-        scale: smallest and largest area, as a share of the image's.
-        ratio: smallest and largest height / width; drawn log-uniformly.
-        value: the pixels written, in [0, 1], or ``"random"`` for noise (the paper's best, but slower).
+        p: probability that an image gets a rectangle, in [0, 1].
+        scale: smallest and largest area of the rectangle, as a share of the image's area, in (0, 1].
+        ratio: smallest and largest height / width of the rectangle, above 0. It is drawn log-uniformly.
+        value: value of the pixels written, in [0, 1], or ``"random"`` for noise (the best in the paper, but slower).
 
     Raises:
-        ValueError: for a probability outside [0, 1] or a range that is empty or not positive.
+        ValueError: if a probability is outside [0, 1], or if a range is empty or not positive.
     """
 
     num_candidates = 10
@@ -54,12 +63,12 @@ class RandomErasing(BatchTransform):
         if self.p == 0:
             return images
         height, width = images.shape[-2:]
-        area, ratio = random.uniform(2, self.num_candidates).unbind(1)
+        area, ratio = random.uniform(2, self.num_candidates).unbind(1)  # [N, num_candidates]
         area = (self.scale[0] + (self.scale[1] - self.scale[0]) * area) * (height * width)
         ratio = torch.exp(log(self.ratio[0]) + log(self.ratio[1] / self.ratio[0]) * ratio)
         rows, columns = (area * ratio).sqrt().round(), (area / ratio).sqrt().round()
         fits = (rows <= height) & (columns <= width) & (rows > 0) & (columns > 0)
-        first = fits.int().argmax(1, keepdim=True)
+        first = fits.int().argmax(1, keepdim=True)  # the position of the first True
         rows, columns = rows.gather(1, first)[:, 0], columns.gather(1, first)[:, 0]
 
         chosen, down, right = random.uniform(3).unbind(1)
@@ -77,13 +86,21 @@ class RandomErasing(BatchTransform):
 class Cutout(BatchTransform):
     """Overwrite a square whose centre lies anywhere in the image.
 
+    Example::
+
+        data:
+          init_args:
+            augment+:
+              - class_path: project.data.Cutout
+                init_args: {size: 3, value: 0.3}
+
     Args:
-        size: side in pixels; 0 switches it off.
-        p: probability for each image, in [0, 1].
-        value: the pixels written, in [0, 1].
+        size: side of the square in pixels, 0 or more; 0 switches it off.
+        p: probability that an image gets a square, in [0, 1].
+        value: value of the pixels written, in [0, 1].
 
     Raises:
-        ValueError: for a negative size or a probability outside [0, 1].
+        ValueError: if the size is negative, or if the probability is outside [0, 1].
     """
 
     def __init__(self, size: int = 8, p: float = 1.0, value: float = 0.0) -> None:
@@ -107,7 +124,10 @@ class Cutout(BatchTransform):
 
 
 def box_mask(top: Tensor, bottom: Tensor, left: Tensor, right: Tensor, height: int, width: int) -> Tensor:
-    """True in each image's box ``[top, bottom) x [left, right)``: four ``[N]`` -> ``[N, 1, height, width]``."""
+    """A mask ``[N, 1, height, width]`` that is True in each image's box ``[top, bottom) x [left, right)``.
+
+    The four edges of the boxes are tensors ``[N]``.
+    """
     y = torch.arange(height, device=top.device)
     x = torch.arange(width, device=top.device)
     rows = (y >= top[:, None]) & (y < bottom[:, None])

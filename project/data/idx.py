@@ -1,7 +1,7 @@
 """Reader of IDX files, plain or gzipped: the format of MNIST (http://yann.lecun.com/exdb/mnist/, "File formats").
 
-Two zero bytes, a type (8: unsigned byte), the number of dimensions, each dimension as a big-endian 32-bit integer,
-then the values.
+A file holds two zero bytes, a type (8: unsigned byte), the number of dimensions, each dimension as a big-endian 32-bit
+integer, and then the values.
 """
 
 import hashlib
@@ -20,18 +20,18 @@ def read_idx(path: Path) -> Tensor:
     """The array in an IDX file of unsigned bytes, as uint8.
 
     Raises:
-        ValueError: when the file is not IDX, truncated, too long or damaged.
+        ValueError: if the file is not IDX, is truncated, is too long or is damaged.
     """
     return parse_idx(read_bytes(path), path)
 
 
 def read_bytes(path: Path) -> bytearray:
-    """The contents of a file, unzipped when it is gzip (by its first bytes, whatever its name).
+    """The contents of a file, unzipped if it is gzip. The first bytes decide, not the name.
 
-    A truncated gzip file gives what is left of it.
+    A truncated gzip file gives the bytes up to its end.
 
     Raises:
-        ValueError: when the gzip stream is damaged.
+        ValueError: if the gzip stream is damaged.
     """
     raw = path.read_bytes()
     if raw[:2] != b"\x1f\x8b":
@@ -44,7 +44,11 @@ def read_bytes(path: Path) -> bytearray:
 
 
 def parse_idx(contents: bytearray, path: Path) -> Tensor:
-    """The array in the contents of the IDX file ``path``."""
+    """The array in the contents of the IDX file ``path``, as uint8.
+
+    Raises:
+        ValueError: if the contents are not IDX, are truncated or are too long.
+    """
     if len(contents) < 4 or contents[:2] != b"\0\0" or contents[2] != _UNSIGNED_BYTE:
         raise ValueError(
             f"{path} is not an IDX file of bytes (expected it to begin with 00 00 08, "
@@ -65,5 +69,5 @@ def parse_idx(contents: bytearray, path: Path) -> Tensor:
 
 
 def md5(contents: bytes | bytearray) -> str:
-    """The checksum data sets are published with (against damage, not against malice)."""
+    """The MD5 checksum, with which data sets are published. It detects damage; it does not protect against attacks."""
     return hashlib.md5(contents, usedforsecurity=False).hexdigest()

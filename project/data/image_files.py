@@ -1,7 +1,8 @@
-"""Image files of any size and mode, decoded to one shape: for large folders, and to predict on one's own images.
+"""Image files of any size and mode, decoded to one shape: for large folders, and for prediction on your own images.
 
-Reading: rotated as the camera says, gray or RGB, the largest centred part with the wished proportions, resized to the
-wished shape (bilinear with antialiasing): the same as resizing the shorter side and cropping the centre, in one step.
+An image is rotated as its EXIF data say and converted to gray or RGB. Then the largest centred part with the wanted
+proportions is resized to the wanted shape (bilinear with antialiasing). This is the same as resizing the shorter side
+and then cropping the centre, in one step.
 """
 
 import logging
@@ -27,10 +28,9 @@ OnCorrupt = Literal["error", "skip"]
 
 
 class CorruptImageError(ValueError):
-    """A file that cannot be decoded.
+    """Raised for a file that cannot be decoded.
 
-    A loader's worker hands exceptions over with their traceback in the message; only the last line, the sentence, is
-    kept.
+    A loader's worker puts the traceback into the message of an exception. Only the last line, the sentence, is kept.
     """
 
     def __init__(self, message: str) -> None:
@@ -38,16 +38,29 @@ class CorruptImageError(ValueError):
 
 
 class ImageFiles(BatchDataset):
-    """Image files decoded when they are asked for.
+    """Image files that are decoded when a batch asks for them.
+
+    Example::
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from project.data import ImageFiles, find_images
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Image.new("RGB", (40, 30)).save(Path(folder, "cat.png"))
+        ...     images, labels, _ = ImageFiles(find_images(folder), image_shape=(1, 28, 28)).__getitems__([0])
+        >>> images.shape, labels
+        (torch.Size([1, 1, 28, 28]), tensor([-1]))
 
     Args:
-        paths: the files.
-        image_shape: channels (1 or 3), height, width of what they are decoded to.
-        labels: ``[N]`` int64; ``None`` gives -1, unknown.
-        indices: which of the files belong to this part; ``None`` takes all.
-        on_corrupt: refuse a file that cannot be decoded, or leave it out of its batch with a warning.
-        random_crop: crop at random, depending on (seed, epoch, file); ``None`` crops the centre.
-        seed: the run's seed.
+        paths: paths of all files of the data set.
+        image_shape: shape (channels, height, width) of the decoded images; 1 or 3 channels.
+        labels: labels of all files, ``[N]`` int64. ``None`` gives every file the label -1, which means unknown.
+        indices: indices of the files that belong to this part, in the order of the part. ``None`` takes all files.
+        on_corrupt: treatment of a file that cannot be decoded: ``"error"`` raises an error, ``"skip"`` leaves the file
+            out of its batch and logs a warning.
+        random_crop: random crop of each image, which depends on (seed, epoch, file). ``None`` crops the centre.
+        seed: seed of the random crops; any int.
     """
 
     def __init__(
@@ -67,9 +80,14 @@ class ImageFiles(BatchDataset):
         self.on_corrupt = on_corrupt
         self.random_crop = random_crop
         self.seed = seed
-        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # workers that live on see it change
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see the new epoch
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the random crops depend on.
+
+        Args:
+            epoch: number of the epoch that begins, 0 or more.
+        """
         self._epoch.fill_(epoch)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
@@ -77,10 +95,19 @@ class ImageFiles(BatchDataset):
         return images, self.all_labels[indices], indices
 
     def images_at(self, indices: Tensor) -> Tensor:
+        """The decoded images ``[N, C, H, W]`` uint8, without the files that were skipped.
+
+        Args:
+            indices: indices of the files in the whole data set, ``[N]`` int64.
+        """
         return self.decode(indices)[0]
 
     def decode(self, indices: Tensor) -> tuple[Tensor, Tensor]:
-        """Images ``[N, C, H, W]`` uint8 and their indices ``[N]``, without those that were skipped."""
+        """The decoded images ``[N, C, H, W]`` uint8 and their indices ``[N]``, without the files that were skipped.
+
+        Args:
+            indices: indices of the files in the whole data set, int64 of one dimension.
+        """
         crops: list[RandomResizedCrop | None] = [None] * len(indices)
         if self.random_crop is not None:
             crops = list(self.random_crop.draw(BatchRandom(self.seed, int(self._epoch), indices, DECODE)))
@@ -98,6 +125,11 @@ class ImageFiles(BatchDataset):
         return stacked, torch.tensor(kept, dtype=torch.int64)
 
     def subset(self, positions: Tensor) -> Self:
+        """A part of this data set, with the same options.
+
+        Args:
+            positions: positions of the files in this data set, ``[M]`` int64. The part has this order.
+        """
         return type(self)(
             self.paths,
             self.image_shape,
@@ -110,19 +142,22 @@ class ImageFiles(BatchDataset):
 
 
 def find_images(path: str | os.PathLike[str]) -> list[Path]:
-    """The image file ``path``, or all image files in the folder ``path`` and below, sorted.
+    """The image file ``path``, or all image files in the folder ``path`` and in the folders below, sorted.
+
+    Args:
+        path: path of an image file or of a folder.
 
     Raises:
-        ValueError: when there is no such path, or no image.
+        ValueError: if the path does not exist, or if the folder holds no image.
     """
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise ValueError(f"{path} does not exist: name an image file or a folder of them.")
+        raise ValueError(f"{path} does not exist: name an image file or a folder of image files.")
     found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
     if not found:
-        raise ValueError(f"{path} holds no images: put files in it that end in {', '.join(SUFFIXES)}.")
+        raise ValueError(f"{path} holds no images: put files in it whose names end in {', '.join(SUFFIXES)}.")
     return found
 
 
@@ -132,12 +167,12 @@ def decode_image(
     """Read an image file as ``[C, H, W]`` uint8.
 
     Args:
-        path: the file.
-        image_shape: channels (1 or 3), height, width.
-        crop: where to crop; ``None`` takes the centre.
+        path: path of the image file.
+        image_shape: shape (channels, height, width) of the result; 1 or 3 channels.
+        crop: drawn crop, one of those that :meth:`RandomResizedCrop.draw` gives. ``None`` crops the centre.
 
     Raises:
-        ValueError: when the file is missing, truncated or no image.
+        ValueError: if the file is missing, truncated or no image.
     """
     import numpy as np
     from PIL import Image, ImageOps
@@ -152,7 +187,7 @@ def decode_image(
             image = _as_mode(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise ValueError(f"{os.fspath(path)} does not exist: name an image file.") from None
-    except Exception as error:  # the decoders raise nearly anything on bad bytes
+    except Exception as error:  # the decoders raise nearly any exception for bad bytes
         reason = " ".join(str(error).split())
         raise CorruptImageError(
             f"{os.fspath(path)} is truncated or no image ({reason}): replace or remove it "
@@ -171,7 +206,7 @@ def _as_mode(image: "Image", mode: str) -> "Image":
     import numpy as np
     from PIL import Image
 
-    if image.mode.startswith("I"):  # 16 bits: keep the upper 8, where convert() would clip
+    if image.mode.startswith("I"):  # 16 bits: keep the upper 8; convert() would clip
         image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
     elif "transparency" in image.info:
         image = image.convert("RGBA")

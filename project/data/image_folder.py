@@ -1,14 +1,14 @@
-"""Any folder of class folders as a data set: gray or colour, images of mixed sizes.
+"""Any folder of class folders as a data set: gray or colour images of mixed sizes.
 
 ::
 
     root/train/<class>/*.png   root/val/<class>/*.png   root/test/<class>/*.png
     root/<class>/*.png
 
-Without ``val`` a stratified share of the training images is held out; without ``test`` the folder ``val`` is the test
-set (as on ImageNet, whose test labels are not public), and without both a stratified share, by a constant seed. A set
-that fits in memory is decoded once into one uint8 tensor; a larger one is decoded by the loader's workers, batch by
-batch.
+Without ``val``, a stratified share of the training images is held out for validation. Without ``test``, the folder
+``val`` is the test set (as for ImageNet, whose test labels are not public). Without both, a stratified share of the
+images is held out for test, with a constant seed. A data set that fits in memory is decoded once into one uint8 tensor.
+A larger one is decoded by the loader's workers, batch by batch.
 """
 
 import logging
@@ -29,31 +29,48 @@ from project.data.split import check_fraction, stratified_split
 log = logging.getLogger(__name__)
 
 _STATISTICS = {
-    # ImageNet's; for gray the mean over its channels. A net adapts to any that is about right.
+    # Mean and std of ImageNet; for gray, their means over the channels. Roughly right numbers are enough for a net.
     1: ((0.449,), (0.226,)),
     3: ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
 
 
 class ImageFolder(ImageDataModule):
-    """Images sorted into one folder per class.
+    """Images that are sorted into one folder per class. ``configs/image_folder.yaml`` is a complete configuration.
+
+    Example::
+
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from PIL import Image
+        >>> from project.data import ImageFolder
+        >>> with tempfile.TemporaryDirectory() as root:
+        ...     for name in ("cat", "dog"):
+        ...         Path(root, name).mkdir()
+        ...         Image.new("RGB", (80, 60)).save(Path(root, name, "1.jpg"))
+        ...     data = ImageFolder(root, image_size=32, batch_size=64)
+        >>> data.class_names, data.image_shape
+        (('cat', 'dog'), (3, 32, 32))
 
     Args:
-        root: the folder; a relative one is looked for here, then in the data folder.
-        image_size: side in pixels of the square images the net gets: shorter side resized, centre cropped.
-        channels: 3 (RGB) or 1 (gray); files are converted.
-        on_corrupt: refuse a file that cannot be decoded, or skip it with a warning.
-        in_memory: decode all once, or batch by batch in the workers; ``None`` decides by ``memory_limit_mb``.
-        memory_limit_mb: largest decoded size that is kept in memory, in MB of the training images.
-        random_crop: smallest and largest share of the area for random crops of the training images (GoogLeNet: 0.08,
-        1.0);
-            decodes batch by batch.
-        test_fraction: share held out for test where there is no folder for it, in [0, 1).
-        mean, std: per channel, for pixels in [0, 1]; ``None`` takes ImageNet's.
-        kwargs: as in :class:`~project.data.datamodule.ImageDataModule`.
+        root: folder of the images. A relative path is searched in the working directory, then in the data folder.
+        image_size: side in pixels of the square images that the net gets, at least 1. The shorter side of a file is
+            resized to it, and the centre is cropped.
+        channels: number of channels that files are converted to: 3 (RGB) or 1 (gray).
+        on_corrupt: treatment of a file that cannot be decoded: ``"error"`` raises an error, ``"skip"`` leaves the file
+            out and logs a warning.
+        in_memory: whether all images are decoded once and kept in memory, or batch by batch in the workers. ``None``
+            decides by ``memory_limit_mb``.
+        memory_limit_mb: largest size in MB of decoded images that are kept in memory, 0 or more.
+        random_crop: smallest and largest area of random crops of the training images, as a share of the image's area,
+            in (0, 1]; GoogLeNet has 0.08 and 1.0. The images are then decoded batch by batch. ``None`` crops the
+            centre.
+        test_fraction: share of the images that is held out for test if there is no folder for it, in [0, 1).
+        mean, std: mean and standard deviation of each channel, for pixels in [0, 1]. ``None`` takes those of ImageNet.
+        kwargs: other arguments of :class:`~project.data.datamodule.ImageDataModule`, such as ``batch_size``.
 
     Raises:
-        ValueError: for a missing folder, one without class folders, or numbers outside their range.
+        ValueError: if the folder is missing, if it has no class folders, or if a number is outside its range.
     """
 
     test_seed = 1797
@@ -80,7 +97,7 @@ class ImageFolder(ImageDataModule):
         check_fraction("test_fraction", test_fraction)
         if in_memory and random_crop is not None:
             raise ValueError(
-                "in_memory is true, but random_crop needs each image in its own size: leave one of them out."
+                "in_memory is true, but random_crop needs each image in its own size: leave one of the two out."
             )
         for name, value in (("mean", mean), ("std", std)):
             if value is not None and len(value) != channels:
@@ -101,19 +118,31 @@ class ImageFolder(ImageDataModule):
             )
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
-        """All training or test images in memory."""
+        """The images ``[N, C, H, W]`` uint8 and labels ``[N]`` int64 of one part, all decoded.
+
+        Args:
+            train: whether to load the training images (with validation) or the test images.
+        """
         return self._decode_all(self._files(train))
 
     def load_dataset(self, train: bool) -> BatchDataset:
-        """
+        """One part of the data set, in memory or as files that are decoded batch by batch.
+
+        Args:
+            train: whether to load the training images (with validation) or the test images.
+
         Raises:
-            ValueError: for an empty class folder, one that training does not have, or a corrupt file
-            (``on_corrupt``).
+            ValueError: if a class folder is empty, if training does not have this class, or if a file is corrupt (see
+                ``on_corrupt``).
         """
         return self._dataset(self._files(train))
 
     def split(self, dataset: BatchDataset) -> tuple[BatchDataset, BatchDataset]:
-        """Parts for training and validation; random crops are for training alone."""
+        """The parts for training and for validation. Only the training part gets random crops.
+
+        Args:
+            dataset: all training images, as :meth:`load_dataset` returned them.
+        """
         if "val" in self.parts and "test" in self.parts:
             train, val = dataset, self._dataset(self._list("val"))
         else:
@@ -123,7 +152,7 @@ class ImageFolder(ImageDataModule):
         return train, val
 
     def count_test_images(self) -> int:
-        """The number of test files; none is decoded."""
+        """The number of test files. No file is decoded."""
         return len(self._files(train=False))
 
     def _dataset(self, files: ImageFiles) -> BatchDataset:
@@ -132,7 +161,7 @@ class ImageFolder(ImageDataModule):
         return ArrayDataset(*self._decode_all(files)) if (fits if self.in_memory is None else self.in_memory) else files
 
     def _files(self, train: bool) -> ImageFiles:
-        """Files for training and validation, or for test."""
+        """The files for training and validation, or those for test."""
         for part in ("test", "val"):
             if part in self.parts:
                 return self._list("train" if train else part)
@@ -148,7 +177,8 @@ class ImageFolder(ImageDataModule):
         for folder in _folders(self.parts[part]):
             if folder.name not in self.class_names:
                 raise ValueError(
-                    f"{folder} is a class that {self.parts['train']} does not have: remove it, or add images there."
+                    f"{folder} is a class that {self.parts['train']} does not have: remove it, or add images of this "
+                    "class there."
                 )
             try:
                 found = find_images(folder)
@@ -159,14 +189,17 @@ class ImageFolder(ImageDataModule):
             paths += found
             labels += [self.class_names.index(folder.name)] * len(found)
         if not paths:
-            raise ValueError(f"{self.parts[part]} holds no class folders: put images in them, or remove {part}.")
+            raise ValueError(
+                f"{self.parts[part]} holds no class folders: put each class's images in a folder of its name, or "
+                f"remove {part}."
+            )
         return self._image_files(paths, torch.tensor(labels))
 
     def _image_files(self, paths: list[Path], labels: Tensor) -> ImageFiles:
         return ImageFiles(paths, self.image_shape, labels, on_corrupt=self.on_corrupt, seed=self.run_seed)
 
     def _decode_all(self, files: ImageFiles) -> tuple[Tensor, Tensor]:
-        """Threads suffice: the decoders let go of Python's lock."""
+        """Decode all files, in threads. Processes would not be faster, because the decoders release Python's lock."""
         log.info("Decoding %d images of %s", len(files), self.root)
         parts = files.indices.split(64)
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -179,7 +212,8 @@ class ImageFolder(ImageDataModule):
             if path.is_dir():
                 return path
         raise ValueError(
-            f"root is {root!r}, but there is no such folder here or in {self.data_dir}: name a folder of class folders."
+            f"root is {root!r}, but neither the working directory nor {self.data_dir} has such a folder: name a folder "
+            "of class folders."
         )
 
 

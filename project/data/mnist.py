@@ -1,11 +1,12 @@
-"""MNIST, Fashion-MNIST and KMNIST: 60000 + 10000 gray images of 28x28 pixels in ten classes, as four IDX files each.
+"""MNIST, Fashion-MNIST and KMNIST: 60000 + 10000 gray images of 28x28 pixels in ten classes; four IDX files each.
 
 Gradient-based learning applied to document recognition, LeCun et al. 1998; Fashion-MNIST, Xiao et al. 2017
 (arXiv:1708.07747); Deep learning for classical Japanese literature, Clanuwat et al. 2018 (arXiv:1812.01718).
 
-The files are looked for in ``<data>/<Name>/raw`` (torchvision's place), ``<data>/<Name>``, ``<data>`` itself, and the
-system's folder of data sets; then downloaded to the first. All three sets use the same four file names, so files
-right in ``<data>`` are taken for any of them unless their labels' checksum is a sister's: then they are passed over.
+The files are searched in ``<data>/<Name>/raw`` (torchvision's folder), ``<data>/<Name>``, ``<data>`` itself, and the
+system's folder of data sets. If they are in none of these, they are downloaded to the first. All three data sets use
+the same four file names. Files directly in ``<data>`` are therefore ignored if the checksum of their labels is that of
+another of the three data sets.
 """
 
 import logging
@@ -22,21 +23,21 @@ log = logging.getLogger(__name__)
 
 
 class IdxDataModule(ImageDataModule):
-    """A data set in MNIST's format; subclasses give the checksums."""
+    """Base class of the data sets in MNIST's format; a subclass sets the checksums."""
 
     image_shape = (1, 28, 28)
     checksums: dict[str, str] = {}
-    """MD5 of the files: unzipped under their bare name, zipped under ``.gz``; as far as known."""
+    """MD5 checksums by file name: of the unzipped file, or of the archive if the name ends in ``.gz``."""
     system_folder = ""
-    """Name below the system's folder of data sets, where a distribution's package installs it."""
+    """Name of the folder, below the system's folder of data sets, that a Linux distribution's package installs."""
     package = ""
-    """Name of that package."""
+    """Name of this package."""
 
     def prepare_data(self) -> None:
-        """Download what is nowhere to be found.
+        """Download the files that are in none of the folders.
 
         Raises:
-            ValueError: when that fails.
+            ValueError: if the download fails.
         """
         stage = self.trainer.state.fn if self.trainer is not None else None
         for train in (False,) if stage in ("test", "predict") else (True, False):
@@ -44,9 +45,13 @@ class IdxDataModule(ImageDataModule):
                 self._download(train)
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
-        """
+        """The images ``[N, 1, 28, 28]`` uint8 and labels ``[N]`` int64 of one part of the data set.
+
+        Args:
+            train: whether to load the training images (with validation) or the test images.
+
         Raises:
-            ValueError: when files are missing, damaged or do not fit together.
+            ValueError: if a file is missing or damaged, or if images and labels do not fit together.
         """
         paths = self.find(train)
         if paths is None:
@@ -70,13 +75,13 @@ class IdxDataModule(ImageDataModule):
         return folders + ([Paths.system_datasets / self.system_folder] if self.system_folder else [])
 
     def find(self, train: bool) -> tuple[Path, Path] | None:
-        """Images' and labels' file in the first folder that has both."""
+        """The file of the images and the file of the labels, from the first folder that has both."""
         for folder in self._folders():
             images, labels = (_zipped_or_not(folder / name) for name in _file_names(train))
             if images is not None and labels is not None:
                 if folder != self.data_dir or not self._is_sister(labels):
                     return images, labels
-                log.info("%s holds another data set under the same names; looking on.", folder)
+                log.info("%s holds another data set under the same file names: its files are not used.", folder)
         return None
 
     def _is_sister(self, labels: Path) -> bool:
@@ -116,7 +121,16 @@ class IdxDataModule(ImageDataModule):
 
 
 class MNIST(IdxDataModule):
-    """Handwritten digits."""
+    """MNIST: handwritten digits.
+
+    Example::
+
+        data:
+          class_path: project.data.MNIST
+          init_args: {batch_size: 128, val_fraction: 0.1}
+        model:
+          net: project.models.LeNet5
+    """
 
     class_names = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
     mean = (0.1307,)
@@ -130,7 +144,19 @@ class MNIST(IdxDataModule):
 
 
 class FashionMNIST(IdxDataModule):
-    """Clothes of a mail-order shop; Debian and Ubuntu have it as package ``dataset-fashion-mnist``."""
+    """Fashion-MNIST: clothes of an online shop. Debian and Ubuntu have it as the package ``dataset-fashion-mnist``.
+
+    Example::
+
+        data:
+          class_path: project.data.FashionMNIST
+          init_args:
+            batch_size: 128
+            augment:
+              - class_path: project.data.PadCrop
+                init_args: {padding: 2}
+              - class_path: project.data.HorizontalFlip
+    """
 
     class_names = (
         "T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot",
@@ -148,7 +174,18 @@ class FashionMNIST(IdxDataModule):
 
 
 class KMNIST(IdxDataModule):
-    """Cursive Japanese (Kuzushiji), one character for each row of the Hiragana."""
+    """KMNIST: handwritten cursive Japanese (Kuzushiji), one character for each row of the Hiragana.
+
+    Example::
+
+        data:
+          class_path: project.data.KMNIST
+          init_args:
+            batch_size: 128
+            augment:
+              - class_path: project.data.RandomAffine
+                init_args: {degrees: 8, translate: 0.06}
+    """
 
     class_names = ("o", "ki", "su", "tsu", "na", "ha", "ma", "ya", "re", "wo")
     mean = (0.1918,)
@@ -172,7 +209,10 @@ def _zipped_or_not(path: Path) -> Path | None:
 
 
 def _known_checksum(checksums: dict[str, str], path: Path, contents: bytearray | None) -> bool | None:
-    """Whether the file has the known checksum, of its contents or else of its archive; ``None`` when none is known."""
+    """Whether the file has its known checksum; ``None`` if no checksum is known.
+
+    The checksum of the contents is compared if it is known, else that of the archive.
+    """
     bare = path.name.removesuffix(".gz")
     if bare in checksums:
         return checksums[bare] == md5(read_bytes(path) if contents is None else contents)

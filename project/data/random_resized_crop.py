@@ -1,8 +1,8 @@
-"""Crop a part of random area and proportions and resize it: the training crops of GoogLeNet.
+"""Crop a part of random area and proportions, and resize it: the training crops of GoogLeNet.
 
 Going deeper with convolutions, Szegedy et al. 2014 (arXiv:1409.4842, sec. 6): "patches of the image whose size is
 distributed evenly between 8% and 100% of the image area with aspect ratio constrained to the interval [3/4, 4/3]".
-The ratio is drawn log-uniformly. It needs the image in its own size, so it happens while decoding.
+Our ratio is drawn log-uniformly. The crop needs the image in its original size, so it is done while decoding.
 """
 
 from collections.abc import Iterator
@@ -18,22 +18,33 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class RandomResizedCrop:
-    """Where to crop; :meth:`draw` makes one for each image.
+    """A random crop: its ranges and, after :meth:`draw`, the random numbers of one image.
+
+    Example::
+
+        >>> import torch
+        >>> from project.data import BatchRandom, RandomResizedCrop
+        >>> crop = RandomResizedCrop(scale=(0.25, 1.0))
+        >>> random = BatchRandom(seed=0, epoch=0, indices=torch.tensor([7, 42]))
+        >>> for drawn in crop.draw(random):
+        ...     left, top, right, bottom = drawn.box((640, 480))
+        ...     assert 0 <= left < right <= 640 and 0 <= top < bottom <= 480
 
     Args:
-        scale: smallest and largest area, as a share of the image's.
-        ratio: smallest and largest width / height.
+        scale: smallest and largest area of the crop, as a share of the image's area, in (0, 1].
+        ratio: smallest and largest width / height of the crop, above 0.
+        candidates: pairs of numbers in [0, 1) for area and ratio, made by :meth:`draw`. The first pair whose crop fits
+            into the image is used.
+        place: two numbers in [0, 1) for the left and the top edge, made by :meth:`draw`.
 
     Raises:
-        ValueError: for a range that is empty or not positive, or an area above 1.
+        ValueError: if a range is empty or not positive, or if an area is above 1.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     candidates: tuple[tuple[float, float], ...] = ()
-    """Uniform numbers for area and ratio; the first that fits the image is taken."""
     place: tuple[float, float] = (0.5, 0.5)
-    """Uniform numbers for left and top."""
 
     num_candidates = 10
 
@@ -46,13 +57,21 @@ class RandomResizedCrop:
             )
 
     def draw(self, random: BatchRandom) -> Iterator["RandomResizedCrop"]:
-        """One crop for each image."""
+        """Yield a crop with random numbers of its own for each image of a batch.
+
+        Args:
+            random: random numbers for each image of the batch.
+        """
         candidates, places = random.uniform(self.num_candidates, 2).tolist(), random.uniform(2).tolist()
         for pairs, place in zip(candidates, places, strict=True):
             yield replace(self, candidates=tuple(tuple(pair) for pair in pairs), place=tuple(place))
 
     def box(self, size: tuple[int, int]) -> Box | None:
-        """The part of an image of this (width, height) to keep; ``None`` when no candidate fits."""
+        """The part of an image to keep; ``None`` if no candidate fits into the image.
+
+        Args:
+            size: width and height of the image in pixels.
+        """
         for area, ratio in self.candidates:
             area = (self.scale[0] + (self.scale[1] - self.scale[0]) * area) * size[0] * size[1]
             ratio = self.ratio[0] * (self.ratio[1] / self.ratio[0]) ** ratio

@@ -1,4 +1,4 @@
-"""A validation split that keeps the classes' proportions, is the same for a seed and never overlaps with training."""
+"""A validation split that keeps the proportions of the classes. It depends on the seed alone."""
 
 import torch
 from torch import Tensor
@@ -9,20 +9,21 @@ from project.data.random import SPLIT, BatchRandom
 def stratified_split(labels: Tensor, val_fraction: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     """Split images into training and validation, class by class.
 
-    Of each class ``val_fraction`` goes to validation; the fractions of an image that remain go to the classes with
-    the largest remainders, so that the whole has ``round(N * val_fraction)`` images. Every class keeps at least one
-    image for training. The choice is a hash of (seed, image number): the same on every machine and version.
+    Of each class the share ``val_fraction``, rounded down, goes to validation. The images that are then missing from
+    ``round(N * val_fraction)`` come from the classes with the largest remainders. Every class keeps at least one image
+    for training. The choice is a hash of (seed, index of the image), so it is the same on every machine and with every
+    version of the packages.
 
     Args:
-        labels: ``[N]`` integers.
-        val_fraction: share of validation, in [0, 1).
-        seed: which of the possible splits.
+        labels: labels of the images, ``[N]`` integers.
+        val_fraction: share of the images that goes to validation, in [0, 1).
+        seed: seed of the split; any int.
 
     Returns:
         Training and validation indices, each sorted, int64.
 
     Raises:
-        ValueError: for a ``val_fraction`` outside [0, 1).
+        ValueError: if ``val_fraction`` is outside [0, 1).
     """
     check_fraction("val_fraction", val_fraction)
     _, which, counts = labels.unique(return_inverse=True, return_counts=True)
@@ -37,12 +38,13 @@ def stratified_split(labels: Tensor, val_fraction: float, seed: int = 0) -> tupl
 
 
 def check_fraction(name: str, value: float) -> None:
-    """Refuse a share that leaves nothing for training."""
+    """Raise a ``ValueError`` if a share leaves nothing for training."""
     if not 0 <= value < 1:
         raise ValueError(f"{name} is {value}, but a held-out share lies in [0, 1): 0 holds nothing out, 0.1 a tenth.")
 
 
 def _largest_remainder(counts: list[int], fraction: float) -> list[int]:
+    """The number of held-out images of each class, by the largest remainder method."""
     quotas = [count * fraction for count in counts]
     shares = [int(quota) for quota in quotas]
     missing = round(sum(counts) * fraction) - sum(shares)

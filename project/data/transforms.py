@@ -1,7 +1,8 @@
-"""Augmentations of a whole batch with a draw for every image (pad-and-crop, flip, affine maps), and normalisation.
+"""Augmentations of a whole batch, with random numbers of its own for every image, and normalisation.
 
-Each takes images ``[N, C, H, W]`` float in [0, 1] on any device and a :class:`~project.data.random.BatchRandom`,
-returns the same shape, never writes into its input and gives the same bits back at zero strength.
+The augmentations here are pad-and-crop, flip and affine maps. Each takes images ``[N, C, H, W]`` float in [0, 1] on any
+device and a :class:`~project.data.random.BatchRandom`. It returns the same shape and never writes into its input. With
+zero strength it returns the same bits.
 
 Pad-and-crop and flip as in Deep residual learning, He et al. 2015 (arXiv:1512.03385, sec. 4.2); affine maps as in
 Best practices for convolutional neural networks, Simard et al. 2003 (sec. 2).
@@ -20,22 +21,42 @@ from project.data.random import BatchRandom
 
 
 class BatchTransform(nn.Module, ABC):
-    """Changes a batch of images, each by its own draw."""
+    """Base class of augmentations. A subclass implements ``forward`` and draws random numbers for each image.
+
+    Example::
+
+        >>> import torch
+        >>> from project.data import BatchRandom, BatchTransform
+        >>> class Brightness(BatchTransform):
+        ...     def forward(self, images, random):
+        ...         factor = 0.8 + 0.4 * random.uniform()[:, None, None, None]
+        ...         return (images * factor).clamp(0, 1)
+        >>> Brightness()(torch.ones(2, 1, 8, 8), BatchRandom(0, 0, indices=torch.arange(2))).shape
+        torch.Size([2, 1, 8, 8])
+    """
 
     @abstractmethod
     def forward(self, images: Tensor, random: BatchRandom) -> Tensor:
-        """``[N, C, H, W]`` -> ``[N, C, H, W]``."""
+        """Images ``[N, C, H, W]`` float in [0, 1] -> augmented images of the same shape."""
 
 
 class PadCrop(BatchTransform):
     """Pad by ``padding`` pixels on every side, then crop the old size at a random place: a shift by whole pixels.
 
+    Example::
+
+        data:
+          init_args:
+            augment:
+              - class_path: project.data.PadCrop
+                init_args: {padding: 1, mode: reflect}
+
     Args:
-        padding: largest shift in pixels.
-        mode: what lies outside: black, or the image mirrored without its edge.
+        padding: largest shift in pixels, 0 or more; 0 switches it off.
+        mode: content of the padding: ``"zeros"`` is black, ``"reflect"`` is the image mirrored without its edge.
 
     Raises:
-        ValueError: for a negative padding or an unknown mode.
+        ValueError: if the padding is negative, or if the mode is unknown.
     """
 
     def __init__(self, padding: int = 4, mode: Literal["zeros", "reflect"] = "zeros") -> None:
@@ -61,11 +82,19 @@ class PadCrop(BatchTransform):
 class HorizontalFlip(BatchTransform):
     """Mirror left and right.
 
+    Example::
+
+        data:
+          init_args:
+            augment+:
+              - class_path: project.data.HorizontalFlip
+                init_args: {p: 0.5}
+
     Args:
-        p: probability for each image, in [0, 1].
+        p: probability that an image is mirrored, in [0, 1].
 
     Raises:
-        ValueError: for a probability outside [0, 1].
+        ValueError: if the probability is outside [0, 1].
     """
 
     def __init__(self, p: float = 0.5) -> None:
@@ -83,17 +112,26 @@ class HorizontalFlip(BatchTransform):
 
 
 class RandomAffine(BatchTransform):
-    """Rotate, scale, shear and shift about the centre, with bilinear interpolation; shifts are not rounded to pixels.
+    """Rotate, scale and shear around the centre, and shift. Interpolation is bilinear; shifts are not whole pixels.
+
+    Example::
+
+        data:
+          init_args:
+            augment:
+              - class_path: project.data.RandomAffine
+                init_args: {degrees: 10, translate: 0.08, scale: [0.9, 1.1], shear: 5}
 
     Args:
-        degrees: largest rotation to either side, in degrees.
-        translate: largest shift to either side, as a share of the side.
-        scale: smallest and largest factor; (1, 1) keeps the size.
-        shear: largest horizontal shear angle to either side, in degrees.
-        padding_mode: what lies outside: black, the edge's pixel, or the image mirrored.
+        degrees: largest rotation to either side in degrees, 0 or more.
+        translate: largest shift to either side as a share of the image's side, 0 or more.
+        scale: smallest and largest factor on the size, above 0; (1, 1) keeps the size.
+        shear: largest angle of the horizontal shear to either side in degrees, in [0, 90).
+        padding_mode: content of the pixels from outside the image: ``"zeros"`` is black, ``"border"`` is the nearest
+            pixel of the edge, ``"reflection"`` is the image mirrored.
 
     Raises:
-        ValueError: for negative or reversed ranges.
+        ValueError: if a number is outside its range, or if the smallest factor is above the largest.
     """
 
     def __init__(
@@ -123,14 +161,16 @@ class RandomAffine(BatchTransform):
         return F.grid_sample(images, grid.to(images.dtype), "bilinear", self.padding_mode, align_corners=False)
 
     def _matrices(self, random: BatchRandom, size: torch.Size) -> Tensor:
-        """Maps from the output's to the input's coordinates in [-1, 1], ``[N, 2, 3]``."""
+        """Maps from the output's to the input's coordinates, which are in [-1, 1]: ``[N, 2, 3]``."""
         angle, shear, right, down, factor = random.uniform(5).unbind(1)
         angle = (2 * angle - 1) * (self.degrees * pi / 180)
         shear = torch.tan((2 * shear - 1) * (self.shear * pi / 180))
         low, high = self.scale
-        factor = 1 / (low + (high - low) * factor)
+        factor = 1 / (low + (high - low) * factor)  # the map goes backwards, from output to input
         cos, sin = torch.cos(angle) * factor, torch.sin(angle) * factor
-        aspect = size[1] / size[0]  # coordinates are scaled by the sides: rotate in pixels
+        # A unit of x and one of y are different numbers of pixels. `aspect` makes it a rotation of the pixels.
+        aspect = size[1] / size[0]
+        # A side is 2 long in these coordinates.
         right, down = (2 * self.translate * (2 * right - 1)), (2 * self.translate * (2 * down - 1))
         rows = [cos + shear * sin, (shear * cos - sin) / aspect, right, sin * aspect, cos, down]
         return torch.stack(rows, dim=1).view(-1, 2, 3)
@@ -140,13 +180,22 @@ class RandomAffine(BatchTransform):
 
 
 class Normalize(nn.Module):
-    """Zero mean and unit variance per channel: ``(x - mean) / std``.
+    """Normalise each channel to zero mean and unit variance: ``(x - mean) / std``.
+
+    Example::
+
+        >>> import torch
+        >>> from project.data import Normalize
+        >>> normalize = Normalize(mean=[0.5], std=[0.25])
+        >>> normalize(torch.tensor([0.25, 0.5, 1.0]).view(1, 1, 1, 3)).flatten()
+        tensor([-1.,  0.,  2.])
 
     Args:
-        mean, std: one number per channel, for pixels in [0, 1].
+        mean: mean of each channel, one number per channel, for pixels in [0, 1].
+        std: standard deviation of each channel, one number above 0 per channel, for pixels in [0, 1].
 
     Raises:
-        ValueError: for a std that is not positive or another count than the means.
+        ValueError: if a std is not positive, or if there are not as many stds as means.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
@@ -166,19 +215,27 @@ class Normalize(nn.Module):
 
 
 def crop(images: Tensor, top: Tensor, left: Tensor, size: Sequence[int]) -> Tensor:
-    """Cut ``[N, C, *size]`` out of ``[N, C, H, W]`` with each image's own corner ``top``, ``left`` ``[N]``."""
+    """Crop ``[N, C, *size]`` out of images ``[N, C, H, W]``. ``top`` and ``left`` ``[N]`` are each image's corner.
+
+    A row of the output is a run of consecutive values in memory. Gathering whole runs is 2x faster than gathering
+    pixels.
+    """
     num, channels, height, width = images.shape
     images = images.contiguous()
     rows = torch.arange(size[0], device=images.device)
     planes = torch.arange(num * channels, device=images.device).view(num, channels, 1) * (height * width)
-    starts = planes + ((top * width + left)[:, None] + rows * width)[:, None]  # [N, C, size[0]]
-    # Every row of the output is a run of memory, so one gather of runs is 2x faster than one of pixels.
+    starts = planes + ((top * width + left)[:, None] + rows * width)[:, None]  # place of each run, [N, C, size[0]]
+    # A view without a copy: its row i holds the size[1] values that begin at place i; the rows overlap.
     runs = images.as_strided((images.numel() - size[1] + 1, size[1]), (1, 1), images.storage_offset())
     return runs[starts.view(-1)].view(num, channels, *size)
 
 
 def _affine_grid(theta: Tensor, size: torch.Size) -> Tensor:
-    """``affine_grid`` by broadcasting, ``[N, H, W, 2]``; x and y in planes, which a CPU fills 5x faster."""
+    """``torch.nn.functional.affine_grid`` by broadcasting, ``[N, H, W, 2]``.
+
+    x and y are computed as two planes ``[N, 2, H, W]``, which a CPU fills 5x faster than pairs.
+    """
+    # x and y are the centres of the pixels in [-1, 1].
     y, x = (torch.arange(0.5, side, device=theta.device) * (2 / side) - 1 for side in size)
     along_rows = theta[:, :, :1] * x + theta[:, :, 2:]  # [N, 2, W]
     along_columns = theta[:, :, 1:2] * y  # [N, 2, H]
@@ -186,7 +243,7 @@ def _affine_grid(theta: Tensor, size: torch.Size) -> Tensor:
 
 
 def check_probability(name: str, value: float) -> None:
-    """Refuse what is no probability."""
+    """Raise a ``ValueError`` if a value is no probability."""
     if not 0 <= value <= 1:
         raise ValueError(
             f"{name} is {value}, but a probability lies in [0, 1]: 0 switches it off, 1 takes every image."
@@ -194,6 +251,6 @@ def check_probability(name: str, value: float) -> None:
 
 
 def check_range(name: str, value: tuple[float, float]) -> None:
-    """Refuse a range that is empty or not positive."""
+    """Raise a ``ValueError`` if a range is empty or not positive."""
     if len(value) != 2 or not 0 < value[0] <= value[1]:
         raise ValueError(f"{name} is {value}, but it is a range of positive numbers: give (smallest, largest).")

@@ -1,28 +1,30 @@
-"""Engines: ways to run a net, each a function of images ``[N, C, H, W]`` (fp32, contiguous, on the processor) to fp32
-logits that returns when the logits are there.
+"""Engines: ways to run a net. An engine is a function from images ``[N, C, H, W]`` to fp32 logits.
 
-Of a net, on the processor, in fp32:
+The images are fp32, contiguous and in the CPU's memory. The function returns when the logits are there.
 
-- ``eager``: PyTorch as it runs, weights and images in channels-last order;
-- ``contiguous``: the same in PyTorch's default order; a poor baseline for convolutions;
+These engines run a net on the CPU in fp32:
+
+- ``eager``: plain PyTorch, with weights and images in channels-last order;
+- ``contiguous``: the same in PyTorch's default order, which is a poor baseline for convolutions;
 - ``compiled``: ``torch.compile``, channels-last;
-- ``onnxruntime``: ONNX Runtime (https://onnxruntime.ai) on the file of :func:`project.deployment.export.export_onnx`;
-- ``openvino``: OpenVINO (https://docs.openvino.ai) on the same file, told to compute in fp32.
+- ``onnxruntime``: ONNX Runtime (https://onnxruntime.ai) on the file of :func:`project.deployment.export_onnx`;
+- ``openvino``: OpenVINO (https://docs.openvino.ai) on the same file, set to compute in fp32.
 
-With rounding to bfloat16 (8 bits of mantissa, so logits differ in the third digit):
+These engines run it on the CPU in bfloat16 (8 bits of mantissa, so logits differ in the third digit):
 
-- ``bf16``: ``eager`` with weights and activations in bfloat16. ``torch.autocast`` keeps fp32 weights and turns them at
-  every call, which took 1.85 instead of 1.67 ms for one image and 12.6 instead of 12.5 ms for 64 (SmallInception of
-  400,186 parameters, 28x28, one core with AVX512-BF16). Slow on processors without products of bfloat16;
-- ``openvino-bf16``: OpenVINO, told to compute in bfloat16.
+- ``bf16``: ``eager`` with weights and activations in bfloat16. It is slow on processors that cannot multiply bfloat16.
+  ``torch.autocast`` would keep fp32 weights and convert them at every call. That took 1.85 instead of 1.67 ms for one
+  image and 12.6 instead of 12.5 ms for 64 (SmallInception of 400,186 parameters, 28x28, one core with AVX512-BF16);
+- ``openvino-bf16``: OpenVINO, set to compute in bfloat16.
 
-On a GPU, channels-last, the way there and back included; convolutions as torch's settings have them (TF32 by default):
+These engines run it on a GPU, channels-last. Their time includes the copies to the GPU and back. Convolutions follow
+torch's settings (TF32 by default):
 
 - ``cuda``, ``cuda-compiled``.
 
-:func:`onnx_engine` and :func:`openvino_engine` run a model file, quantized ones too. Turning the images into the
-order, type and place an engine wants counts as the engine's time. All engines use ``torch.get_num_threads()`` threads;
-set them before building the engines.
+:func:`onnx_engine` and :func:`openvino_engine` run a model file, also a quantized one. The time of an engine includes
+the conversion of the images to the order, type and device that it needs. All engines use ``torch.get_num_threads()``
+threads. Set this number before you build the engines.
 """
 
 import copy
@@ -40,46 +42,53 @@ from torch import Tensor, nn
 from project.deployment.onnx_file import Engine, check_one_and_one, export_onnx, onnx_engine, unreadable
 
 FP32 = ("eager", "contiguous", "compiled", "onnxruntime", "openvino")
-"""Engines that compute in fp32 on the processor: the best of them is what others are compared with."""
+"""Engines that compute in fp32 on the CPU. The fastest of them is the baseline of all speedups."""
 
 
 def engine(name: str, net: nn.Module, image_shape: tuple[int, int, int]) -> Engine:
-    """An engine on a copy of the net in eval mode; the net itself is left as it is.
+    """An engine on a copy of the net in eval mode. The net itself does not change.
 
-    The compiled ones take up to eight batch sizes and compile for each at its first call (seconds to a minute).
+    Compiled engines take up to eight batch sizes. They compile at the first call of each size (seconds to a minute).
 
     Args:
-        name: of those above.
-        net: takes images ``[N, C, H, W]``.
-        image_shape: (C, H, W).
+        name: name of the engine, one of those above, such as ``onnxruntime``.
+        net: module that takes images ``[N, C, H, W]``.
+        image_shape: shape (C, H, W) of one image.
 
     Raises:
-        ValueError: for an unknown name, and for an engine that is not installed.
+        ValueError: if the name is unknown, or the engine is not installed.
     """
     check_engine(name)
     return _ENGINES[name](net, image_shape)
 
 
 def engines(net: nn.Module, image_shape: tuple[int, int, int], names: Sequence[str] | None = None) -> dict[str, Engine]:
-    """Engines by name; ``None`` builds those in fp32 of torch and, where it is installed, ONNX Runtime. Arguments and
-    errors as of :func:`engine`.
+    """Several engines of one net, by name.
+
+    Args:
+        net: module that takes images ``[N, C, H, W]``.
+        image_shape: shape (C, H, W) of one image.
+        names: names of the engines. ``None`` takes PyTorch's fp32 engines and, if it is installed, ONNX Runtime.
+
+    Raises:
+        ValueError: if a name is unknown, or an engine is not installed.
     """
     names = [name for name in FP32 if name != "openvino" and not why_missing(name)] if names is None else names
     return {name: engine(name, net, image_shape) for name in names}
 
 
 def available() -> list[str]:
-    """Names of all engines that can be used here."""
+    """Names of all engines that work on this machine."""
     return [name for name in _ENGINES if not why_missing(name)]
 
 
 def unavailable() -> dict[str, str]:
-    """Why the other engines cannot be used here, by name."""
+    """The reason why each other engine does not work on this machine, by name."""
     return {name: reason for name in _ENGINES if (reason := why_missing(name))}
 
 
 def why_missing(name: str) -> str | None:
-    """Why a known engine cannot be used here, and what to do; ``None`` when it can."""
+    """The reason why a known engine does not work on this machine, and the remedy; ``None`` if it works."""
     packages = _PACKAGES.get(name, ())
     missing = next((package for package in packages if importlib.util.find_spec(package) is None), None)
     if missing:
@@ -90,13 +99,13 @@ def why_missing(name: str) -> str | None:
 
 
 def check_engine(name: str) -> None:
-    """Refuse an unknown engine and one that cannot be used here.
+    """Refuse an engine that is unknown or does not work on this machine.
 
     Raises:
-        ValueError: for either.
+        ValueError: if the name is unknown, or the engine's package or device is missing.
     """
     if name not in _ENGINES:
-        raise ValueError(f"engine is {name!r}, but there are only these: {', '.join(_ENGINES)}.")
+        raise ValueError(f"engine is {name!r}: choose one of {', '.join(_ENGINES)}.")
     if missing := why_missing(name):
         raise ValueError(f"engine is {name!r}, but {missing}, or choose eager or compiled.")
 
@@ -105,12 +114,12 @@ def openvino_engine(path: Path, precision: str = "f32") -> Engine:
     """OpenVINO on an ONNX file with one input and one output, set up for the latency of single calls.
 
     Args:
-        path: of the file.
-        precision: what layers that the file does not quantize compute in: ``f32`` or ``bf16``. OpenVINO's own choice is
-            bf16 where the processor has such products, which is another net than the one in the file.
+        path: path of the ONNX file.
+        precision: precision of the layers that the file does not quantize: ``f32`` or ``bf16``. OpenVINO's own default
+            is bf16 if the processor can multiply it. The results then differ from those of the net in the file.
 
     Raises:
-        ValueError: when it cannot load the file.
+        ValueError: if OpenVINO cannot load the file, or the file has several inputs or outputs.
     """
     options = {
         "INFERENCE_PRECISION_HINT": precision,
@@ -205,13 +214,15 @@ def _channels_last(net: nn.Module, device: str = "cpu", dtype: torch.dtype = tor
 
 
 def _there_and_back(forward: Engine) -> Engine:
-    """Fetching the logits also waits until they are there."""
+    """Copy the images to the GPU and the logits back. The copy back also waits until the logits are there."""
     return lambda images: forward(images.to("cuda")).to("cpu")
 
 
 def _compile(forward: FunctionType) -> Engine:
-    """``torch.compile`` counts compilations per code object and, past eight, runs eagerly with no more than a log line.
-    So every engine has a code object of its own; and fullgraph makes an error of what would run eagerly.
+    """``torch.compile`` of a copy of the function.
+
+    PyTorch counts compilations for each code object. After eight it runs the function eagerly and only writes a log
+    line. So every engine gets its own code object. ``fullgraph`` turns every part that would run eagerly into an error.
     """
     own = FunctionType(forward.__code__.replace(), forward.__globals__, closure=forward.__closure__)
     return torch.compile(own, dynamic=False, fullgraph=True)
@@ -225,9 +236,11 @@ def _copy(
 
 @cache
 def _openvino_core() -> Any:
-    """One for the process. Each core of OpenVINO 2026.4 gives the process another stack for signal handlers and, freed,
-    puts back the one before: where that one's core was freed first, its memory is gone, and the next signal that Python
-    handles (a child's end, Ctrl-C) is a segmentation fault.
+    """OpenVINO's ``Core``, one for the whole process.
+
+    Each ``Core`` of OpenVINO 2026.4 installs a stack for signal handlers, and restores the previous stack when it is
+    freed. If the ``Core`` of the previous stack was freed before, the memory of that stack is gone. The next signal
+    that Python handles (the end of a child process, Ctrl-C) is then a segmentation fault.
     """
     import openvino
 

@@ -1,13 +1,15 @@
-"""A net as one file: ONNX (https://onnx.ai) in fp32 or int8, PyTorch's exported program, or packed; checked before it
-is there.
+"""Export a net as one file: ONNX (https://onnx.ai) in fp32 or int8, PyTorch's exported program, or packed.
 
-Input ``images`` ``[batch, C, H, W]`` fp32, normalised as in training; output ``logits`` ``[batch, num_classes]``;
-``batch`` is dynamic. The ONNX exporter's optimizer folds batch norm into the convolution before it (y = w x + b with
-both scaled, so equal up to rounding) and leaves dropout out. In fp32 zeros take their four bytes like any other value.
+The input ``images`` is ``[batch, C, H, W]`` fp32, normalised as in training. The output ``logits`` is
+``[batch, num_classes]``. ``batch`` is dynamic. The file is first written under another name, read by its own runtime
+and compared with the net. It gets its name only if it passes.
 
-The exporter notes for every value its shape and for every node the lines of source code it came from, with the paths
-of the machine it ran on. No runtime needs either, so both are dropped: SmallInception for 28x28 images (186,026
-parameters, 744,104 bytes at four bytes each) makes a file of 748,845 bytes instead of 836,491.
+The optimizer of the ONNX exporter folds batch norm into the convolution before it (it scales w and b of y = w x + b, so
+the result is equal up to rounding) and leaves dropout out. In fp32 a zero takes four bytes, as any other value does.
+
+The exporter notes the shape of every value. For every node it also notes the lines of source code, with paths of the
+machine that it ran on. No runtime needs these notes, so they are removed. The file of SmallInception for 28x28 images
+(186,026 parameters, 744,104 bytes at four bytes each) then has 748,845 bytes instead of 836,491.
 """
 
 import copy
@@ -46,7 +48,7 @@ _INT8 = "deployment.int8.quantizer"
 
 Format = Literal["onnx", "onnx-int8", "pt2", "packed"]
 TOLERANCE: dict[Format, float] = {"onnx": 1e-4, "onnx-int8": 0.25, "pt2": 1e-4, "packed": 1e-4}
-"""Largest difference of a logit that passes as the same net, as a share of the largest logit."""
+"""Largest difference between a logit of the file and of the net that is accepted, as a share of the largest logit."""
 _REMEDY = dict.fromkeys(TOLERANCE, "raise --tolerance, or report a bug") | {
     "onnx-int8": "keep the most sensitive layers in fp32 (--quantizer.float_layers 2), train with "
     "project.callbacks.QuantizationAwareTraining, or raise --tolerance"
@@ -55,13 +57,26 @@ _REMEDY = dict.fromkeys(TOLERANCE, "raise --tolerance, or report a bug") | {
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written and how it compares with the net.
+    """A file that was written, and how its outputs compare with those of the net.
+
+    Example::
+
+        >>> import torch
+        >>> from project.deployment import Metadata
+        >>> from project.deployment.export import export
+        >>> from project.models import LeNet300100
+        >>> net = LeNet300100(num_classes=2, image_shape=(1, 8, 8))
+        >>> metadata = Metadata(("cat", "dog"), (1, 8, 8), mean=(0.5,), std=(0.25,))
+        >>> exported = export(net, "model.pt2", metadata, torch.randn(4, 1, 8, 8), format="pt2")
+        >>> exported.path.name, exported.agreement
+        ('model.pt2', 1.0)
 
     Args:
-        path: the file.
-        difference: of any logit on the images compared, at most, over the largest logit.
-        agreement: share of the images that get the same class.
-        layers: of a quantized file: what became of each layer.
+        path: path of the file.
+        difference: largest difference between a logit of the file and of the net, divided by the largest logit; 0 or
+            more.
+        agreement: share of the compared images to which file and net give the same class, from 0 to 1.
+        layers: number of bits and loss of each layer of an int8 file; empty for the other formats.
     """
 
     path: Path
@@ -83,26 +98,28 @@ def export(
     fp32: Path | None = None,
     recipe: Recipe | None = None,
 ) -> Exported:
-    """Write a model file that its own runtime has read again and that gives the net's logits.
+    """Write a model file, read it with its own runtime, and check that it gives the net's logits.
 
     Args:
-        net: takes normalised images ``[N, C, H, W]`` for every N; left as it was.
-        path: of the file; at most 2 GB.
-        metadata: goes into the file.
-        images: ``[N, C, H, W]``, normalised: what file and net are compared on.
-        format: onnx (fp32), onnx-int8, pt2 or packed.
-        tolerance: largest difference of a logit, as a share of the largest; ``None`` is that of :data:`TOLERANCE`.
-        calibration: normalised training images, of int8 alone.
-        quantizer: likewise.
-        fp32: an ONNX file of this net, to quantize; ``None`` makes one.
-        recipe: how the net is built, of packed alone, whose table of layers is written beside it.
+        net: module that takes normalised images ``[N, C, H, W]`` for every N. It does not change.
+        path: path of the file to write; a file holds at most 2 GB.
+        metadata: class names, image shape and normalisation, which are written into the file.
+        images: normalised images ``[N, C, H, W]`` on which file and net are compared.
+        format: format of the file: onnx (fp32), onnx-int8, pt2 or packed.
+        tolerance: largest accepted difference of a logit, as a share of the largest logit; 0 or more. ``None`` takes
+            the value of :data:`TOLERANCE`.
+        calibration: normalised training images ``[N, C, H, W]``, which onnx-int8 finds the ranges of activations with.
+        quantizer: settings of onnx-int8; ``None`` takes the defaults.
+        fp32: path of an fp32 ONNX file of this net to start from; ``None`` exports the net.
+        recipe: description of how to build the net; packed needs it. A packed file also gets a table of its layers.
 
     Raises:
-        ValueError: when the difference is above the tolerance; no file is left then, and an older one stays.
+        ValueError: if the difference is above the tolerance, or the format lacks an argument that it needs. No file is
+            written then, and an older file stays.
     """
     limit = _tolerance(net, format) if tolerance is None else tolerance
     if not limit >= 0:
-        raise ValueError(f"tolerance is {tolerance}, but it is a share of the largest logit: choose 0 or more.")
+        raise ValueError(f"tolerance is {tolerance}: choose 0 or more; it is a share of the largest logit.")
     net = copy.deepcopy(net).eval().to("cpu", torch.float32)
     with torch.inference_mode():
         expected = net(images)
@@ -113,7 +130,10 @@ def export(
     packed = needed(PACKED, "--format packed") if format == "packed" else None
     if packed is not None:
         if recipe is None:
-            raise ValueError("there is no recipe, and a packed file needs one to build its net again: give the class.")
+            raise ValueError(
+                "recipe is None: there is no recipe, but a packed file needs one to build its net again: give a "
+                "Recipe with the net's class."
+            )
         packed.without_minus_zeros_(net)
 
         def write(part: Path) -> None:
@@ -126,7 +146,9 @@ def export(
         model.ClearField("metadata_props")
         if format == "onnx-int8":
             if calibration is None:
-                raise ValueError("there are no calibration images, and int8 needs them: give training images.")
+                raise ValueError(
+                    "calibration is None, but onnx-int8 needs images to find its ranges: give training images."
+                )
             int8 = needed(_INT8, "--format onnx-int8")
             model, layers = int8.quantize(model, calibration.contiguous().numpy(), quantizer or int8.Quantizer())
         note_(model, metadata.to_strings())
@@ -140,8 +162,8 @@ def export(
         agreement = float((logits.argmax(1) == expected.argmax(1)).float().mean())
         if not difference <= limit:
             raise ValueError(
-                f"the {format} file's logits differ from the net's by up to {difference:.2g} of the largest, more than "
-                f"the tolerance {limit:g}, on this processor ({cpu_abilities()}), so it was not kept: "
+                f"the {format} file was not kept, because its logits differ from the net's by up to {difference:.2g} "
+                f"of the largest logit on this processor ({cpu_abilities()}), more than the tolerance {limit:g}: "
                 f"{_REMEDY[format]}."
             )
         found.append(Exported(Path(path), difference, agreement, tuple(layers)))
@@ -165,19 +187,31 @@ def export_checkpoint(
     fp32: Path | None = None,
     compare_speed: bool = True,
 ) -> Exported:
-    """:func:`export` of a checkpoint's net, compared on the first test images, calibrated on training images.
+    """Export the net of a checkpoint with :func:`export`.
 
-    The arguments are those of :func:`export`, and:
+    File and net are compared on the first test images. Int8 is calibrated on training images.
 
     Args:
-        module: the classifier, of the checkpoint's configuration.
-        data: the data module.
-        checkpoint: holds the weights.
-        num_images: test images that file and net are compared on, 1 or more.
-        compare_speed: time an int8 file beside the fp32 file and say which is faster on this processor.
+        module: classifier built from the configuration of the checkpoint.
+        data: data module that gives the test images and the training images.
+        checkpoint: path of the checkpoint that holds the weights.
+        path: path of the file to write; a file holds at most 2 GB.
+        format: format of the file: onnx (fp32), onnx-int8, pt2 or packed.
+        tolerance: largest accepted difference of a logit, as a share of the largest logit; 0 or more. ``None`` takes
+            the value of :data:`TOLERANCE`.
+        num_images: number of test images on which file and net are compared; 1 or more.
+        quantizer: settings of onnx-int8; ``None`` takes the defaults.
+        fp32: path of an fp32 ONNX file of this net to start from; ``None`` exports the net.
+        compare_speed: whether to time an int8 file against the fp32 file and log which one is faster on this processor.
+
+    Raises:
+        ValueError: if the difference is above the tolerance, a number is outside its range, or a packed file was asked
+            of a net that was built in Python.
     """
     if num_images < 1:
-        raise ValueError(f"num_images is {num_images}, but file and net are compared on them: choose about 256.")
+        raise ValueError(
+            f"num_images is {num_images}, but file and net are compared on these images: choose 1 or more, such as 256."
+        )
     if format == "onnx-int8":
         quantizer = quantizer or needed(_INT8, "--format onnx-int8").Quantizer()
     net = load_net(module, checkpoint)
@@ -201,7 +235,8 @@ def export_checkpoint(
         recipe=recipe,
     )
     log.info(
-        "%s: %d bytes; on %d test images a logit differs by at most %.2g of the largest, %.1f %% get the same class",
+        "%s: %d bytes; on %d test images a logit differs by at most %.2g of the largest, and %.1f %% of the images "
+        "get the same class",
         exported.path,
         exported.path.stat().st_size,
         len(pixels),
@@ -211,12 +246,12 @@ def export_checkpoint(
     if compare_speed and format == "onnx-int8" and quantizer is not None and quantizer.activations:
         _tell_speed(net, exported.path, module.image_shape)
     if floats := [layer.name for layer in exported.layers if layer.num_bits == 32]:
-        log.info("in fp32 stay %s", ", ".join(floats))
+        log.info("these layers stay in fp32: %s", ", ".join(floats))
     return exported
 
 
 def _tell_speed(net: nn.Module, int8: Path, image_shape: tuple[int, int, int]) -> None:
-    """Say how long 64 images take in int8 and in fp32 on this processor, in ONNX Runtime."""
+    """Log how long 64 images take in int8 and in fp32 on this processor, in ONNX Runtime."""
     with tempfile.TemporaryDirectory() as folder:
         fp32 = Path(folder) / "fp32.onnx"
         export_onnx(net, fp32, image_shape)
@@ -231,27 +266,29 @@ def _tell_speed(net: nn.Module, int8: Path, image_shape: tuple[int, int, int]) -
         torch.get_num_threads(),
     )
     if slow < 1.05 * fast:
-        log.warning("int8 is no faster than fp32 on this processor: it saves bytes alone")
+        log.warning("int8 is no faster than fp32 on this processor; it only saves bytes")
 
 
 def recipe_of(module: Classifier, checkpoint: Path) -> Recipe:
-    """How a checkpoint's net is built, from the configuration that the command line built ``module`` with.
+    """How to build a checkpoint's net, from the configuration that the command line built ``module`` with.
 
     Raises:
-        ValueError: when the net was built in Python, and nothing says how.
+        ValueError: if the net was built in Python, so that no configuration describes it.
     """
     net = module.hparams.get("net")
     if not isinstance(net, Mapping) or "class_path" not in net:
         raise ValueError(
-            "the classifier's net was built in Python, and a packed file says in words how to build it: train it with "
-            "project fit, or give project.deployment.export.export a Recipe."
+            "the classifier's net was built in Python, but a packed file needs a description of how to build it: train "
+            "it with project fit, or give project.deployment.export.export a Recipe."
         )
     return Recipe(net, torch.load(checkpoint, map_location="cpu", weights_only=True).get("surgeries", []))
 
 
 def _tolerance(net: nn.Module, format: Format) -> float:
-    """Where inputs are signs, sums in another order may end on the other side of 0, and a logit changes by a percent of
-    the largest or more: such nets are compared as int8 ones are, and int8 ones of them by twice as much.
+    """The default tolerance. Nets with layers whose inputs are signs get a larger one.
+
+    A runtime may add numbers in another order, and a sum near 0 may then have another sign. A logit changes by one
+    percent of the largest logit or more. So these nets get the tolerance of int8, and twice that in int8.
     """
     signs = any(getattr(module, "inputs_are_signs", False) for module in net.modules())
     return TOLERANCE["onnx-int8"] * (1 + (format == "onnx-int8")) if signs else TOLERANCE[format]

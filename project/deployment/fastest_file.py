@@ -1,7 +1,7 @@
-"""Which of a run's model files is its result: the fastest on this machine among those that are accurate enough.
+"""The result of a run: the model file that is the fastest on this machine among those that are accurate enough.
 
-Int8 is much faster than fp32 on processors with VNNI and hardly faster on others, and layers that stay in fp32 may cost
-more time than the others save. So the files are timed, in each engine that is installed.
+Int8 is much faster than fp32 on processors with VNNI, and hardly faster on others. In a file with some layers in fp32,
+these layers may cost more time than the int8 layers save. So the files are timed in each engine that is installed.
 """
 
 import json
@@ -15,18 +15,29 @@ from project.frame.environment import cpu_abilities
 from project.frame.paths import Run, write_whole
 
 BATCH = 64
+"""Number of images in a timed call."""
 
 
 @dataclass(frozen=True)
 class FastestFile:
-    """The result of a run.
+    """The fastest model file of a run, and the times that it was chosen by.
+
+    Example::
+
+        >>> from project.deployment import FastestFile
+        >>> times = {"model.onnx, onnxruntime": 6.1, "model_int8.onnx, onnxruntime": 2.4}
+        >>> result = FastestFile("model_int8.onnx", "onnxruntime", 2.4, times, "AVX-512 VNNI")
+        >>> result.sentence()
+        'The result of this run is model_int8.onnx: ...'
 
     Args:
         file: name of the file in the run's folder.
-        engine: what runs it fastest on this machine.
-        latency_ms: median time for 64 images, in milliseconds.
-        latencies_ms: the same for every file in every engine, by "file, engine".
-        processor: what the processor of this machine can do, as :func:`cpu_abilities` says it.
+        engine: name of the engine that runs the file fastest on this machine.
+        latency_ms: median time for 64 images in this engine, in milliseconds; above 0.
+        latencies_ms: median time for 64 images, in milliseconds, of every file in every engine; the keys are
+            "file, engine".
+        processor: abilities of this machine's processor, as :func:`project.frame.environment.cpu_abilities` returns
+            them.
     """
 
     file: str
@@ -36,11 +47,11 @@ class FastestFile:
     processor: str
 
     def sentence(self) -> str:
-        """What was chosen, and what it holds for."""
+        """The choice in words, for the report: the file, its time, and the processor that this holds for."""
         others = ", ".join(f"{name}: {time:.3g}" for name, time in self.latencies_ms.items())
         return (
-            f"The result of this run is {self.file}: of the files that are accurate enough it is the fastest on this "
-            f"processor ({self.processor}), with {self.latency_ms:.3g} ms for {BATCH} images in {self.engine}. "
+            f"The result of this run is {self.file}: it is the fastest on this processor ({self.processor}) of the "
+            f"files that are accurate enough, with {self.latency_ms:.3g} ms for {BATCH} images in {self.engine}. "
             f"Milliseconds of each: {others}. On another processor another file may be the fastest."
         )
 
@@ -49,8 +60,8 @@ def fastest_file(files: Sequence[Path], image_shape: tuple[int, int, int]) -> Fa
     """Time ONNX files of one net in every engine that is installed, in the same rounds.
 
     Args:
-        files: ONNX files that are accurate enough.
-        image_shape: (C, H, W) of the images.
+        files: paths of the ONNX files that are accurate enough; at least one.
+        image_shape: shape (C, H, W) of one image.
     """
     names = [name for name in ("onnxruntime", "openvino") if not why_missing(name)]
     engines = {f"{file.name}, {name}": FILE_ENGINES[name](file) for file in files for name in names}
@@ -68,5 +79,5 @@ def write_result(run: Run, result: FastestFile) -> None:
 
 
 def read_result(run: Run) -> FastestFile | None:
-    """What ``result.json`` holds; ``None`` without one."""
+    """Read ``result.json`` of the run's folder; ``None`` if there is no such file."""
     return FastestFile(**json.loads(run.result.read_text(encoding="utf-8"))) if run.result.is_file() else None

@@ -1,8 +1,8 @@
 """How long inference takes, and which engine (:mod:`project.deployment.engines`) is the fastest.
 
-A machine's speed drifts, from heat, clock and neighbours, so engines that shall be compared are measured in one call of
-:func:`measure`: it runs all of them in every round, in an order drawn anew, and drift hits all alike. Reported is the
-median over the rounds with the 5th and the 95th percentile.
+The speed of a machine drifts with its temperature, its clock and the load of other programs. So compare engines in one
+call of :func:`measure`. It runs all of them in every round, in a new random order, and drift affects all of them alike.
+The result is the median over the rounds, with the 5th and the 95th percentile.
 """
 
 import random
@@ -16,22 +16,31 @@ from torch import Tensor
 from project.deployment.engines import Engine
 
 PAUSE_S = 0.02
-"""Rest before an engine's turn when there are several threads: those of the engine before spin for a while (OpenMP's
-for milliseconds), and would take the cores from the next one."""
+"""Seconds of rest before each engine if there are several threads. The threads of the previous engine still spin for a
+while (OpenMP's for milliseconds). Without the rest they would take the cores from the next engine."""
 SETTLE_S = 0.04
-"""Then untimed calls for so long: threads that wake up on one core are moved apart only after milliseconds. With two
-threads, ONNX Runtime's int8 took 3.8 or 11 ms for a batch after the rest and a single call, and 3.7 ms when settled."""
+"""Seconds of untimed calls after the rest. Threads that wake up on the same core move to different cores only after
+milliseconds. With two threads, ONNX Runtime's int8 took 3.8 or 11 ms for a batch after the rest and a single call, and
+3.7 ms after these calls."""
 
 
 @dataclass(frozen=True)
 class Latency:
     """Duration of one forward pass of one batch.
 
+    Example::
+
+        >>> from project.deployment import Latency
+        >>> latency = Latency.of([1.0, 1.1, 1.2, 1.1, 5.0])
+        >>> latency.median_ms, latency.num_rounds
+        (1.1, 5)
+
     Args:
-        median_ms: median over the rounds.
-        p05_ms, p95_ms: 5th and 95th percentile over the rounds.
-        num_rounds: number of timed calls.
-        num_threads: threads an engine may use.
+        median_ms: median over the rounds, in milliseconds; above 0.
+        p05_ms: 5th percentile over the rounds, in milliseconds; above 0.
+        p95_ms: 95th percentile over the rounds, in milliseconds; above 0.
+        num_rounds: number of timed calls; 1 or more.
+        num_threads: number of threads that an engine may use; 1 or more.
     """
 
     median_ms: float
@@ -42,7 +51,13 @@ class Latency:
 
     @classmethod
     def of(cls, samples_ms: Sequence[float]) -> "Latency":
-        """Median and percentiles (linear between samples) of timed calls, with the present number of threads."""
+        """Median and percentiles of timed calls. Percentiles are interpolated linearly between samples.
+
+        The number of threads is the one that PyTorch uses now.
+
+        Args:
+            samples_ms: duration of each timed call, in milliseconds; at least one.
+        """
         quantiles = torch.tensor([0.5, 0.05, 0.95], dtype=torch.float64)
         median, p05, p95 = torch.tensor(samples_ms, dtype=torch.float64).quantile(quantiles).tolist()
         return cls(median, p05, p95, len(samples_ms), torch.get_num_threads())
@@ -60,25 +75,25 @@ def measure(
 ) -> dict[tuple[str, int], Latency]:
     """Time every engine at every batch size, in interleaved rounds.
 
-    Each timed call follows an untimed one of the same engine and batch size, since another has used the caches last;
-    with several threads it follows untimed ones for :data:`SETTLE_S`.
+    Another engine used the caches last. So an untimed call of the same engine and batch size precedes each timed call.
+    With several threads, untimed calls run for :data:`SETTLE_S` before it.
 
     Args:
-        engines: by name, of one net or of several to compare.
-        image_shape: (C, H, W).
-        batch_sizes: numbers of images per call.
-        rounds: timed calls of each engine at each batch size.
-        budget_s: seconds after which no new round begins (there is always one), the warm-up not counted; ``None`` runs
-            all rounds.
-        warm_up: untimed calls of each engine at each batch size before the first round, at least one; compilation
-            happens here.
-        seed: of the images (standard normal) and of the order in each round.
+        engines: engines to compare, by name. They may run the same net or several.
+        image_shape: shape (C, H, W) of one image.
+        batch_sizes: numbers of images in one call; each 1 or more.
+        rounds: number of timed calls of each engine at each batch size; 1 or more.
+        budget_s: seconds after which no new round begins; 0 or more. The warm-up does not count, and there is always
+            one round. ``None`` runs all rounds.
+        warm_up: number of untimed calls of each engine at each batch size before the first round; 1 or more.
+            Compilation happens in them.
+        seed: seed of the images (standard normal) and of the order in each round; any int.
 
     Returns:
         Latencies by (name, batch size).
 
     Raises:
-        ValueError: when nothing is to be measured.
+        ValueError: if a number is below 1, or there is no engine or no batch size.
     """
     _check_positive(rounds=rounds, warm_up=warm_up, **{f"batch size {batch}": batch for batch in batch_sizes})
     generator = torch.Generator().manual_seed(seed)
@@ -101,7 +116,13 @@ def measure(
 
 
 def best(latencies: Mapping[tuple[str, int], Latency]) -> dict[int, str]:
-    """The engine with the smallest median, by batch size; of the dense fp32 net's engines: the baseline to beat."""
+    """The name of the engine with the smallest median, for each batch size.
+
+    Given the engines of the dense fp32 net, it is the baseline that a compressed net has to beat.
+
+    Args:
+        latencies: latencies by (name, batch size), as :func:`measure` returns them.
+    """
     fastest: dict[int, str] = {}
     for name, batch in sorted(latencies, key=lambda slot: latencies[slot].median_ms):
         fastest.setdefault(batch, name)
@@ -123,4 +144,4 @@ def _time_ms(engine: Engine, images: Tensor) -> float:
 def _check_positive(**values: int) -> None:
     for name, value in values.items():
         if value < 1:
-            raise ValueError(f"{name} is {value}, but it is a count: choose at least 1.")
+            raise ValueError(f"{name} is {value}: choose 1 or more.")

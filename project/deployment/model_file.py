@@ -1,8 +1,8 @@
-"""A deployed model: one file that classifies images, with neither the configuration nor the checkpoint that made it.
+"""A deployed model: one file that classifies images. It needs neither the configuration nor the checkpoint of its run.
 
-``.onnx`` runs in ONNX Runtime, ``.pt2`` (torch.export) and ``.packed`` (:mod:`project.deployment.packed.file`) in
-PyTorch. Beside the weights a file holds what is needed to use it: names of the classes, shape of the images, and mean
-and standard deviation of their normalisation.
+A ``.onnx`` file runs in ONNX Runtime. A ``.pt2`` file (torch.export) and a ``.packed`` file
+(:mod:`project.deployment.packed.file`) run in PyTorch. Beside the weights, each file holds the names of the classes,
+the shape of the images, and the mean and standard deviation of their normalisation.
 """
 
 import json
@@ -28,18 +28,33 @@ log = logging.getLogger(__name__)
 PACKED = "deployment.packed.file"
 """The optional module that reads and writes packed files."""
 _BATCH = 256
+"""Images that a file classifies in one call."""
 
 
 class ModelFile:
-    """A model file, opened to be run.
+    """A model file that is open and ready to classify images.
+
+    Example::
+
+        >>> import torch
+        >>> from project.deployment import Metadata, ModelFile
+        >>> from project.deployment.export import export
+        >>> from project.models import LeNet300100
+        >>> metadata = Metadata(("cat", "dog"), (1, 8, 8), mean=(0.5,), std=(0.25,))
+        >>> net = LeNet300100(num_classes=2, image_shape=(1, 8, 8))
+        >>> _ = export(net, "model.pt2", metadata, torch.randn(4, 1, 8, 8), format="pt2")
+        >>> pixels = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
+        >>> ModelFile("model.pt2").probabilities(pixels).shape
+        torch.Size([3, 2])
 
     Args:
-        path: ends in ``.onnx``, ``.pt2`` or ``.packed``.
-        trust: of a packed file: packages whose classes its net may be made of, besides this package's.
+        path: path of the file; the name ends in ``.onnx``, ``.pt2`` or ``.packed``.
+        trust: names of packages whose classes the net of a packed file may use. The classes of this package are
+            always allowed.
 
     Raises:
-        ValueError: when there is no such file, its ending is another, it is damaged, it was not made by ``project
-            export`` (no class names), or the package that runs it is missing.
+        ValueError: if the file does not exist, has another ending, is damaged, was not made by ``project export`` (it
+            has no class names), or needs a package that is not installed.
     """
 
     def __init__(self, path: str | os.PathLike[str], trust: Sequence[str] = ()) -> None:
@@ -47,10 +62,15 @@ class ModelFile:
         self.trust = tuple(trust)
         self.net: nn.Module | None = None
         if not self.path.is_file():
-            raise ValueError(f"model is {str(path)!r}, but there is no such file: project export writes one.")
+            raise ValueError(
+                f"model is {str(path)!r}, but there is no such file: give the path of a file that project export wrote."
+            )
         openers = {".onnx": _open_onnx, ".pt2": _open_pt2, ".packed": self._open_packed}
         if self.path.suffix not in openers:
-            raise ValueError(f"model is {str(path)!r}, but a model file ends in {' or '.join(openers)}.")
+            raise ValueError(
+                f"model is {str(path)!r}, but the name of a model file ends in {' or '.join(openers)}: give such a "
+                "file."
+            )
         try:
             self.logits, strings = openers[self.path.suffix](self.path)
         except ImportError as error:
@@ -59,27 +79,36 @@ class ModelFile:
             raise
         except UntrustedError as error:
             raise ValueError(f"model is {str(path)!r}, but {error}.") from None
-        except Exception as error:  # each runtime has kinds of its own
+        except Exception as error:  # each runtime raises its own classes of exceptions
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise ValueError(f"model is {str(path)!r}, but the file is damaged or no model ({reason}).") from None
+            raise ValueError(
+                f"model is {str(path)!r}, but the file is damaged or no model ({reason}): write it again with project "
+                "export."
+            ) from None
         try:
             self.metadata = Metadata.from_strings(strings)
         except (KeyError, ValueError, TypeError):
             raise ValueError(
-                f"model is {str(path)!r}, but it does not say its classes and normalisation: write it with project "
-                "export."
+                f"model is {str(path)!r}, but the file does not hold its class names and normalisation: write it with "
+                "project export."
             ) from None
 
     logits: Callable[[Tensor], Tensor]
-    """Normalised images ``[N, C, H, W]`` float32 -> ``[N, K]``."""
+    """Runs the model: normalised float32 images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
     net: nn.Module | None
-    """Of a packed file."""
+    """The net of a packed file; ``None`` for the other formats."""
 
     def probabilities(self, pixels: Tensor) -> Tensor:
-        """uint8 images ``[N, C, H, W]`` -> ``[N, K]``.
+        """Normalise the images, run the model and apply softmax.
+
+        Args:
+            pixels: uint8 images ``[N, C, H, W]`` with values from 0 to 255, of the shape that the model was trained on.
+
+        Returns:
+            Probabilities ``[N, num_classes]``; each row adds up to 1.
 
         Raises:
-            ValueError: for images of another shape.
+            ValueError: if the images have another shape than the model's.
         """
         if tuple(pixels.shape[1:]) != self.metadata.image_shape:
             raise ValueError(
@@ -101,13 +130,16 @@ class ModelFile:
 
 
 def predict(model: str, images: str, output: str = "predictions.csv", trust: str = "") -> Tensor:
-    """Classify image files with a model file and write a CSV of class names and probabilities.
+    """Classify image files with a model file, and write a CSV file of class names and probabilities.
 
     Args:
-        model: the file, as ``project export`` wrote it.
-        images: an image file, or a folder of them (searched through).
-        output: the CSV file.
-        trust: of a packed file: a package of your own whose classes its net is made of; several with commas.
+        model: path of the model file that ``project export`` wrote.
+        images: path of an image file, or of a folder that is searched for images, subfolders included.
+        output: path of the CSV file to write.
+        trust: names of your own packages whose classes the net of a packed file uses, with commas between them.
+
+    Returns:
+        Probabilities ``[num_images, num_classes]``, in the order of the CSV file.
     """
     file = ModelFile(model, trust.split(","))
     loader, names = image_loader(images, file.metadata.image_shape, _BATCH)
@@ -120,20 +152,24 @@ def test(model: str, data: ImageDataModule, trust: str = "") -> float:
     """Measure a model file's accuracy on the test images.
 
     Args:
-        model: the file, as ``project export`` wrote it.
-        data: whose test images; ``--config FILE`` takes it from a configuration, such as a run's ``config.yaml``.
-        trust: of a packed file: a package of your own whose classes its net is made of; several with commas.
+        model: path of the model file that ``project export`` wrote.
+        data: data module that gives the test images. ``--config FILE`` takes it from a configuration, such as a run's
+            ``config.yaml``.
+        trust: names of your own packages whose classes the net of a packed file uses, with commas between them.
+
+    Returns:
+        Accuracy, a fraction from 0 to 1.
 
     Raises:
-        ValueError: when the data are not of the classes and shape that the file was made for.
+        ValueError: if the data have other classes or another image shape than the model.
     """
     file = ModelFile(model, trust.split(","))
     wanted, found = (file.metadata.class_names, file.metadata.image_shape), (data.class_names, data.image_shape)
     if wanted != (tuple(found[0]), tuple(found[1])):
         raise ValueError(
-            f"{file.path.name} tells {len(wanted[0])} classes ({', '.join(wanted[0][:3])}, …) apart on images of "
-            f"{'x'.join(map(str, wanted[1]))}, and the data have {len(found[0])} ({', '.join(found[0][:3])}, …) on "
-            f"{'x'.join(map(str, found[1]))}: choose the data that it was trained on."
+            f"{file.path.name} was made for {len(wanted[0])} classes ({', '.join(wanted[0][:3])}, …) and images of "
+            f"{'x'.join(map(str, wanted[1]))}, but the data have {len(found[0])} classes ({', '.join(found[0][:3])}, "
+            f"…) and images of {'x'.join(map(str, found[1]))}: choose the data that the model was trained on."
         )
     data.prepare_data()
     data.setup("test")
@@ -148,16 +184,19 @@ def test(model: str, data: ImageDataModule, trust: str = "") -> float:
 
 
 def unpack(model: str, output: str = "net.pt", trust: str = "") -> None:
-    """Write the weights of a packed file as a plain state dict, for ``torch.load(FILE, weights_only=True)``.
+    """Write the weights of a packed file as a plain state dict. ``torch.load(FILE, weights_only=True)`` reads it.
 
     Args:
-        model: the file, as ``project export --format packed`` wrote it.
-        output: the state dict's file.
-        trust: a package of your own whose classes the net is made of; several with commas.
+        model: path of the packed file that ``project export --format packed`` wrote.
+        output: path of the state dict to write.
+        trust: names of your own packages whose classes the net uses, with commas between them.
+
+    Raises:
+        ValueError: if the file is no packed file.
     """
     file = ModelFile(model, trust.split(","))
     if file.net is None:
-        raise ValueError(f"model is {model!r}, but only packed files are unpacked: this one is read by its runtime.")
+        raise ValueError(f"model is {model!r}, but only packed files can be unpacked: give a file ending in .packed.")
     state_dict = {name: tensor.contiguous() for name, tensor in file.net.state_dict().items()}
     write_whole(Path(output), lambda part: torch.save(state_dict, part))
     log.info("%d tensors, %d bytes: %s", len(state_dict), Path(output).stat().st_size, output)
@@ -180,7 +219,8 @@ def _open_onnx(path: Path) -> Opened:
 def _open_pt2(path: Path) -> Opened:
     extra: dict[str, Any] = {"metadata.json": ""}
     logger = logging.getLogger("torch.export")
-    logger.disabled, before = True, logger.disabled  # a damaged file is answered with one sentence, not with a trace
+    # For a damaged file torch logs a long trace. Our error is one sentence, so this logger is off meanwhile.
+    logger.disabled, before = True, logger.disabled
     try:
         net = torch.export.load(path, extra_files=extra).module()
     finally:

@@ -1,4 +1,4 @@
-"""An ONNX file (https://onnx.ai): written from a net in fp32, and run by ONNX Runtime (https://onnxruntime.ai)."""
+"""Write a net as an fp32 ONNX file (https://onnx.ai), and run ONNX files in ONNX Runtime (https://onnxruntime.ai)."""
 
 import copy
 import os
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto
 
 Engine = Callable[[Tensor], Tensor]
-"""Images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
+"""A function that runs a net: images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
 
 
 def export_onnx(
@@ -26,13 +26,13 @@ def export_onnx(
     *,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write ``net`` as an fp32 ONNX file, as it computes in eval mode; the net is left as it was.
+    """Write ``net`` as an fp32 ONNX file that computes what the net computes in eval mode. The net does not change.
 
     Args:
-        net: takes images ``[N, C, H, W]`` for every N.
-        path: of the file; at most 2 GB.
-        image_shape: (C, H, W).
-        metadata: keys and values for the file's ``metadata_props``.
+        net: module that takes images ``[N, C, H, W]`` for every N.
+        path: path of the file to write; a file holds at most 2 GB.
+        image_shape: shape (C, H, W) of one image.
+        metadata: keys and values for the file's ``metadata_props``; ``None`` writes none.
     """
     model = to_onnx(net, image_shape)
     note_(model, metadata or {})
@@ -40,10 +40,11 @@ def export_onnx(
 
 
 def to_onnx(net: nn.Module, image_shape: tuple[int, int, int]) -> "ModelProto":
+    """The net as an fp32 ONNX model with a dynamic batch size, without the exporter's notes."""
     net = copy.deepcopy(net).eval().to("cpu", torch.float32)
-    images = torch.zeros(2, *image_shape)  # two: the exporter would take a batch of one for a constant
+    images = torch.zeros(2, *image_shape)  # two images: the exporter would treat a batch size of 1 as a constant
     with torch.no_grad():
-        net(images)  # where the net refuses the images, its own error says more than the exporter's
+        net(images)  # if the net refuses the images, its own error is clearer than the exporter's
     program = torch.onnx.export(
         net,
         (images,),
@@ -62,12 +63,13 @@ def to_onnx(net: nn.Module, image_shape: tuple[int, int, int]) -> "ModelProto":
 
 
 def note_(model: "ModelProto", strings: Mapping[str, str]) -> None:
+    """Add keys and values to the model's ``metadata_props``."""
     for key, value in strings.items():
         model.metadata_props.add(key=key, value=value)
 
 
 def _strip_(graph: "GraphProto") -> None:
-    """Drop what is neither computed nor needed to compute: inner shapes, documentation, the exporter's notes."""
+    """Remove what no runtime needs: inner shapes, documentation and the exporter's notes."""
     graph.ClearField("value_info")
     for part in (graph, *graph.input, *graph.output, *graph.initializer, *graph.node):
         part.ClearField("doc_string")
@@ -81,21 +83,24 @@ def write_onnx(model: "ModelProto", path: Path) -> None:
 def onnx_engine(path: Path) -> Engine:
     """ONNX Runtime on a file with one input and one output.
 
+    Args:
+        path: path of the ONNX file.
+
     Raises:
-        ValueError: when it cannot load the file.
+        ValueError: if ONNX Runtime cannot load the file, or the file has several inputs or outputs.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1
-    options.log_severity_level = 4  # fatal ones only: the others are raised
-    options.add_session_config_entry("session.force_spinning_stop", "1")  # after a run, leave the cores to others
-    if _only_weights_are_integers(path):  # by default they are turned into fp32 in every run, not once
+    options.log_severity_level = 4  # fatal errors only: other errors are raised as exceptions
+    options.add_session_config_entry("session.force_spinning_stop", "1")  # threads leave the cores free after a run
+    if _only_weights_are_integers(path):  # by default each run converts the weights to fp32; this option does it once
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # the runtime has a dozen kinds of its own
+    except Exception as error:  # the runtime has a dozen exception classes
         raise unreadable(path, "ONNX Runtime") from error
     check_one_and_one(path, len(session.get_inputs()), len(session.get_outputs()))
     images_name, logits_name = session.get_inputs()[0].name, session.get_outputs()[0].name
@@ -107,6 +112,7 @@ def onnx_engine(path: Path) -> Engine:
 
 
 def unreadable(path: Path, runtime: str) -> ValueError:
+    """The error for a file that a runtime cannot load."""
     return ValueError(
         f"model file is {str(path)!r}, but {runtime} cannot load it: it is damaged or no ONNX model; export it again, "
         "or move it out of the run's folder."
@@ -114,14 +120,17 @@ def unreadable(path: Path, runtime: str) -> ValueError:
 
 
 def _only_weights_are_integers(path: Path) -> bool:
-    """By the names of the operations in the file, which is faster than parsing it."""
+    """Whether the file has integer weights and fp32 activations. It looks for the names of operations in the bytes of
+    the file, which is faster than parsing it.
+    """
     content = path.read_bytes()
     return b"DequantizeLinear" in content and b"QuantizeLinear" not in content
 
 
 def check_one_and_one(path: Path, num_inputs: int, num_outputs: int) -> None:
+    """Refuse a file that has not exactly one input and one output."""
     if (num_inputs, num_outputs) != (1, 1):
         raise ValueError(
-            f"model file is {str(path)!r}, but it has {num_inputs} inputs and {num_outputs} outputs: an image "
-            "classifier's has one of each."
+            f"model file is {str(path)!r}, but it has {num_inputs} inputs and {num_outputs} outputs: give an image "
+            "classifier with one of each, or move the file out of the run's folder."
         )

@@ -1,9 +1,9 @@
-"""How a net is built again from plain values: class and arguments as YAML writes them, then the surgeries.
+"""Build a net from plain values: its class and arguments, as in YAML, and then its surgeries.
 
-What a file says is not to be trusted with choosing what code runs. A description may name the nets and layers of
+A file from a stranger must not choose which code runs. A description may name the nets and layers of
 :mod:`project.models`, activations, norms, dropouts and initialisers of torch, and classes of packages that the caller
-trusts by name; nothing else is looked up, let alone imported. The net is built on torch's meta device, so that
-arguments that ask for a huge net ask for no memory.
+trusts by name. No other name is looked up or imported. The net is built on torch's meta device, so a description of a
+huge net takes no memory.
 """
 
 import inspect
@@ -24,20 +24,39 @@ from project.models.surgery import replay_
 _TORCH = (nn.modules.activation, nn.modules.dropout, nn.modules.batchnorm, nn.modules.instancenorm)
 _TORCH_NAMES = {"Identity", "GroupNorm", "LayerNorm"}.union(*(module.__all__ for module in _TORCH))
 _MAX_ITEMS = 2000
-"""Of all lists and arguments together: each may stand for a block of layers, which takes a while to build."""
+"""Largest number of parts of a description. Each part may be a block of layers, which takes time to build."""
 
 
 class UntrustedError(ValueError):
-    """A description names code that nobody said may run."""
+    """A description names code that the caller does not trust.
+
+    Example::
+
+        >>> from project.deployment import Recipe, UntrustedError
+        >>> try:
+        ...     Recipe({"class_path": "os.system"}).build()
+        ... except UntrustedError as error:
+        ...     print(error)
+        its net needs os.system, which is neither of this package nor trusted: ...
+    """
 
 
 @dataclass(frozen=True)
 class Recipe:
     """A net's class, arguments and surgeries, as plain values.
 
+    Example::
+
+        >>> from project.deployment import Recipe
+        >>> arguments = {"num_classes": 2, "image_shape": [1, 8, 8]}
+        >>> net = Recipe({"class_path": "project.models.LeNet300100", "init_args": arguments}).build()
+        >>> next(net.parameters()).device.type
+        'meta'
+
     Args:
-        net: ``{"class_path": …, "init_args": {…}, "dict_kwargs": {…}}``, as in a configuration.
-        surgeries: of :func:`project.compression.to_plain`, in their order.
+        net: class and arguments of the net, ``{"class_path": …, "init_args": {…}, "dict_kwargs": {…}}``, as in a
+            configuration.
+        surgeries: changes of the net's structure, as :func:`project.compression.to_plain` returns them, in order.
     """
 
     net: Mapping[str, Any]
@@ -45,7 +64,7 @@ class Recipe:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """Modules of all that it names, for whoever wrote it and trusts them."""
+        """The modules of all classes and functions in the description. The person who wrote it can trust them."""
         return tuple({path.rpartition(".")[0] for path in _texts(self.net) if "." in path})
 
     def renamed(self, package: str, name: str) -> "Recipe":
@@ -58,13 +77,14 @@ class Recipe:
         return Recipe(_renamed(self.net, f"{package}.", f"{name}."), self.surgeries)
 
     def build(self, trust: Sequence[str] = ()) -> nn.Module:
-        """The net on the meta device, in eval mode: shapes without values.
+        """Build the net on the meta device, in eval mode. Its tensors have shapes and no values.
 
         Args:
-            trust: packages and modules, by name, whose classes and functions may be imported and called.
+            trust: names of packages and modules whose classes and functions may be imported and called.
 
         Raises:
-            ValueError: for a class or a function from elsewhere, and for what does not make a net.
+            UntrustedError: if the description names a class or function from another place.
+            ValueError: if the description does not make a net.
         """
         if _size(self.net) > _MAX_ITEMS:
             raise ValueError(f"the description of the net has more than {_MAX_ITEMS} parts")
@@ -77,7 +97,7 @@ class Recipe:
 
 
 def _make(value: Any, trust: tuple[str, ...], hint: Any = None) -> Any:
-    """The object that plain ``value`` stands for where an argument of type ``hint`` is wanted."""
+    """The object that plain ``value`` describes, for an argument of type ``hint``."""
     wants_function = _is_callable(hint)
     if wants_function and isinstance(value, str):
         return _find(value, trust)
@@ -120,14 +140,14 @@ def _find(path: str, trust: tuple[str, ...]) -> Callable[..., Any]:
 
 
 def _hint(parameter: Any) -> Any:
-    """The type of an argument; where the code has none and the default is a class, that of such a class."""
+    """The type of an argument. Without an annotation, a default that is callable means the type of a callable."""
     if parameter is None or parameter.annotation is not inspect.Parameter.empty:
         return parameter and parameter.annotation
     return Callable[..., Any] if callable(parameter.default) and parameter.default is not parameter.annotation else None
 
 
 def _is_trusted(path: str, trust: tuple[str, ...]) -> bool:
-    """Whether the caller trusts the module, or a package above it, that holds what ``path`` names."""
+    """Whether the caller trusts the module of ``path``, or a package above this module."""
     module = str(path).rpartition(".")[0]
     return any(module == known or module.startswith(f"{known}.") for known in trust)
 

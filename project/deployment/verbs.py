@@ -16,7 +16,7 @@ else:
 
 
 class Verbs(RunTrainer):
-    """Mixed into :class:`project.frame.verbs.Trainer`; the docstring of a method is the help of its verb."""
+    """Part of :class:`project.frame.verbs.Trainer`. The docstring of a method is the help of its verb."""
 
     needs_weights = True
 
@@ -32,21 +32,21 @@ class Verbs(RunTrainer):
         num_images: int = 256,
         quantizer: Quantizer | None = None,
     ) -> Any:
-        """Write the net as one file that runs without this package, once it has been read again and compared.
+        """Write the net as one model file, read it again, and compare it with the net.
 
         Args:
-            model: the classifier.
-            datamodule: the data: test images to compare on, training images to calibrate int8 with.
-            run: a run's folder, for its configuration and best checkpoint.
-            ckpt_path: checkpoint to export.
-            format: onnx (fp32), onnx-int8 (quantized after training), pt2 (torch.export) or packed (fewest bytes, read
-                by this package).
-            output: the file; null is ``model.onnx``, ``model_int8.onnx``, ``model.pt2`` or ``model.packed`` in the
-                run's folder, else in the working directory.
-            tolerance: largest difference of a logit that is accepted, as a share of the largest logit; null is 1e-4,
-                0.25 for int8.
-            num_images: test images to compare file and net on.
-            quantizer: of int8: what becomes integers, and how their scales are found.
+            model: classifier whose net is exported.
+            datamodule: data module that gives the test images to compare on and the training images to calibrate int8.
+            run: folder of a run; its configuration and its best checkpoint are used.
+            ckpt_path: path of the checkpoint to export.
+            format: format of the file: onnx (fp32), onnx-int8 (quantized after training), pt2 (torch.export) or packed
+                (fewest bytes, only this package reads it).
+            output: path of the file; null takes ``model.onnx``, ``model_int8.onnx``, ``model.pt2`` or ``model.packed``
+                in the run's folder or, without a run, in the working directory.
+            tolerance: largest accepted difference of a logit, as a share of the largest logit; 0 or more. null takes
+                1e-4, or 0.25 for int8.
+            num_images: number of test images on which file and net are compared; 1 or more.
+            quantizer: settings of int8: which layers become integers, and how their scales are found.
         """
         from project.deployment.export import export_checkpoint
 

@@ -1,4 +1,4 @@
-"""What learning needs beside the net: the LightningModule, optimizers, schedules, checkpoints."""
+"""The parts of learning that are not the net: the LightningModule, optimizers, schedules, checkpoints."""
 
 from project.frame.rooms import lazily
 

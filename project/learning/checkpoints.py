@@ -1,4 +1,4 @@
-"""Checkpoints of a :class:`~project.learning.classifier.Classifier`: what a file holds, and its net."""
+"""Checkpoints of a :class:`~project.learning.classifier.Classifier`: read a file, load its net, write a new file."""
 
 import os
 from collections.abc import Mapping
@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def check_checkpoint(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
-    """The content of a checkpoint, its tensors without their data; ``None`` without a path.
+    """The content of a checkpoint, with tensors that hold no data (on the meta device); ``None`` without a path.
 
     Raises:
-        ValueError: when there is no such file, or it is no checkpoint of a run.
+        ValueError: if the file does not exist, or if it is no checkpoint of a run.
     """
     if path is None:
         return None
@@ -27,7 +27,7 @@ def check_checkpoint(path: str | os.PathLike[str] | None) -> dict[str, Any] | No
         raise ValueError(f"ckpt_path is {str(path)!r}, but there is no such file: name one below a run's checkpoints/.")
     try:
         checkpoint = torch.load(path, map_location="meta", weights_only=True)
-    except Exception:  # torch raises half a dozen kinds for a file that is none of its own
+    except Exception:  # torch raises half a dozen kinds of exceptions for a file that it did not write
         checkpoint = None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(
@@ -37,9 +37,9 @@ def check_checkpoint(path: str | os.PathLike[str] | None) -> dict[str, Any] | No
 
 
 def with_weights(module: "Classifier", checkpoint: dict[str, Any]) -> "Classifier":
-    """A copy on the processor, in eval mode, with structure and weights of a checkpoint's content."""
-    # What the command line makes optimizers with holds all that it has built; a trainer of several processes, in them,
-    # cannot be copied.
+    """A copy of ``module`` on the CPU, in eval mode, with the structure and the weights of a checkpoint's content."""
+    # `make_optimizer` refers to everything that the command line built, also to the trainer, which cannot be copied if
+    # there are several processes. So the copy shares it.
     copy = deepcopy(module, {id(module.make_optimizer): module.make_optimizer}).to("cpu")
     copy.on_load_checkpoint(checkpoint)
     copy.load_state_dict(checkpoint["state_dict"])
@@ -47,7 +47,7 @@ def with_weights(module: "Classifier", checkpoint: dict[str, Any]) -> "Classifie
 
 
 def load_net(module: "Classifier", path: Path) -> nn.Module:
-    """The net of a checkpoint, in eval mode and float32 on the processor; ``module`` is left as it was."""
+    """The net of a checkpoint, in eval mode and float32 on the CPU; ``module`` does not change."""
     return with_weights(module, torch.load(path, map_location="cpu", weights_only=True)).net.float()
 
 
@@ -55,19 +55,21 @@ _TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
 
 
 def write_fresh(module: "Classifier", source: Path, target: Path) -> None:
-    """Write a checkpoint of the same net without the state of its training at ``target``."""
+    """Write a checkpoint to ``target`` that has the net of ``source`` but not the state of its training."""
     same, checkpoint = load_with_weights(module, source)
     write_whole(target, lambda part: torch.save(fresh_checkpoint(same, checkpoint), part))
 
 
 def load_with_weights(module: "Classifier", source: Path) -> tuple["Classifier", dict[str, Any]]:
+    """A copy of ``module`` with the weights of the checkpoint ``source``, and the checkpoint's content."""
     checkpoint = torch.load(source, map_location="cpu", weights_only=True)
     return with_weights(module, checkpoint), checkpoint
 
 
 def fresh_checkpoint(module: "Classifier", checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """A checkpoint's content with this module's weights and a fresh optimizer, at epoch 0, without what belongs to the
-    training that made it.
+    """The content of a checkpoint with this module's weights and a new optimizer, at epoch 0.
+
+    The state of the training that made ``checkpoint`` is left out.
     """
     kept = {key: value for key, value in checkpoint.items() if key not in _TRAINING_STATE}
     module.on_save_checkpoint(kept)

@@ -1,7 +1,7 @@
-"""The LightningModule: a net, its loss, penalties, metrics, optimizer and schedule; each formula lives elsewhere.
+"""The LightningModule: a net with its loss, penalties, metrics, optimizer and schedule. The formulas are elsewhere.
 
-Linear scaling rule: Goyal et al. 2017 (arXiv:1706.02677, sec. 2.1). No weight decay on
-norms and biases: the same, sec. 5.3.
+Linear scaling rule: Goyal et al. 2017 (arXiv:1706.02677, sec. 2.1). No weight decay on norms and biases: sec. 5.3 of
+the same paper.
 """
 
 import logging
@@ -34,9 +34,9 @@ class Phase:
     """A part of a run with an optimizer and a schedule of its own, such as one round of pruning.
 
     Args:
-        epochs: the length that the schedule is stretched over.
-        first_step: the optimizer step that the schedule starts at.
-        lr_factor: factor on the learning rate.
+        epochs: number of epochs that the schedule is stretched over, at least 1.
+        first_step: step of the schedule to start at, 0 or more.
+        lr_factor: factor on the learning rate, above 0.
     """
 
     epochs: int
@@ -47,28 +47,43 @@ class Phase:
 class Classifier(LightningModule):
     """A net that learns to classify images: ``[N, C, H, W] -> logits [N, num_classes]``.
 
-    ``num_classes``, ``image_shape``, ``class_names``, ``mean`` and ``std`` come from the data module (command line).
+    The command line takes ``num_classes``, ``image_shape``, ``class_names``, ``mean`` and ``std`` from the data module.
+
+    Example::
+
+        model:
+          base_batch_size: 128
+          optimizer:
+            class_path: torch.optim.SGD
+            init_args: {lr: 0.1, momentum: 0.9, nesterov: true, weight_decay: 5.e-4}
+          schedule:
+            class_path: project.learning.Cosine
+            init_args: {warmup_epochs: 2}
 
     Args:
-        net: plain module, normalised images -> logits.
-        num_classes: K.
-        image_shape: (C, H, W) that the net takes.
-        class_names: K names, in the order of the logits; ``None`` numbers them.
-        mean, std: per channel, of pixels in [0, 1]; what ``predict`` normalises with.
-        loss: module of (logits ``[N, K]``, targets) -> scalar, for training; ``None`` is
-            :class:`project.losses.CrossEntropy`. Targets are class numbers ``[N]``, with MixUp or CutMix ``[N, K]``.
-        penalties: module of the net -> scalar or ``None``, added to the loss; such as
-            :class:`project.losses.Penalties`.
-        max_norm: module that is called with the net after each step; such as :class:`project.losses.MaxNorm`.
-        optimizer: parameters -> optimizer. Its ``weight_decay`` acts on weights alone, never on norms or biases.
-        schedule: see :mod:`project.learning.schedules`; ``None`` keeps the rate constant.
-        base_batch_size: the batch size that the optimizer's ``lr`` is meant for: the rate is multiplied by
+        net: plain module that maps normalised images to logits.
+        num_classes: number K of classes, at least 1.
+        image_shape: shape (C, H, W) of the images that the net takes.
+        class_names: K names of the classes, in the order of the logits. ``None`` takes the numbers 0 to K - 1.
+        mean, std: mean and standard deviation of each channel, for pixels in [0, 1], with which ``predict`` normalises.
+        loss: module that maps logits ``[N, K]`` and targets to a scalar, for training. Targets are class numbers
+            ``[N]``, or ``[N, K]`` with MixUp or CutMix. ``None`` takes :class:`project.losses.CrossEntropy`.
+        penalties: module that maps the net to a scalar, which is added to the loss, or to ``None``. An example is
+            :class:`project.losses.Penalties`. ``None`` means no penalty.
+        max_norm: module that is called with the net after each optimizer step, such as :class:`project.losses.MaxNorm`.
+            ``None`` means no bound.
+        optimizer: callable that makes the optimizer of the parameters. Its ``weight_decay`` acts on weights only, never
+            on norms or biases.
+        schedule: schedule of the learning rate, an object of :mod:`project.learning.schedules`. ``None`` keeps the rate
+            constant.
+        base_batch_size: batch size that the optimizer's ``lr`` is meant for, at least 1. The rate is multiplied by
             (global batch size / ``base_batch_size``). ``None`` takes ``lr`` as it is.
-        channels_last: keep weights and activations channels-last in memory: two to three times faster on CPUs.
-        compile: run the net through ``torch.compile``; checkpoints stay those of the plain net.
+        channels_last: whether weights and activations are channels-last in memory, which is two to three times faster
+            on CPUs.
+        compile: whether to run the net through ``torch.compile`` in ``fit``. Checkpoints stay those of the plain net.
 
     Raises:
-        ValueError: for a base batch size below 1, and for lazily built layers that cannot take the images.
+        ValueError: if the base batch size is below 1, or if a lazy layer of the net cannot take the images.
     """
 
     def __init__(
@@ -95,8 +110,9 @@ class Classifier(LightningModule):
             raise ValueError(f"base_batch_size is {base_batch_size}: choose 1 or more, or null to take lr as it is.")
         channels, height, width = image_shape  # YAML gives a list
         self.image_shape = (channels, height, width)
-        build_lazy_(net, self.image_shape)  # first: what waits for its shape cannot be copied, as hyperparameters are
-        with warnings.catch_warnings():  # Lightning's advice to leave the net out would break loading from a checkpoint
+        # This comes first because `save_hyperparameters` copies its values, and a lazy layer cannot be copied.
+        build_lazy_(net, self.image_shape)
+        with warnings.catch_warnings():  # Lightning advises to leave the net out, but then checkpoints could not load
             warnings.filterwarnings("ignore", "Attribute '.*' is an instance of `nn.Module`")
             self.save_hyperparameters(logger=False)
         _keep_plain_(self.hparams)
@@ -130,28 +146,28 @@ class Classifier(LightningModule):
             compute_groups=False,
         )
         self.distillation: nn.Module | None = None
-        """A teacher beside the labels, of training alone."""
+        """A teacher whose outputs are learned beside the labels, in training only; ``None`` without one."""
         self._is_checked = False
         self._train_sums: Tensor | None = None
         self.phase: Phase | None = None
-        """What part of the run the next optimizer is for; ``None`` for all of it."""
+        """The part of the run that the next optimizer is for; ``None`` for the whole run."""
         self.surgeries: list[dict[str, Any]] = []
-        """What has changed the structure of the net, in order, as plain values; kept in its checkpoints."""
-        self._dense_net: list[nn.Module] = []  # the net before the first surgery; in a list it is no part of the module
+        """All changes of the net's structure as plain values, in their order; checkpoints contain them."""
+        self._dense_net: list[nn.Module] = []  # the net before the first surgery; in a list, it is not a submodule
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
         return self.net(images)
 
     def check_fit(self, mixed: bool = False) -> None:
-        """Try net and loss on two images, once.
+        """Try the net and the loss on two images. Later calls do nothing.
 
         Args:
-            mixed: targets are distributions ``[N, K]`` instead of class numbers ``[N]``.
+            mixed: whether targets are distributions ``[N, K]`` instead of class numbers ``[N]``.
 
         Raises:
-            ValueError: when the net does not take the data's images or does not give a logit for each of their
-                classes, and when the loss does not take these.
+            ValueError: if the net cannot take the data's images, if it does not give one logit for each class, or if
+                the loss cannot take the logits and targets.
         """
         if not self._is_checked:
             check_net(self.net, self.image_shape, self.num_classes, self.hparams.get("net"))
@@ -167,7 +183,7 @@ class Classifier(LightningModule):
     # -- training ------------------------------------------------------------------------------------------------
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Targets are classes ``[N]`` or, mixed, distributions ``[N, K]``."""
+        """The loss of a batch. Targets are class numbers ``[N]``, or distributions ``[N, K]`` with MixUp or CutMix."""
         images, targets = batch
         logits = _in_full(self.net(images))
         loss = self.loss(logits, targets)
@@ -185,11 +201,12 @@ class Classifier(LightningModule):
         self._train_sums = None
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Dropout's draws are a function of (seed, epoch, batch, process): a resumed run repeats them. Where layers see
-        the batch of all processes (:mod:`project.learning.whole_batch`) these draw alike.
+        """Seed torch for each batch, so that dropout is a function of (seed, epoch, batch, process).
 
-        ``torch.manual_seed`` would also queue a call, with its stack trace, for every kind of device that is not there.
+        A resumed run then repeats the same draws. With ``sync_batchnorm`` all processes have the same seed, as
+        :mod:`project.learning.whole_batch` needs.
         """
+        # `torch.manual_seed` is slow: it also queues a call, with its stack trace, for each absent kind of device.
         process = 0 if getattr(self.trainer, "sync_batchnorm", False) else self.global_rank
         seed = hash((int(os.environ.get("PL_GLOBAL_SEED", 0)), self.current_epoch, batch_idx, process)) % 2**63
         torch.default_generator.manual_seed(seed)
@@ -201,18 +218,18 @@ class Classifier(LightningModule):
             self._log(means)
 
     def train_means(self) -> dict[str, Tensor]:
-        """Training loss and accuracy over this process's images of the epoch so far; empty before the first batch."""
+        """Mean loss and accuracy over this process's training images since the epoch began; empty before any batch."""
         if self._train_sums is None:
             return {}
         loss, correct, count = self._train_sums
         return {"train/loss": loss / count, "train/accuracy": correct / count}
 
     def _log(self, values: dict[str, Tensor]) -> None:
-        """Means over the processes; of a metric that has collected from all of them, the same value."""
+        """Log the mean of each value over the processes. A metric that is already synchronised keeps its value."""
         self.log_dict(values, sync_dist=self.trainer.world_size > 1)
 
     def _add_up(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
-        """Sums stay on the device: reading one costs a wait in every step."""
+        """Add a batch to the sums of the epoch. They stay on the device, because to read one makes each step wait."""
         labels = targets if targets.dim() == 1 else targets.argmax(dim=1)
         correct = (logits.argmax(dim=1) == labels).sum()
         sums = torch.stack([loss * len(labels), correct.to(loss.dtype), loss.new_tensor(len(labels))])
@@ -221,13 +238,17 @@ class Classifier(LightningModule):
     # -- validation, test, prediction ----------------------------------------------------------------------------
 
     def on_validation_start(self) -> None:
-        """What is measured is what the first process saves; without synchronised norms statistics are its own."""
+        """Copy the buffers of the first process to all others.
+
+        The first process saves the checkpoint, so its net must be the one that is measured. Without ``sync_batchnorm``
+        each process has its own running statistics.
+        """
         if self.trainer.world_size > 1:
             for buffer in self.net.buffers():
                 torch.distributed.broadcast(buffer, 0)
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        """Plain cross entropy, without smoothing or penalties, so that runs with different losses compare."""
+        """Measure plain cross entropy, without smoothing or penalties, so that runs of different losses compare."""
         images, labels = batch
         logits = _in_full(self.net(images))
         loss = nn.functional.cross_entropy(logits, labels)
@@ -256,13 +277,17 @@ class Classifier(LightningModule):
         self.test_loss.reset()
 
     def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
-        """Probabilities ``[N, K]``; uint8 images are normalised here, float images are taken as normalised."""
+        """Probabilities ``[N, K]``. Images of uint8 are normalised here; float images must be normalised already."""
         images = batch if isinstance(batch, Tensor) else batch[0]
         logits = self.net(self.normalize(images) if images.dtype == torch.uint8 else images)
         return logits.float().softmax(dim=1)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Images of uint8 ``[N, C, H, W]`` -> float, with the classifier's mean and standard deviation."""
+        """Normalised float images, by the classifier's mean and standard deviation.
+
+        Args:
+            images: images ``[N, C, H, W]`` uint8.
+        """
         mean = torch.tensor(self.mean, device=images.device).view(-1, 1, 1)
         std = torch.tensor(self.std, device=images.device).view(-1, 1, 1)
         return (images.float() / 255 - mean) / std
@@ -276,23 +301,23 @@ class Classifier(LightningModule):
             group["lr"] = group["lr"] * scale * (self.phase.lr_factor if self.phase else 1.0)
         total_steps = int(self.trainer.estimated_stepping_batches)
         steps_per_epoch = total_steps / max(self.trainer.max_epochs or 1, 1)
-        if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:
+        if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:  # the epochs do not give total_steps
             steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
         first_step = 0
-        if self.phase is not None:
+        if self.phase is not None:  # the schedule has the length of the phase, not of the run
             total_steps, first_step = round(self.phase.epochs * steps_per_epoch), self.phase.first_step
         scheduler = self.schedule.build(optimizer, total_steps, steps_per_epoch, scale, first_step)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """What the optimizer gets: weights, and norms and biases without weight decay."""
+        """The optimizer's two groups of parameters: weights, and norms and biases, which have no weight decay."""
         weights = [p for p in self.parameters() if p.dim() > 1 and p.requires_grad]
         others = [p for p in self.parameters() if p.dim() <= 1 and p.requires_grad]
         groups: list[dict[str, Any]] = [{"params": weights}, {"params": others, "weight_decay": 0.0}]
         return [group for group in groups if group["params"]]
 
     def _lr_scale(self) -> float:
-        """The linear scaling rule: global batch size over the one that the rate is meant for."""
+        """The factor of the linear scaling rule: global batch size / batch size that the rate is meant for."""
         if self.base_batch_size is None:
             return 1.0
         batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
@@ -303,16 +328,20 @@ class Classifier(LightningModule):
     # -- surgery -------------------------------------------------------------------------------------------------
 
     def operate_(self, surgery: Surgery) -> None:
-        """Change the net's structure, and remember how."""
+        """Change the net's structure, and append the change to ``surgeries``.
+
+        Args:
+            surgery: change of structure, planned for the net as it is now.
+        """
         if not self._dense_net:
             self._dense_net = [deepcopy(self.net)]
         surgery.apply_(self.net)
         self.surgeries = [*self.surgeries, to_plain(surgery)]
 
     def _follow_surgeries(self, wanted: list[dict[str, Any]]) -> None:
-        """Bring the net's structure to that after the ``wanted`` surgeries."""
+        """Give the net the structure that it has after the ``wanted`` surgeries."""
         done = len(self.surgeries)
-        if wanted[:done] != self.surgeries:
+        if wanted[:done] != self.surgeries:  # a surgery cannot be undone: begin again with the dense net
             self.net, done = self._dense_net.pop().to(self.device), 0
         if wanted[done:]:
             if not self._dense_net:
@@ -324,7 +353,13 @@ class Classifier(LightningModule):
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Classifier":
-        """As Lightning's; the net is built as the command line built it, unless ``net`` is given."""
+        """Lightning's ``load_from_checkpoint``. If ``net`` is not given, it is built as the command line built it.
+
+        Args:
+            checkpoint_path: path of the checkpoint, or an open file.
+            args: other positional arguments of Lightning's method.
+            kwargs: other keyword arguments of Lightning's method, such as ``net`` or ``map_location``.
+        """
         described = None
         if "net" not in kwargs and isinstance(checkpoint_path, str | os.PathLike):
             checkpoint = check_checkpoint(checkpoint_path)
@@ -341,8 +376,11 @@ class Classifier(LightningModule):
         checkpoint["surgeries"] = self.surgeries
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Rebuild the structure that the weights belong to; refuse another net's in one sentence instead of a page of
-        keys.
+        """Give the net the structure that the weights belong to.
+
+        Raises:
+            ValueError: if the weights belong to another net. The message is one sentence instead of torch's list of all
+                keys.
         """
         self._follow_surgeries(checkpoint.get("surgeries", []))
         problem = mismatch(self.state_dict(), checkpoint.get("state_dict", {}))
@@ -354,12 +392,12 @@ class Classifier(LightningModule):
 
 
 def _in_full(logits: Tensor) -> Tensor:
-    """Under mixed precision the loss is still computed in float32."""
+    """The logits in float32 at least, because mixed precision computes the loss in float32 too."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
 def _keep_plain_(hparams: MutableMapping[str, Any]) -> None:
-    """Drop what is no plain value (a net built in Python), so that checkpoints load with ``weights_only=True``."""
+    """Drop values that are not plain (a net built in Python), so that checkpoints load with ``weights_only=True``."""
     for key in [key for key, value in hparams.items() if not _is_plain(value)]:
         del hparams[key]
 

@@ -1,10 +1,10 @@
-"""Muon: momentum whose matrix is made orthogonal, so that every direction of a layer's weight learns at one speed.
+"""Muon: the momentum of a weight matrix is made orthogonal, so that all directions of the matrix learn equally fast.
 
 Jordan et al. 2024, Muon: An optimizer for hidden layers in neural networks (https://kellerjordan.github.io/posts/muon).
-``torch.optim.Muon`` takes matrices alone and leaves convolutions, norms and biases to a second optimizer; this one
-takes a whole net: a convolution ``[out, in, h, w]`` counts as the matrix ``[out, in * h * w]``, and what is no matrix
-(norms, biases) gets Adam (Kingma & Ba 2015, arXiv:1412.6980, Alg. 1). Iterations run in float32, layers of one
-shape at once.
+``torch.optim.Muon`` takes matrices only and leaves convolutions, norms and biases to a second optimizer. Ours takes a
+whole net: a convolution ``[out, in, h, w]`` counts as the matrix ``[out, in * h * w]``, and parameters of one dimension
+(norms, biases) get Adam (Kingma & Ba 2015, arXiv:1412.6980, Alg. 1). Iterations run in float32, for all matrices with
+equally many rows at once.
 """
 
 import math
@@ -20,17 +20,25 @@ from torch.optim import Optimizer
 class Muon(Optimizer):
     """``weight -= lr * sqrt(max(1, rows / columns)) * orthogonal(momentum)``; Adam for parameters of one dimension.
 
+    Example::
+
+        model:
+          optimizer:
+            class_path: project.learning.Muon
+            init_args: {lr: 0.03, weight_decay: 0.01}
+
     Args:
-        params: parameters, or groups of them; a group holds either weights or parameters of one dimension.
-        lr: rate of the weights.
-        momentum: of the weights, Nesterov's, in [0, 1).
-        weight_decay: of the weights, decoupled: multiplied by the rate (Loshchilov & Hutter 2019, arXiv:1711.05101).
-        adam_lr: rate of the others.
-        betas: of the others.
-        eps: of the others.
+        params: parameters, or groups of them. A group holds either weights or parameters of one dimension.
+        lr: learning rate of the weights, 0 or more.
+        momentum: Nesterov momentum of the weights, in [0, 1).
+        weight_decay: decoupled weight decay, 0 or more: each step multiplies the parameters by
+            ``1 - lr * weight_decay`` (Loshchilov & Hutter 2019, arXiv:1711.05101).
+        adam_lr: learning rate of the parameters of one dimension, 0 or more.
+        betas: Adam's two decay rates (of the mean, of the squares) for the parameters of one dimension, in [0, 1).
+        eps: number that Adam adds to its divisors, above 0.
 
     Raises:
-        ValueError: for a negative rate, a momentum or beta outside [0, 1), a group of both kinds.
+        ValueError: if a rate is negative, if a momentum or beta is outside [0, 1), or if a group holds both kinds.
     """
 
     def __init__(
@@ -45,10 +53,10 @@ class Muon(Optimizer):
     ) -> None:
         for name, rate in (("lr", lr), ("weight_decay", weight_decay), ("adam_lr", adam_lr)):
             if rate < 0:
-                raise ValueError(f"optimizer's {name} is {rate}: choose 0 or more.")
+                raise ValueError(f"the optimizer's {name} is {rate}: choose 0 or more.")
         for name, share in (("momentum", momentum), ("betas[0]", betas[0]), ("betas[1]", betas[1])):
             if not 0 <= share < 1:
-                raise ValueError(f"optimizer's {name} is {share}: choose 0 or more, below 1.")
+                raise ValueError(f"the optimizer's {name} is {share}: choose a number in [0, 1).")
         self.adam_lr = adam_lr
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "betas": tuple(betas), "eps": eps}
         super().__init__(params, defaults)
@@ -81,9 +89,11 @@ class Muon(Optimizer):
         return loss
 
     def _step_weights(self, params: list[Tensor], group: dict[str, Any]) -> None:
+        """A step of Muon, for all weights of a group at once."""
         grads = [_grad(parameter) for parameter in params]
         momenta = self._state(params, "momentum")
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        # Nesterov: the momentum after another step with the same gradient.
         directions = torch._foreach_lerp(grads, momenta, group["momentum"])
         updates = orthogonalize([update.flatten(1) for update in directions])
         rates = [-group["lr"] * math.sqrt(max(1.0, len(update) / update.shape[1])) for update in updates]
@@ -92,7 +102,7 @@ class Muon(Optimizer):
         torch._foreach_add_(params, [u.view(p.shape) for u, p in zip(updates, params, strict=True)])
 
     def _step_others(self, params: list[Tensor], group: dict[str, Any]) -> None:
-        """Adam with its bias correction."""
+        """A step of Adam with its bias correction, for all parameters of a group at once."""
         (beta1, beta2), grads = group["betas"], [_grad(parameter) for parameter in params]
         means, squares = self._state(params, "mean"), self._state(params, "square")
         steps = group["steps"] = group.get("steps", 0) + 1
@@ -113,20 +123,21 @@ class Muon(Optimizer):
 
 
 def orthogonalize(matrices: list[Tensor], num_iterations: int = 5) -> list[Tensor]:
-    """``U V^T`` of each matrix ``U S V^T``, roughly: singular values come out between about 0.7 and 1.2.
+    """``U V^T`` of each matrix ``U S V^T``, approximately: the singular values become about 0.7 to 1.2.
 
-    The Newton-Schulz iteration of the fifth degree with the coefficients of the source, tuned for few iterations:
-    ``X <- (a I + b X X^T + c (X X^T)^2) X``. All factors are polynomials of the first ``X X^T`` and commute, so the
-    iteration runs on this matrix alone, for all layers with as many rows at once, and ``X`` is multiplied once: a
-    step of SmallInception (400 k parameters) took 10 ms instead of 16 on two CPU cores.
+    This is the Newton-Schulz iteration of the fifth degree with the coefficients of the source, which are tuned for few
+    iterations: ``X <- (a I + b X X^T + c (X X^T)^2) X``. All factors are polynomials of the first ``X X^T`` and
+    commute. So the iteration runs on this matrix alone, for all layers with equally many rows at once, and ``X`` is
+    multiplied once, at the end. A step of SmallInception (400 k parameters) took 10 ms instead of 16 on two CPU cores.
 
     Args:
-        matrices: each ``[rows, columns]``.
-        num_iterations: 5 suffice for singular values down to about a thousandth of the largest.
+        matrices: matrices ``[rows, columns]`` of any sizes.
+        num_iterations: number of iterations, at least 1. 5 are enough for singular values down to about a thousandth of
+            the largest.
     """
-    norms = torch._foreach_norm(matrices)
+    norms = torch._foreach_norm(matrices)  # the Frobenius norm: singular values of X / norm are at most 1
     xs = [x / norm.clamp(min=1e-7) for x, norm in zip(matrices, norms, strict=True)]
-    wide = [x if len(x) <= x.shape[1] else x.mT for x in xs]
+    wide = [x if len(x) <= x.shape[1] else x.mT for x in xs]  # the smaller of X X^T and X^T X costs less
     by_side = defaultdict(list)
     for index, x in enumerate(wide):
         by_side[len(x)].append(index)
@@ -138,11 +149,14 @@ def orthogonalize(matrices: list[Tensor], num_iterations: int = 5) -> list[Tenso
 
 
 def _newton_schulz(gram: Tensor, num_iterations: int) -> Tensor:
-    """The product of the iteration's factors, from ``X X^T`` ``[N, side, side]``."""
+    """The product of the factors of all iterations, ``[N, side, side]``.
+
+    ``gram`` is ``X X^T`` of N matrices. An iteration turns ``X`` into ``F X``, and so ``gram`` into ``F gram F``.
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     product = gram  # replaced by the first factor
     for iteration in range(num_iterations):
-        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        factor = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # b gram + c gram^2
         factor.diagonal(dim1=-2, dim2=-1).add_(a)
         product = torch.bmm(factor, product) if iteration else factor
         if iteration + 1 < num_iterations:

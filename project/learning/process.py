@@ -1,4 +1,4 @@
-"""What this machine is good at, and settings of this process."""
+"""The fastest precision of this machine, and settings of this process."""
 
 import ctypes
 import sys
@@ -8,7 +8,10 @@ from lightning.pytorch.accelerators import Accelerator
 
 
 def fastest_precision(accelerator: str | Accelerator) -> str:
-    """bf16-mixed on hardware with bfloat16 products: CPUs with AVX512-BF16 or AMX, CUDA from Ampere on."""
+    """``bf16-mixed`` on hardware that multiplies bfloat16 numbers, else ``32-true``.
+
+    Such hardware is a CPU with AVX512-BF16 or AMX, or a CUDA GPU from Ampere on.
+    """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif accelerator == "cpu" or (accelerator == "auto" and not torch.backends.mps.is_available()):
@@ -20,10 +23,11 @@ def fastest_precision(accelerator: str | Accelerator) -> str:
 
 
 def tune_process() -> None:
-    """Two settings of the process that make CPU training faster and change no result that matters.
+    """Change two settings of the process that make training on CPUs faster and change no result that matters.
 
-    Denormal floats (weights that decay to nothing) cost a hundred cycles each: they become 0. glibc gives the memory
-    of large tensors back to the system after every step and pays page faults to get it again: it is told to keep it.
+    A denormal float (from a weight that decays to 0) costs a hundred cycles; such floats become 0. After every step
+    glibc returns the memory of large tensors to the system and gets it again with page faults; it is told to keep this
+    memory.
     """
     torch.set_flush_denormal(True)
     if sys.platform == "linux":

@@ -1,8 +1,8 @@
-"""Learning-rate schedules whose lengths are given in epochs and resolved to steps when training starts.
+"""Learning-rate schedules. Their lengths are given in epochs and become numbers of steps when training starts.
 
 Warm-up: Goyal et al. 2017 (arXiv:1706.02677, sec. 2.2, gradual). Cosine: Loshchilov & Hutter 2017
 (arXiv:1608.03983, eq. 5). One cycle: Smith & Topin 2018 (arXiv:1708.07120, sec. 3).
-Each builds one of torch's own schedulers.
+Each class builds one of torch's own schedulers.
 """
 
 import math
@@ -14,15 +14,23 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR, ReduceLROnPlateau
 
 
 class Schedule:
-    """A constant rate after an optional warm-up; subclasses override :meth:`decay`.
+    """A constant rate after an optional linear warm-up; the base class of all schedules, which override :meth:`decay`.
+
+    Example::
+
+        model:
+          schedule:
+            class_path: project.learning.Schedule
+            init_args: {warmup_epochs: 1.5}
 
     Args:
-        warmup_epochs: length of the linear warm-up, in epochs (may be a fraction).
-        warmup_start: the warm-up's first factor, in [0, 1]; ``None`` takes ``1 / k`` for a rate multiplied by k
-            through the linear scaling rule (as Goyal et al. do: from the unscaled rate), else 0.
+        warmup_epochs: length of the linear warm-up in epochs, 0 or more; fractions are allowed.
+        warmup_start: factor on the rate at the start of the warm-up, in [0, 1]. ``None`` starts at the unscaled rate
+            (as Goyal et al. do), with the factor ``1 / k``, if the linear scaling rule multiplied the rate by k > 1. It
+            starts at 0 otherwise.
 
     Raises:
-        ValueError: for a negative length, or a start outside [0, 1].
+        ValueError: if the length is negative, or if the start is outside [0, 1].
     """
 
     def __init__(self, warmup_epochs: float = 0.0, warmup_start: float | None = None) -> None:
@@ -33,7 +41,12 @@ class Schedule:
         self.warmup_start = warmup_start
 
     def decay(self, progress: float, epoch: float) -> float:
-        """The factor on the rate after the warm-up, at ``progress`` in [0, 1] of what follows it."""
+        """The factor on the rate, after the warm-up.
+
+        Args:
+            progress: share of the steps after the warm-up that are done, in [0, 1].
+            epoch: epochs done since the start of training, 0 or more; a fraction within an epoch.
+        """
         return 1.0
 
     def build(
@@ -44,26 +57,28 @@ class Schedule:
         lr_scale: float = 1.0,
         first_step: int = 0,
     ) -> dict[str, Any]:
-        """What Lightning's ``configure_optimizers`` returns under ``lr_scheduler``.
+        """Build the dictionary that Lightning's ``configure_optimizers`` returns under ``lr_scheduler``.
 
         Args:
-            optimizer: whose rates are scheduled.
-            total_steps: optimizer steps of the whole run.
-            steps_per_epoch: optimizer steps of one epoch.
-            lr_scale: k of the linear scaling rule, already contained in the optimizer's rate.
-            first_step: the step of the schedule to begin with (a run that is rewound to it).
+            optimizer: optimizer of which the learning rates are scheduled.
+            total_steps: number of optimizer steps of the whole run, at least 1.
+            steps_per_epoch: number of optimizer steps of one epoch, above 0.
+            lr_scale: factor k of the linear scaling rule, above 0, which the optimizer's rate already contains.
+            first_step: step of the schedule to begin with, 0 or more. It is above 0 for a run that is rewound to a
+                step.
         """
         factor = self._factor(total_steps, steps_per_epoch, lr_scale)
         return {"scheduler": LambdaLR(optimizer, lambda step: factor(first_step + step)), "interval": "step"}
 
     def _factor(self, total_steps: int, steps_per_epoch: float, lr_scale: float) -> Callable[[int], float]:
+        """The function that gives the factor on the rate at each step."""
         warmup = min(self.warmup_epochs * steps_per_epoch, total_steps)
         start = self.warmup_start
         if start is None:
             start = 1 / lr_scale if lr_scale > 1 else 0.0
 
         def factor(step: int) -> float:
-            # Step 0 already learns: the ramp counts the steps taken when this one is done, and so does the decay.
+            # Warm-up and decay count the steps that are done after this one. So step 0 already has a rate above 0.
             if step + 1 < warmup:
                 return start + (1 - start) * (step + 1) / warmup
             progress = min((step + 1 - warmup) / max(total_steps - warmup, 1), 1.0)
@@ -73,11 +88,20 @@ class Schedule:
 
 
 class Cosine(Schedule):
-    """Half a cosine from the rate to ``final`` times it.
+    """The rate falls along half a cosine, to ``final`` times the rate.
+
+    Example::
+
+        model:
+          schedule:
+            class_path: project.learning.Cosine
+            init_args: {warmup_epochs: 2, final: 0.01}
 
     Args:
-        warmup_epochs, warmup_start: see :class:`Schedule`.
-        final: last factor, in [0, 1].
+        warmup_epochs: length of the linear warm-up in epochs, 0 or more; fractions are allowed.
+        warmup_start: factor on the rate at the start of the warm-up, in [0, 1]. The default ``None`` is explained in
+            :class:`Schedule`.
+        final: factor on the rate at the end, in [0, 1].
     """
 
     def __init__(self, warmup_epochs: float = 0.0, warmup_start: float | None = None, final: float = 0.0) -> None:
@@ -86,23 +110,58 @@ class Cosine(Schedule):
         self.final = final
 
     def decay(self, progress: float, epoch: float) -> float:
+        """``final + (1 - final) (1 + cos(pi progress)) / 2``.
+
+        Args:
+            progress: share of the steps after the warm-up that are done, in [0, 1].
+            epoch: epochs done since the start of training, any number; it is not used.
+        """
         return self.final + (1 - self.final) * (1 + math.cos(math.pi * progress)) / 2
 
 
 class Linear(Cosine):
-    """A straight line from the rate to ``final`` times it; with a warm-up, a triangle."""
+    """The rate falls along a straight line, to ``final`` times the rate. With a warm-up the schedule is a triangle.
+
+    Example::
+
+        model:
+          schedule:
+            class_path: project.learning.Linear
+            init_args: {warmup_epochs: 5}
+
+    Args:
+        warmup_epochs: length of the linear warm-up in epochs, 0 or more; fractions are allowed.
+        warmup_start: factor on the rate at the start of the warm-up, in [0, 1]. The default ``None`` is explained in
+            :class:`Schedule`.
+        final: factor on the rate at the end, in [0, 1].
+    """
 
     def decay(self, progress: float, epoch: float) -> float:
+        """``1 - (1 - final) progress``.
+
+        Args:
+            progress: share of the steps after the warm-up that are done, in [0, 1].
+            epoch: epochs done since the start of training, any number; it is not used.
+        """
         return 1 - (1 - self.final) * progress
 
 
 class Steps(Schedule):
-    """The rate times ``gamma`` at each milestone.
+    """The rate is multiplied by ``gamma`` at each milestone.
+
+    Example::
+
+        model:
+          schedule:
+            class_path: project.learning.Steps
+            init_args: {milestones: [15, 25], gamma: 0.1, warmup_epochs: 1}
 
     Args:
-        milestones: epochs, counted from the start of training, ascending.
-        gamma: factor, in (0, 1].
-        warmup_epochs, warmup_start: see :class:`Schedule`.
+        milestones: numbers of epochs since the start of training, in ascending order.
+        gamma: factor on the rate at each milestone, in (0, 1].
+        warmup_epochs: length of the linear warm-up in epochs, 0 or more; fractions are allowed.
+        warmup_start: factor on the rate at the start of the warm-up, in [0, 1]. The default ``None`` is explained in
+            :class:`Schedule`.
     """
 
     def __init__(
@@ -119,17 +178,33 @@ class Steps(Schedule):
         self.gamma = gamma
 
     def decay(self, progress: float, epoch: float) -> float:
+        """``gamma`` to the power of the number of milestones that have passed.
+
+        Args:
+            progress: share of the steps after the warm-up that are done, in [0, 1]; it is not used.
+            epoch: epochs done since the start of training, 0 or more; a fraction within an epoch.
+        """
         return self.gamma ** sum(epoch > milestone for milestone in self.milestones)
 
 
 class OneCycle(Schedule):
-    """Torch's one-cycle policy: up to the optimizer's rate, down to nearly nothing, momentum the other way.
+    """Torch's one-cycle policy: the rate rises to the optimizer's rate and then falls to nearly 0.
+
+    If ``cycle_momentum`` is true, the momentum falls while the rate rises, and then rises.
+
+    Example::
+
+        model:
+          schedule:
+            class_path: project.learning.OneCycle
+            init_args: {warmup_fraction: 0.2}
 
     Args:
-        warmup_fraction: share of the run spent going up, in (0, 1).
-        start_factor: the first rate over the highest, in (0, 1].
-        final_factor: the last rate over the highest, in [0, 1).
-        cycle_momentum: move momentum between 0.85 and 0.95 against the rate (needs SGD's momentum or Adam's betas).
+        warmup_fraction: share of the run in which the rate rises, in (0, 1).
+        start_factor: ratio of the first rate to the highest, in (0, 1].
+        final_factor: ratio of the last rate to the highest, in (0, 1).
+        cycle_momentum: whether the momentum moves between 0.85 and 0.95, against the rate. It needs an optimizer with
+            SGD's momentum or Adam's betas.
     """
 
     def __init__(
@@ -154,6 +229,15 @@ class OneCycle(Schedule):
         lr_scale: float = 1.0,
         first_step: int = 0,
     ) -> dict[str, Any]:
+        """Build the dictionary that Lightning's ``configure_optimizers`` returns under ``lr_scheduler``.
+
+        Args:
+            optimizer: optimizer of which the learning rates are scheduled.
+            total_steps: number of optimizer steps of the whole run, at least 1.
+            steps_per_epoch: number of optimizer steps of one epoch, any number; it is not used.
+            lr_scale: factor of the linear scaling rule, any number; it is not used.
+            first_step: step of the schedule to begin with; only 0 is possible.
+        """
         _check_begins_at_0(self, first_step)
         scheduler = OneCycleLR(
             optimizer,
@@ -168,12 +252,20 @@ class OneCycle(Schedule):
 
 
 class Plateau(Schedule):
-    """The rate times ``factor`` when ``monitor`` has not got better for ``patience`` validations.
+    """The rate is multiplied by ``factor`` if ``monitor`` has not improved for more than ``patience`` epochs.
+
+    Example::
+
+        model:
+          schedule:
+            class_path: project.learning.Plateau
+            init_args: {monitor: val/accuracy, factor: 0.5, patience: 3}
 
     Args:
-        monitor: a logged metric; names that end in ``loss`` are to fall, all others to rise.
-        factor: in (0, 1).
-        patience: epochs to wait, 0 or more.
+        monitor: name of a logged metric. A metric whose name ends in ``loss`` improves when it falls, any other when it
+            rises.
+        factor: factor on the rate after each wait, in (0, 1).
+        patience: number of epochs without improvement that are accepted, 0 or more.
     """
 
     def __init__(self, monitor: str = "val/loss", factor: float = 0.1, patience: int = 5) -> None:
@@ -190,6 +282,15 @@ class Plateau(Schedule):
         lr_scale: float = 1.0,
         first_step: int = 0,
     ) -> dict[str, Any]:
+        """Build the dictionary that Lightning's ``configure_optimizers`` returns under ``lr_scheduler``.
+
+        Args:
+            optimizer: optimizer of which the learning rates are scheduled.
+            total_steps: number of optimizer steps of the whole run, any number; it is not used.
+            steps_per_epoch: number of optimizer steps of one epoch, any number; it is not used.
+            lr_scale: factor of the linear scaling rule, any number; it is not used.
+            first_step: step of the schedule to begin with; only 0 is possible.
+        """
         _check_begins_at_0(self, first_step)
         mode: Literal["min", "max"] = "min" if self.monitor.endswith("loss") else "max"
         scheduler = ReduceLROnPlateau(optimizer, mode, factor=self.factor, patience=self.patience)
@@ -199,11 +300,11 @@ class Plateau(Schedule):
 def _check_begins_at_0(schedule: Schedule, first_step: int) -> None:
     if first_step:
         raise ValueError(
-            f"{type(schedule).__name__} can not begin at step {first_step} of its course: rewind to 0, or choose "
+            f"the schedule {type(schedule).__name__} cannot begin at step {first_step}: rewind to step 0, or choose "
             "Linear, Cosine or Steps."
         )
 
 
 def _check(name: str, value: object, holds: bool, remedy: str) -> None:
     if not holds:
-        raise ValueError(f"schedule's {name} is {value}: {remedy}.")
+        raise ValueError(f"the schedule's {name} is {value}: {remedy}.")

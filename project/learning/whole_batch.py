@@ -1,13 +1,13 @@
-"""Layers that see the batch of all processes, batch norm's statistics, dropout's draws: ``--trainer.sync_batchnorm``.
+"""Batch norm and dropout over the batches of all processes together: ``--trainer.sync_batchnorm``.
 
-Torch's ``SyncBatchNorm`` runs on accelerators alone, and Lightning puts other classes in the place of a net's own ones
-for good. Here each layer keeps its class, its tensors and its name, and gets another ``forward`` while a fit lasts; the
-fused kernels (:mod:`project.models.kernels`) step aside for such a layer by themselves. Then a fit in R processes takes
-the steps of one process with R times the batch, up to the order of sums.
+Torch's ``SyncBatchNorm`` runs on accelerators only, and Lightning's conversion permanently replaces the classes of a
+net's layers. Here each layer keeps its class, its tensors and its name, and gets another ``forward`` while ``fit``
+runs. The fused kernels (:mod:`project.models.kernels`) recognise such a layer and do not run. ``fit`` in R processes
+then takes the same steps as one process with R times the batch, except for rounding, as sums have another order.
 
 Batch norm: Ioffe & Szegedy 2015 (arXiv:1502.03167, Alg. 1 and the gradients of sec. 3), with ``N`` values per channel
 in all processes together. Means and variances of the parts are combined as in Chan et al. 1983, Algorithms for
-computing the sample variance (eq. 2.1). Forward and backward each take one collective per layer.
+computing the sample variance (eq. 2.1). Forward and backward each need one collective operation per layer.
 """
 
 from types import MethodType
@@ -25,11 +25,12 @@ _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, DropPath)
 
 
 class WholeBatch(LayerSync):
-    """Batch norms and dropouts of a module that act on the images of all processes, place ``k`` of process ``r`` being
-    place ``r + k R`` of the whole batch.
+    """Makes the batch norms and dropouts of a module act on the images of all R processes: the whole batch.
 
-    Every process draws dropout's mask for the whole batch and takes its part, so generators have to be in the same
-    state; what other layers draw then repeats in each process.
+    Image ``k`` of process ``r`` is image ``r + k R`` of the whole batch.
+
+    Every process draws dropout's mask for the whole batch and uses its part of it. So the random generators of all
+    processes must have the same state. Any other layer that draws random numbers then draws the same in each process.
     """
 
     def apply(self, model: nn.Module) -> nn.Module:
@@ -48,14 +49,18 @@ class WholeBatch(LayerSync):
 
 
 def gather(part: Tensor) -> Tensor:
-    """The parts of all processes, which are of one shape, one after the other along the first dimension."""
+    """The parts of all processes, concatenated along the first dimension. All parts must have the same shape."""
     parts = [torch.empty_like(part, memory_format=torch.contiguous_format) for _ in range(distributed.get_world_size())]
     distributed.all_gather(parts, part.contiguous())
     return torch.cat(parts)
 
 
 def _norm(norm: _BatchNorm, x: Tensor) -> Tensor:
-    """Batch norm in training. Without gradients it is the layer's own: one process may look at a copy alone."""
+    """The ``forward`` of a batch norm in training.
+
+    Without gradients the layer's own ``forward`` runs. One process alone may run a copy of the net without gradients,
+    and a collective operation would wait forever for the others.
+    """
     if not (norm.training and torch.is_grad_enabled()):
         return type(norm).forward(norm, x)
     norm._check_input_dim(x)
@@ -70,12 +75,17 @@ def _norm(norm: _BatchNorm, x: Tensor) -> Tensor:
 
 
 class _NormOfAll(torch.autograd.Function):
-    """Returns the output and, without gradients, mean and variance (biased) in float64, and their number of values."""
+    """Batch norm over all processes.
+
+    It returns the output and, without gradients, the mean and the (biased) variance in float64 and the number of values
+    that they are computed of.
+    """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        # Mean, variance and number of values of this process, [2 C + 1], and of all processes, [R, 2 C + 1].
         own_mean, own_var = torch.batch_norm_update_stats(x, None, None, 0.0)
         dtype = own_mean.dtype if weight is None else weight.dtype
         count = own_mean.new_tensor([x.numel() // x.shape[1]], dtype=torch.float64)
@@ -83,8 +93,10 @@ class _NormOfAll(torch.autograd.Function):
         channels = x.shape[1]
         means, variances, counts = parts.split([channels, channels, 1], dim=1)
         total = counts.sum()
+        # Chan et al., eq. 2.1: the variance of all = mean of the variances + variance of the means.
         mean = (counts * means).sum(dim=0) / total
         var = (counts * (variances + (means - mean).square())).sum(dim=0) / total
+        # `training=False` makes torch normalise with this mean and variance.
         y = nn.functional.batch_norm(x, mean.to(dtype), var.to(dtype), weight, bias, False, 0.0, eps)
         ctx.eps, ctx.dtype = eps, dtype
         ctx.save_for_backward(x, weight, mean, var, total)
@@ -94,20 +106,24 @@ class _NormOfAll(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        """With ``i = 1 / sqrt(var + eps)``, ``x' = i (x - mean)`` and sums over all processes,
-        ``dx = gamma i (g - sum g / N - x' sum(g x') / N)``.
+        """``dx = gamma i (g - sum g / N - x' sum(g x') / N)``, with sums over all processes.
+
+        Here ``g`` is the output's gradient, ``i = 1 / sqrt(var + eps)`` and ``x' = i (x - mean)``.
         """
         x, weight, mean, var, total = ctx.saved_tensors
         if x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
             grad = grad.contiguous(memory_format=torch.channels_last)
         saved = mean.to(ctx.dtype), var.to(ctx.dtype)
-        wanted = [False, True, True]
+        wanted = [False, True, True]  # not dx, which needs the sums of all processes
+        # In evaluation mode (False) torch computes the sums over this process: dweight = sum(g x'), dbias = sum g.
+        # They stay its own, because DDP combines the gradients of parameters.
         _, dweight, dbias = torch.ops.aten.native_batch_norm_backward(
             grad, x, weight, *saved, None, None, False, ctx.eps, wanted
         )
         sums = torch.stack([dbias, dweight]).double()
         distributed.all_reduce(sums)
         of_ones, of_x = sums / total
+        # The formula above as dx = scale g + slope x + offset: one pass over the map.
         inverse = (var + ctx.eps).rsqrt()
         scale = inverse if weight is None else weight.double() * inverse
         slope = -scale * inverse * of_x
@@ -121,7 +137,11 @@ class _NormOfAll(torch.autograd.Function):
 
 
 def _drop(dropout: Any, x: Tensor) -> Tensor:
-    """The mask is that of the whole batch: dropout of ones, in the order in memory that the whole map would have."""
+    """The ``forward`` of a dropout in training. It draws the mask of the whole batch and uses this process's part.
+
+    The mask is the dropout of a map of ones. It has the memory format of ``x``, because the random numbers are drawn in
+    the order of the memory.
+    """
     if not dropout.training or dropout.p == 0:
         return type(dropout).forward(dropout, x)
     size, rank = distributed.get_world_size(), distributed.get_rank()

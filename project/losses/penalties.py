@@ -2,11 +2,12 @@
 
 L2, weight decay as a loss term: Krogh & Hertz 1991, A simple weight decay can improve generalization, eq. 2. L1:
 Tibshirani 1996, Regression shrinkage and selection via the lasso. Max-norm: Srivastava et al. 2014 (JMLR 15, sec. 5.1).
-Only the weights of convolutions and linear layers count: norms' scales and shifts and all biases are left alone
+Only the weights of convolutions and linear layers count. The scales and shifts of norms and all biases do not
 (Goodfellow et al. 2016, Deep Learning, sec. 7.1).
 
-A loss term is not an optimizer's ``weight_decay``: Adam rescales its gradient with the rest, AdamW's is left alone
-(Loshchilov & Hutter 2019, arXiv:1711.05101). Under SGD, ``l2 = weight_decay`` takes the same steps.
+A loss term differs from an optimizer's ``weight_decay``. Adam rescales the gradient of a loss term together with the
+rest of the gradient; AdamW's weight decay is not rescaled (Loshchilov & Hutter 2019, arXiv:1711.05101). With SGD,
+``l2`` takes the same steps as a ``weight_decay`` of the same strength.
 """
 
 import torch
@@ -18,12 +19,21 @@ _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Penalties(nn.Module):
     """``l1 * sum |w| + l2 / 2 * sum w^2`` over the weights of a net; the gradients are ``l1 * sign(w)`` and ``l2 * w``.
 
+    Example::
+
+        model:
+          penalties:
+            class_path: project.losses.Penalties
+            init_args: {l1_conv: 1.e-5, l2_fc: 1.e-4}
+
     Args:
-        l1_conv, l1_fc: strength of L1 on convolutions and on linear layers, 0 or more.
-        l2_conv, l2_fc: strength of L2 likewise.
+        l1_conv: strength of the L1 penalty on the weights of convolutions, 0 or more.
+        l1_fc: strength of the L1 penalty on the weights of linear layers, 0 or more.
+        l2_conv: strength of the L2 penalty on the weights of convolutions, 0 or more.
+        l2_fc: strength of the L2 penalty on the weights of linear layers, 0 or more.
 
     Raises:
-        ValueError: for a negative strength.
+        ValueError: if a strength is negative.
     """
 
     def __init__(self, l1_conv: float = 0.0, l1_fc: float = 0.0, l2_conv: float = 0.0, l2_fc: float = 0.0) -> None:
@@ -37,7 +47,7 @@ class Penalties(nn.Module):
         self.l1_conv, self.l1_fc, self.l2_conv, self.l2_fc = l1_conv, l1_fc, l2_conv, l2_fc
 
     def forward(self, net: nn.Module) -> Tensor | None:
-        """The loss term, a scalar that carries gradients; ``None`` when there is nothing to add."""
+        """The loss term, a scalar with gradients; ``None`` if there is nothing to add."""
         if not (self.l1_conv or self.l1_fc or self.l2_conv or self.l2_fc):
             return None
         conv, fc = weights_by_kind(net)
@@ -53,16 +63,23 @@ class Penalties(nn.Module):
 
 
 class MaxNorm(nn.Module):
-    """Projects each unit's incoming weight vector back onto ``||w|| <= c``; to be called after an optimizer step.
+    """Projects the incoming weight vector of each unit onto ``||w|| <= c``. It is called after each optimizer step.
 
-    A unit of a convolution is one output channel, its incoming vector all weights of that channel's kernel.
+    A unit of a convolution is one output channel; its incoming vector holds all weights of this channel's kernel.
+
+    Example::
+
+        model:
+          max_norm:
+            class_path: project.losses.MaxNorm
+            init_args: {conv: 4, fc: 3}
 
     Args:
-        conv: c for convolutions, above 0; ``None`` leaves them free. The paper used 3 to 4, with dropout.
-        fc: c for linear layers likewise.
+        conv: largest norm c in convolutions, above 0. The paper used 3 to 4, with dropout. ``None`` means no bound.
+        fc: largest norm c in linear layers, above 0. ``None`` means no bound.
 
     Raises:
-        ValueError: for a norm that is not positive.
+        ValueError: if a norm is not positive.
     """
 
     def __init__(self, conv: float | None = None, fc: float | None = None) -> None:
@@ -77,7 +94,7 @@ class MaxNorm(nn.Module):
 
     @torch.no_grad()
     def forward(self, net: nn.Module) -> None:
-        """Project the weights of ``net`` in place; without a bound nothing is touched."""
+        """Project the weights of ``net`` in place. Without a bound nothing changes."""
         if self.conv is None and self.fc is None:
             return
         conv, fc = weights_by_kind(net)
@@ -102,7 +119,9 @@ def weights_by_kind(net: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
 
 
 def _terms(weights: list[Tensor], l1: float, l2: float) -> list[Tensor]:
-    """Scalars to add up. One foreach call per kind: a call per layer would cost a few percent of a small net's step."""
+    """The scalars whose sum is the penalty. There is one foreach call per kind, because one call per layer would cost a
+    few percent of a small net's step.
+    """
     terms = []
     if l1 and weights:
         terms.append(l1 * torch.stack(torch._foreach_norm(weights, 1)).sum())

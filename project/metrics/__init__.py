@@ -1,4 +1,4 @@
-"""What is counted of a net. Accuracy and calibration come from torchmetrics, in the classifier."""
+"""Counts of a net's parameters and operations. Accuracy and calibration come from torchmetrics, in the classifier."""
 
 from project.metrics.complexity import (
     LayerComplexity,

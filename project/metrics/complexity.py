@@ -1,12 +1,12 @@
-"""What a net costs: parameters, multiply-accumulates, bytes; in all and layer by layer.
+"""The cost of a net in parameters, multiply-accumulates and bytes, in total and layer by layer.
 
-A multiply-accumulate (MAC, "multiply-add" in the Inception papers, their "ops") is one multiplication and one
-addition: half of the FLOPs that ``torch.utils.flop_counter`` counts. Counted are convolutions and matrix products as
-they run, so factorised or thinned layers count as what they have become. Not counted: biases, norms, activations,
-poolings. Zeros are not skipped: a dense kernel multiplies by them all the same.
+A multiply-accumulate (MAC; the Inception papers call it "multiply-add" and "ops") is one multiplication and one
+addition. ``torch.utils.flop_counter`` counts two FLOPs for it. Convolutions and matrix products are counted as they
+run, so a factorised or thinned layer counts with its new structure. Biases, norms, activations and poolings are not
+counted. Weights that are zero are counted, because a dense kernel multiplies by them too.
 
-The counters run the net once on zeros, in eval mode and without gradients, and leave it as it was: the mode of every
-module, the running statistics of batch norm, and the random state.
+The counters run the net once on zeros, in eval mode and without gradients. They change nothing in the net: not the mode
+of a module, not the running statistics of batch norm, not the random state.
 """
 
 from collections.abc import Iterator
@@ -22,12 +22,22 @@ from torch.utils.flop_counter import FlopCounterMode
 class LayerComplexity:
     """One row of :func:`complexity_by_layer`.
 
+    Example::
+
+        >>> from torch import nn
+        >>> from project.metrics import complexity_by_layer
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Flatten(), nn.Linear(512, 10))
+        >>> for layer in complexity_by_layer(net, image_shape=(1, 8, 8)):
+        ...     print(layer.name, layer.type, layer.num_params, layer.macs, layer.output_shape)
+        0 Conv2d 80 4608 (8, 8, 8)
+        2 Linear 5130 5120 (10,)
+
     Args:
-        name: name in ``net.named_modules()``.
-        type: class name.
-        num_params: the layer's own parameters, without its children's.
-        macs: multiply-accumulates of its own for one image.
-        output_shape: shape of the last output, without the batch.
+        name: name of the layer in ``net.named_modules()``.
+        type: name of the layer's class.
+        num_params: number of the layer's own parameters, without those of its children, 0 or more.
+        macs: number of the layer's own multiply-accumulates for one image, 0 or more.
+        output_shape: shape of the layer's last output, without the batch.
     """
 
     name: str
@@ -38,17 +48,29 @@ class LayerComplexity:
 
 
 def count_parameters(net: nn.Module) -> int:
-    """Number of parameters, shared ones once; buffers such as running statistics are none."""
+    """Number of parameters. A shared parameter counts once; buffers such as running statistics do not count.
+
+    Args:
+        net: network whose parameters are counted.
+    """
     return sum(parameter.numel() for parameter in net.parameters())
 
 
 def count_nonzero(net: nn.Module) -> int:
-    """Number of parameters that are not exactly zero, shared ones once."""
+    """Number of parameters that are not exactly zero. A shared parameter counts once.
+
+    Args:
+        net: network whose parameters are counted.
+    """
     return sum(int(torch.count_nonzero(parameter)) for parameter in net.parameters())
 
 
 def parameter_bytes(net: nn.Module) -> int:
-    """Bytes of the parameters in memory, in the types they have; a file on disk has a header and buffers besides."""
+    """Bytes of the parameters in memory, in their own types. A file on disk also holds a header and the buffers.
+
+    Args:
+        net: network whose parameters are counted.
+    """
     return sum(parameter.numel() * parameter.element_size() for parameter in net.parameters())
 
 
@@ -56,9 +78,9 @@ def count_macs(net: nn.Module, image_shape: tuple[int, int, int], batch: int = 1
     """Multiply-accumulates of one forward pass.
 
     Args:
-        net: takes images ``[N, C, H, W]``.
-        image_shape: (C, H, W).
-        batch: number of images; the count grows in proportion.
+        net: network that takes images ``[N, C, H, W]``.
+        image_shape: shape (C, H, W) of an image.
+        batch: number of images, at least 1. The count is proportional to it.
     """
     with _evaluating(net), FlopCounterMode(display=False) as counter:
         net(_zeros(net, (batch, *image_shape)))
@@ -68,12 +90,12 @@ def count_macs(net: nn.Module, image_shape: tuple[int, int, int], batch: int = 1
 def complexity_by_layer(net: nn.Module, image_shape: tuple[int, int, int]) -> list[LayerComplexity]:
     """One row for every module that has parameters or MACs of its own, in the order of ``net.named_modules()``.
 
-    The columns add up: ``num_params`` to :func:`count_parameters` (unless layers share parameters or are never called)
-    and ``macs`` to :func:`count_macs`.
+    The sum of ``macs`` is :func:`count_macs`. The sum of ``num_params`` is :func:`count_parameters`, unless layers
+    share parameters or are never called.
 
     Args:
-        net: takes images ``[N, C, H, W]``.
-        image_shape: (C, H, W).
+        net: network that takes images ``[N, C, H, W]``.
+        image_shape: shape (C, H, W) of an image.
     """
     with _evaluating(net), FlopCounterMode(display=False) as counter:
         trace = _Trace(net, counter)
@@ -91,7 +113,7 @@ def complexity_by_layer(net: nn.Module, image_shape: tuple[int, int, int]) -> li
 
 
 class _Trace:
-    """Forward hooks that note each module's FLOPs, less those of its children, and its output's shape."""
+    """Forward hooks that record each module's FLOPs without those of its children, and the shape of its output."""
 
     def __init__(self, net: nn.Module, counter: FlopCounterMode) -> None:
         self.counter = counter
@@ -99,7 +121,7 @@ class _Trace:
         self.shapes: dict[nn.Module, tuple[int, ...]] = {}
         self.open: list[
             tuple[int, int]
-        ] = []  # of each running module: count at its start, FLOPs of its children so far
+        ] = []  # for each running module: the count at its start, and the FLOPs of its children until now
         self.handles = [
             handle
             for module in net.modules()
@@ -126,7 +148,7 @@ class _Trace:
 
 @contextmanager
 def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards every module is in the mode it was in, also where they differ."""
+    """Put the net into eval mode, without gradients. Afterwards every module has its own former mode again."""
     modes = {module: module.training for module in net.modules()}
     net.eval()
     try:
@@ -138,6 +160,6 @@ def _evaluating(net: nn.Module) -> Iterator[None]:
 
 
 def _zeros(net: nn.Module, shape: tuple[int, ...]) -> Tensor:
-    """Black images of the net's device and type."""
+    """Black images on the net's device and in its type."""
     parameter = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
     return torch.zeros(shape, device=parameter.device, dtype=parameter.dtype)

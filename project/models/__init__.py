@@ -1,4 +1,4 @@
-"""Networks: plain ``nn.Module``, images ``[N, C, H, W]`` -> logits ``[N, num_classes]``, and what they are made of."""
+"""Networks and their layers. A net is a plain ``nn.Module``: images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ from project.models.layers import (
 from project.models.lenet import LeNet5, LeNet300100
 from project.models.small_inception import SmallInception
 
-# Now, while the classes are as they were written: the kernels remember their `forward`.
+# Imported here, before anybody can replace the `forward` of a class: the kernels remember the original one.
 layers.kernels = optional("models.kernels")
 
 __all__ = [
@@ -54,7 +54,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Classifier":  # its former home, which checkpoints and configurations may name
+    if name == "Classifier":  # it was defined here once; old checkpoints and configurations name this place
         from project.learning.classifier import Classifier
 
         return Classifier

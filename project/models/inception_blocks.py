@@ -1,12 +1,12 @@
-"""Inception blocks: parallel convolutions of several sizes, side by side in the output's channels.
+"""Inception blocks: parallel convolutions of several sizes, whose outputs are concatenated along the channels.
 
 Going deeper with convolutions, Szegedy et al. 2014 (arXiv:1409.4842): figure 2a (naive) and 2b (1x1 bottlenecks). The
 factorised blocks of the third version are in :mod:`project.models.inception_v3_blocks`.
 
-Every block takes ``[N, in_channels, H, W]`` and has ``out_channels``. Its convolutions come from a ``conv`` factory
-(:func:`project.models.layers.conv_factory`: norm and activation are chosen there); ``dropout`` makes the module that
-acts on each branch's output, so that :class:`~project.models.layers.DropPath` drops whole branches and channel dropout
-whole feature maps.
+Every block takes ``[N, in_channels, H, W]`` and has the attribute ``out_channels``. A factory ``conv`` makes its
+convolutions together with their norm and activation (:func:`project.models.layers.conv_factory`). A factory ``dropout``
+makes the module that acts on each branch's output. So :class:`~project.models.layers.DropPath` drops whole branches,
+and channel dropout drops whole feature maps.
 """
 
 from collections.abc import Callable
@@ -20,11 +20,11 @@ DropoutMaker = Callable[[], nn.Module]
 
 
 class Branches(nn.Module):
-    """Runs its branches on one input and concatenates them along the channels, in the order given.
+    """Base class of the blocks: runs its branches on one input and concatenates their outputs along the channels.
 
     Args:
-        dropout: makes the module on each branch's output.
-        branches: modules that give maps of one size.
+        dropout: factory of the module that acts on each branch's output, called without arguments.
+        branches: branches by name, in the order of their outputs. Their outputs have the same height and width.
     """
 
     out_channels: int
@@ -39,9 +39,23 @@ class Branches(nn.Module):
 
 
 class NaiveInception(Branches):
-    """Figure 2a: 1x1, 3x3, 5x5 and 3x3 max pooling straight from the input.
+    """The naive block (figure 2a): 1x1, 3x3 and 5x5 convolution and 3x3 max pooling, all directly on the input.
 
-    The pooling branch keeps all ``in_channels``, so widths only grow: what figure 2b repairs.
+    The pooling branch keeps all ``in_channels``, so the width grows from block to block. Figure 2b repairs this.
+
+    Example::
+
+        >>> import torch
+        >>> from project.models import NaiveInception
+        >>> block = NaiveInception(in_channels=32, conv1x1=16, conv3x3=24, conv5x5=8)
+        >>> block(torch.rand(2, 32, 14, 14)).shape
+        torch.Size([2, 80, 14, 14])
+
+    Args:
+        in_channels: number of channels of the input, at least 1.
+        conv1x1, conv3x3, conv5x5: width (number of output channels) of the convolution of this size, at least 1.
+        conv: factory of a convolution with its norm and activation.
+        dropout: factory of the module that acts on each branch's output, called without arguments.
     """
 
     def __init__(
@@ -65,14 +79,26 @@ class NaiveInception(Branches):
 
 
 class Inception(Branches):
-    """Figure 2b: 1x1 convolutions shrink the channels before the 3x3 and 5x5, and after the pooling.
+    """The Inception block (figure 2b): 1x1 convolutions reduce the channels before the 3x3 and 5x5, and after pooling.
+
+    Example::
+
+        >>> import torch
+        >>> from project.models import Inception
+        >>> block = Inception(192, 64, 96, 128, 16, 32, 32, factorized=True)  # block 3a of GoogLeNet
+        >>> block(torch.rand(2, 192, 14, 14)).shape
+        torch.Size([2, 256, 14, 14])
 
     Args:
-        in_channels: channels of the input.
-        conv1x1, reduce3x3, conv3x3, reduce5x5, conv5x5, pool_proj: widths, in the order of the columns of table 1.
-        factorized: the 5x5 as two 3x3 (Szegedy et al. 2015, figure 5): 18/25 of its cost.
-        pool: factory of the pooling that keeps the size.
-        conv, dropout: see the module.
+        in_channels: number of channels of the input, at least 1.
+        conv1x1: width (number of output channels) of the 1x1 branch, at least 1.
+        reduce3x3, conv3x3: widths of the 1x1 and of the 3x3 in the 3x3 branch, at least 1 each.
+        reduce5x5, conv5x5: widths of the 1x1 and of the 5x5 in the 5x5 branch, at least 1 each.
+        pool_proj: width of the 1x1 after the pooling, at least 1.
+        factorized: whether two 3x3 replace the 5x5 (Szegedy et al. 2015, figure 5), at 18/25 of its cost.
+        pool: factory of the pooling, which keeps height and width; called without arguments.
+        conv: factory of a convolution with its norm and activation.
+        dropout: factory of the module that acts on each branch's output, called without arguments.
     """
 
     def __init__(

@@ -1,14 +1,16 @@
 """Inception v3: factorised convolutions, batch norm everywhere, 2.5 times the cost of batch-norm Inception.
 
 Rethinking the Inception architecture for computer vision, Szegedy et al. 2015 (arXiv:1512.00567): table 1 (the net),
-figures 5, 6, 7 and 10 (the blocks). The paper leaves most widths open; they are those of the net its authors
-published, as in torchvision's ``inception_v3``, whose weights fit: 23,834,568 parameters for 1000 classes of 3-channel
-images. Where that net and the paper differ we follow the net: the stem ends in a 1x1 (80), a 3x3 (192) and a pooling
-instead of three 3x3 (80, 192, 288), the middle branch on 35x35 is a 5x5, and four blocks, not five, work on 17x17
-after the grid reduction.
+figures 5, 6, 7 and 10 (the blocks). The paper does not give most widths. Ours are those of the net that its authors
+published, as in torchvision's ``inception_v3``: 23,834,568 parameters for 1000 classes of 3-channel images, and
+torchvision's weights fit. Where the published net and the paper differ, we follow the net:
 
-The auxiliary classifier (section 4) is left out: ``forward`` returns logits. torchvision's batch norm has eps = 1e-3:
-``norm=partial(BatchNorm, eps=1e-3)`` where its trained weights are to be used.
+- The stem ends in a 1x1 (80), a 3x3 (192) and a pooling; the paper has three 3x3 (80, 192, 288).
+- The middle branch on 35x35 is a 5x5.
+- Four blocks, not five, work on 17x17 after the grid reduction.
+
+The auxiliary classifier (section 4) is left out: ``forward`` returns logits only. torchvision's batch norm has
+eps = 1e-3. To use its trained weights, give ``norm=partial(BatchNorm, eps=1e-3)``.
 """
 
 from collections import OrderedDict
@@ -56,27 +58,37 @@ BLOCKS: dict[str, tuple[Callable[..., Branches], tuple[int, ...]]] = {
     "7b": (ExpandedInception, (320, 384, 384, 448, 384, 192)),
     "7c": (ExpandedInception, (320, 384, 384, 448, 384, 192)),
 }
-"""Block and its widths, in the order of its arguments; a width of 0 means no such layer."""
+"""Class and widths of each block, in the order of the class's arguments. A width of 0 means that there is no layer."""
 
 
 class InceptionV3(nn.Module):
-    """Szegedy et al. 2015, table 1: ``[N, C, H, W] -> [N, num_classes]``; 42 layers deep.
+    """Inception v3 (Szegedy et al. 2015, table 1): ``[N, C, H, W] -> [N, num_classes]``; 42 layers deep.
 
-    Made for 299x299: unpadded convolutions shrink the maps, so a 75x75 image ends at 1x1.
+    The net was made for images of 299x299. Unpadded convolutions make the maps smaller, so a 75x75 image ends as a map
+    of 1x1.
+
+    Example::
+
+        >>> import torch
+        >>> from project.models import InceptionV3
+        >>> net = InceptionV3(num_classes=10, image_shape=(3, 75, 75), width=0.25).eval()
+        >>> net(torch.rand(1, 3, 75, 75)).shape
+        torch.Size([1, 10])
 
     Args:
-        num_classes: number of logits.
-        image_shape: (C, H, W) of the images; sides of at least 75 pixels.
-        width: multiplies every channel count (rounded to a multiple of 8).
-        norm: factory of the norm, number of channels first.
-        activation: factory of the activation.
-        conv_dropout: rate after each branch of a block, in [0, 1).
-        conv_dropout_type: element (``nn.Dropout``), channel (``nn.Dropout2d``) or ``DropPath``.
-        fc_dropout: rate before the linear layer, in [0, 1); the paper gives none, torchvision has 0.5.
-        weight_init: fills the weights in place.
+        num_classes: number of classes and of logits, at least 1.
+        image_shape: shape (C, H, W) of the images, with sides of at least 75 pixels.
+        width: factor on every channel count, above 0. The counts are rounded to multiples of 8.
+        norm: factory of the norm, which takes the number of channels first.
+        activation: factory of the activation, called without arguments.
+        conv_dropout: dropout rate after each branch of a block, in [0, 1).
+        conv_dropout_type: class of this dropout: ``nn.Dropout`` drops elements, ``nn.Dropout2d`` channels, ``DropPath``
+            whole branches.
+        fc_dropout: dropout rate before the linear layer, in [0, 1). The paper gives none; torchvision has 0.5.
+        weight_init: function that fills the weight of a convolution or a linear layer in place.
 
     Raises:
-        ValueError: for a side under 75 pixels, a width that is not positive, a rate outside [0, 1).
+        ValueError: if a side is under 75 pixels, if the width is not positive, or if a rate is outside [0, 1).
     """
 
     def __init__(
@@ -121,7 +133,7 @@ class InceptionV3(nn.Module):
 
 
 def _stem(in_channels: int, widths: tuple[int, ...], conv: ConvFactory) -> nn.Sequential:
-    """299x299 -> 35x35, unpadded but for the third convolution."""
+    """The layers before the first block: 299x299 -> 35x35. Only the third convolution and the 1x1 keep the size."""
     conv1, conv2, conv3, conv4, conv5 = widths
     return nn.Sequential(
         OrderedDict[str, nn.Module](

@@ -1,12 +1,12 @@
-"""The blocks of Inception v3: large convolutions as stacks of small or one-sided ones.
+"""The blocks of Inception v3: stacks of small or one-dimensional convolutions replace large ones.
 
 Rethinking the Inception architecture for computer vision, Szegedy et al. 2015 (arXiv:1512.00567): figure 5 (5x5 as two
 3x3, section 3.1), figure 6 (nxn as 1xn and nx1, section 3.2), figure 7 (expanded filter bank, section 6), figure 10
 (grid reduction, section 5). The pooling that keeps the size is an average, as in the paper's code and torchvision; the
 figures say "Pool" only.
 
-``conv`` and ``dropout`` as in :mod:`project.models.inception_blocks`. Widths are named after the branch they belong
-to: 1x1, middle, long, pooling, the order in the output.
+The factories ``conv`` and ``dropout`` are those of :mod:`project.models.inception_blocks`. Each width (number of output
+channels) is named after its branch. The order of the branches in the output is 1x1, middle, long, pooling.
 """
 
 from functools import partial
@@ -22,17 +22,28 @@ _average_pool = partial(nn.AvgPool2d, 3, stride=1, padding=1)
 
 
 class FactorizedInception(Branches):
-    """Figure 5: the 5x5 of figure 4 (figure 2b of the first paper) as two 3x3, 18/25 of its cost at equal widths.
+    """Figure 5: two 3x3 replace the 5x5 of figure 4 (figure 2b of the first paper), at 18/25 of its cost.
+
+    The cost is that of equal widths.
+
+    Example::
+
+        >>> import torch
+        >>> from project.models import FactorizedInception
+        >>> block = FactorizedInception(192, 64, 48, 64, 64, 96, 32, kernel_size=5)  # block 5b of Inception v3
+        >>> block(torch.rand(2, 192, 8, 8)).shape
+        torch.Size([2, 256, 8, 8])
 
     Args:
-        in_channels: channels of the input.
-        conv1x1: width of the 1x1 branch.
-        reduce_middle, middle: 1x1 and kernel_size x kernel_size of the middle branch.
-        reduce_long, long: 1x1 and each of the two 3x3 of the long branch.
-        pool_proj: 1x1 after the pooling.
-        kernel_size: side of the middle branch's kernel; 3 in the figure, 5 in the paper's published net (and
-            torchvision's).
-        conv, dropout: see the module.
+        in_channels: number of channels of the input, at least 1.
+        conv1x1: width of the 1x1 branch, at least 1.
+        reduce_middle, middle: widths of the 1x1 and of the kernel_size x kernel_size in the middle branch, at least 1.
+        reduce_long, long: widths of the 1x1 and of each of the two 3x3 in the long branch, at least 1.
+        pool_proj: width of the 1x1 after the pooling, at least 1.
+        kernel_size: side of the middle branch's kernel, an odd number. It is 3 in the figure and 5 in the paper's
+            published net (and torchvision's).
+        conv: factory of a convolution with its norm and activation.
+        dropout: factory of the module that acts on each branch's output, called without arguments.
     """
 
     def __init__(
@@ -60,16 +71,27 @@ class FactorizedInception(Branches):
 
 
 class AsymmetricInception(Branches):
-    """Figure 6: nxn as 1xn then nx1, at 2/n of the cost; the middle branch sees nxn pixels, the long one (2n-1)x(2n-1).
+    """Figure 6: a 1xn and an nx1 convolution replace an nxn, at 2/n of its cost.
+
+    The middle branch sees nxn pixels, the long branch (2n-1)x(2n-1).
+
+    Example::
+
+        >>> import torch
+        >>> from project.models import AsymmetricInception
+        >>> block = AsymmetricInception(768, 192, 128, 192, 192, 192, kernel_size=7)  # block 6b of Inception v3
+        >>> block(torch.rand(2, 768, 8, 8)).shape
+        torch.Size([2, 768, 8, 8])
 
     Args:
-        in_channels: channels of the input.
-        conv1x1: width of the 1x1 branch.
-        reduce: width inside the middle and long branches.
-        middle, long: widths at the end of these branches.
-        pool_proj: 1x1 after the pooling.
-        kernel_size: n, odd; the paper takes 7 on 17x17 maps.
-        conv, dropout: see the module.
+        in_channels: number of channels of the input, at least 1.
+        conv1x1: width of the 1x1 branch, at least 1.
+        reduce: width of the convolutions inside the middle and the long branch, at least 1.
+        middle, long: width of the last convolution of this branch, at least 1.
+        pool_proj: width of the 1x1 after the pooling, at least 1.
+        kernel_size: the number n, which is odd; the paper takes 7 on maps of 17x17.
+        conv: factory of a convolution with its norm and activation.
+        dropout: factory of the module that acts on each branch's output, called without arguments.
     """
 
     def __init__(
@@ -97,15 +119,28 @@ class AsymmetricInception(Branches):
 
 
 class ExpandedInception(Branches):
-    """Figure 7: 1x3 and 3x1 side by side at the end of a branch, for wide representations on the coarsest (8x8) maps.
+    """Figure 7: two branches end in a 1x3 and a 3x1 side by side, for wide representations on the coarsest (8x8) maps.
+
+    Example::
+
+        >>> import torch
+        >>> from project.models import ExpandedInception
+        >>> block = ExpandedInception(1280, 320, 384, 384, 448, 384, 192)  # block 7b of Inception v3
+        >>> block(torch.rand(2, 1280, 4, 4)).shape
+        torch.Size([2, 2048, 4, 4])
 
     Args:
-        in_channels: channels of the input.
-        conv1x1: width of the 1x1 branch.
-        reduce_middle, middle: 1x1 of the middle branch; each of its 1x3 and 3x1, so that it gives ``2 * middle``.
-        reduce_long, long: 1x1 of the long branch; its 3x3 and each of its 1x3 and 3x1, so that it gives ``2 * long``.
-        pool_proj: 1x1 after the pooling.
-        conv, dropout: see the module.
+        in_channels: number of channels of the input, at least 1.
+        conv1x1: width of the 1x1 branch, at least 1.
+        reduce_middle: width of the 1x1 in the middle branch, at least 1.
+        middle: width of the 1x3 and of the 3x1 in the middle branch, at least 1. The branch gives ``2 * middle``
+            channels.
+        reduce_long: width of the 1x1 in the long branch, at least 1.
+        long: width of the 3x3, of the 1x3 and of the 3x1 in the long branch, at least 1. The branch gives ``2 * long``
+            channels.
+        pool_proj: width of the 1x1 after the pooling, at least 1.
+        conv: factory of a convolution with its norm and activation.
+        dropout: factory of the module that acts on each branch's output, called without arguments.
     """
 
     def __init__(
@@ -139,17 +174,29 @@ class ExpandedInception(Branches):
 
 
 class GridReduction(Branches):
-    """Figure 10: stride-2 convolutions beside a stride-2 pooling halve the map without a narrow layer on the way.
+    """Figure 10: stride-2 convolutions beside a stride-2 pooling halve the map and avoid a narrow layer.
 
-    ``[N, in_channels, H, W] -> [N, middle + long + in_channels, (H - 1) // 2, (W - 1) // 2]``, unpadded, H and W at
-    least 3.
+    ``[N, in_channels, H, W] -> [N, middle + long + in_channels, (H - 1) // 2, (W - 1) // 2]``. The strided layers have
+    no padding; H and W are at least 3.
+
+    Example::
+
+        >>> import torch
+        >>> from project.models import GridReduction
+        >>> block = GridReduction(288, 0, 384, 64, 96)  # block 6a of Inception v3
+        >>> block(torch.rand(2, 288, 9, 9)).shape
+        torch.Size([2, 768, 4, 4])
 
     Args:
-        in_channels: channels of the input, all kept by the pooling branch.
-        reduce_middle, middle: 1x1 (0: none) and 3x3 of stride 2.
-        reduce_long, long: 1x1, then kernel_size x kernel_size, then 3x3 of stride 2.
-        kernel_size: 3 as in the figure; an odd n above 3 becomes 1xn and nx1 (7 in the paper's published net).
-        conv, dropout: see the module.
+        in_channels: number of channels of the input, at least 1. The pooling branch keeps all of them.
+        reduce_middle: width of the 1x1 in the middle branch, 0 or more; 0 leaves this layer out.
+        middle: width of the 3x3 of stride 2 in the middle branch, at least 1.
+        reduce_long: width of the 1x1 in the long branch, at least 1.
+        long: width of the kernel_size x kernel_size and of the 3x3 of stride 2 in the long branch, at least 1.
+        kernel_size: side of the long branch's kernel, 3 as in the figure. A larger odd n becomes 1xn and nx1; n is 7 in
+            the paper's published net.
+        conv: factory of a convolution with its norm and activation.
+        dropout: factory of the module that acts on each branch's output, called without arguments.
     """
 
     def __init__(
@@ -179,7 +226,7 @@ class GridReduction(Branches):
 
 
 class _SideBySide(nn.ModuleList):
-    """Modules on one input, concatenated along the channels."""
+    """Modules on one input, whose outputs are concatenated along the channels."""
 
     def __init__(self, *modules: nn.Module) -> None:
         super().__init__(modules)

@@ -1,8 +1,7 @@
-"""The layers every net is made of: convolution + norm + activation, norms with one signature, dropout of three kinds.
+"""The layers of every net: convolution + norm + activation, norms with one signature, dropout of three kinds.
 
-Norms are handed to nets as factories that take the number of channels first, so that ``norm: project.models.GroupNorm``
-in YAML just works (``torch.nn.GroupNorm`` takes ``num_groups`` first). Dropout is handed over as a class that
-takes the rate.
+Nets take norms as factories whose first argument is the number of channels. So ``norm: project.models.GroupNorm`` works
+in YAML (``torch.nn.GroupNorm`` takes ``num_groups`` first). Nets take dropout as a class whose argument is the rate.
 
 Papers: batch norm, Ioffe & Szegedy 2015 (arXiv:1502.03167, Alg. 1); group norm, Wu & He 2018 (arXiv:1803.08494, sec.
 3); layer norm, Ba et al. 2016 (arXiv:1607.06450, eq. 4); instance norm, Ulyanov et al. 2016 (arXiv:1607.08022, eq. 5);
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 kernels: Any = None
-"""The optional folder of C kernels, put here by :mod:`project.models`; ``None`` in a copy without it."""
+"""The optional folder of C kernels; :mod:`project.models` sets it. ``None`` if the folder was deleted."""
 
 NormFactory = Callable[[int], nn.Module]
 """Number of channels -> a module that keeps the shape ``[N, C, H, W]``."""
@@ -30,16 +29,31 @@ WeightInit = Callable[[Tensor], Tensor]
 
 
 class BatchNorm(nn.BatchNorm2d):
-    """Batch norm over ``[N, C, H, W]`` (Ioffe & Szegedy 2015, Alg. 1)."""
+    """Batch norm over ``[N, C, H, W]`` (Ioffe & Szegedy 2015, Alg. 1).
+
+    Example::
+
+        model:
+          net:
+            class_path: project.models.LeNet300100
+            init_args: {norm: project.models.BatchNorm}
+    """
 
 
 class GroupNorm(nn.GroupNorm):
-    """Group norm, channels first in the signature.
+    """Group norm (Wu & He 2018, sec. 3). The number of channels is the first argument.
+
+    Example::
+
+        model:
+          net:
+            class_path: project.models.SmallInception
+            init_args: {norm: project.models.GroupNorm}
 
     Args:
-        num_channels: channels of the input.
-        num_groups: wished number of groups; the greatest common divisor with ``num_channels`` is taken,
-            so that a width that 8 does not divide still builds.
+        num_channels: number of channels of the input, at least 1.
+        num_groups: wanted number of groups, at least 1. The real number is its greatest common divisor with
+            ``num_channels``, so a width that is not a multiple of 8 works too.
     """
 
     def __init__(self, num_channels: int, num_groups: int = 8) -> None:
@@ -47,16 +61,37 @@ class GroupNorm(nn.GroupNorm):
 
 
 class LayerNorm(nn.GroupNorm):
-    """Layer norm over channels and pixels of one image (group norm with one group; Wu & He 2018, fig. 2)."""
+    """Layer norm over channels and pixels of one image (group norm with one group; Wu & He 2018, fig. 2).
+
+    Example::
+
+        model:
+          net:
+            class_path: project.models.SmallInception
+            init_args: {norm: project.models.LayerNorm}
+
+    Args:
+        num_channels: number of channels of the input, at least 1.
+    """
 
     def __init__(self, num_channels: int) -> None:
         super().__init__(1, num_channels)
 
 
 class InstanceNorm(nn.InstanceNorm2d):
-    """Instance norm with learned scale and shift.
+    """Instance norm with learned scale and shift (Ulyanov et al. 2016, eq. 5).
 
-    A 1x1 map equals its mean, so that normalising leaves nothing of it: such maps get the scale and the shift only.
+    A 1x1 map equals its own mean, so normalisation would make it 0. Such maps get the scale and the shift only.
+
+    Example::
+
+        model:
+          net:
+            class_path: project.models.SmallInception
+            init_args: {norm: project.models.InstanceNorm}
+
+    Args:
+        num_channels: number of channels of the input, at least 1.
     """
 
     def __init__(self, num_channels: int) -> None:
@@ -69,21 +104,50 @@ class InstanceNorm(nn.InstanceNorm2d):
 
 
 class NoNorm(nn.Identity):
-    """No norm: the control. A convolution before it gets a bias."""
+    """An identity in the place of a norm, to compare with nets that have one. A convolution before it gets a bias.
+
+    Example::
+
+        model:
+          net:
+            class_path: project.models.SmallInception
+            init_args: {norm: project.models.NoNorm}
+
+    Args:
+        num_channels: number of channels of the input, any number; it is not used.
+    """
 
     def __init__(self, num_channels: int) -> None:
         super().__init__()
 
 
 class ReLU(nn.ReLU):
-    """ReLU in place: the norm before it does not need its output for the gradient, so one copy per map is saved."""
+    """ReLU in place. The norm before it does not need its own output for the gradient, so one copy per map is saved.
+
+    Example::
+
+        model:
+          net:
+            class_path: project.models.SmallInception
+            init_args: {activation: project.models.ReLU}
+    """
 
     def __init__(self) -> None:
         super().__init__(inplace=True)
 
 
 class MaxPool(nn.MaxPool2d):
-    """Max pooling; in training on a CPU by a kernel that remembers a window's winner in one byte instead of eight."""
+    """Max pooling. In training on a CPU a compiled kernel runs, which stores a window's winner in few bytes.
+
+    Torch stores the place of the winner in eight bytes, the kernel in as many bytes as a value of the map has.
+
+    Example::
+
+        >>> import torch
+        >>> from project.models import MaxPool
+        >>> MaxPool(3, stride=2, ceil_mode=True)(torch.rand(2, 8, 28, 28)).shape
+        torch.Size([2, 8, 14, 14])
+    """
 
     def forward(self, input: Tensor) -> Tensor:
         y = kernels.max_pool(input, self) if self.training and kernels is not None else None
@@ -91,7 +155,7 @@ class MaxPool(nn.MaxPool2d):
 
 
 def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
-    """Zero whole samples with probability ``p`` and scale the others by ``1 / (1 - p)``; identity in eval."""
+    """Set whole samples to 0 with probability ``p`` and scale the others by ``1 / (1 - p)``; identity in eval mode."""
     if p == 0.0 or not training:
         return x
     keep = x.new_empty((x.shape[0],) + (1,) * (x.dim() - 1)).bernoulli_(1 - p)
@@ -99,13 +163,20 @@ def drop_path(x: Tensor, p: float, training: bool) -> Tensor:
 
 
 class DropPath(nn.Module):
-    """Drop a branch for some samples (Larsson et al. 2017, sec. 3.1, local sampling; scaled so that the mean is kept).
+    """Drop a branch for some samples (Larsson et al. 2017, sec. 3.1, local sampling), scaled so that the mean is kept.
+
+    Example::
+
+        model:
+          net:
+            class_path: project.models.SmallInception
+            init_args: {conv_dropout: 0.1, conv_dropout_type: project.models.DropPath}
 
     Args:
-        p: probability to drop a sample's branch, in [0, 1).
+        p: probability that a sample's branch is dropped, in [0, 1).
 
     Raises:
-        ValueError: for a ``p`` outside [0, 1).
+        ValueError: if ``p`` is outside [0, 1).
     """
 
     def __init__(self, p: float = 0.5) -> None:
@@ -124,12 +195,12 @@ def make_dropout(dropout: DropoutFactory, rate: float, name: str) -> nn.Module:
     """A dropout module, or an identity at rate 0.
 
     Args:
-        dropout: class or factory that takes the rate.
-        rate: probability to drop, in [0, 1).
-        name: the argument's name, for the error.
+        dropout: class or factory whose only argument is the rate.
+        rate: probability to drop a value, in [0, 1).
+        name: name of the net's argument, for the error message.
 
     Raises:
-        ValueError: for a rate outside [0, 1).
+        ValueError: if the rate is outside [0, 1).
     """
     _check_rate(rate, name)
     return dropout(rate) if rate > 0 else nn.Identity()
@@ -144,14 +215,16 @@ class ConvNormAct(nn.Sequential):
     """Convolution, norm, activation: ``[N, in_channels, H, W] -> [N, out_channels, H', W']``.
 
     Args:
-        in_channels, out_channels: channels.
-        kernel_size: side, or (height, width).
-        stride: step.
-        padding: pixels on each side; ``None`` keeps the size at stride 1 (odd kernels).
-        norm: factory of the norm; the convolution has a bias only without one (batch norm's shift replaces it,
-            Ioffe & Szegedy 2015, sec. 3.2).
-        activation: factory of the activation.
-        pool: factory of a pooling after the activation.
+        in_channels: number of channels of the input, at least 1.
+        out_channels: number of channels of the output, at least 1.
+        kernel_size: side of the kernel in pixels, or (height, width).
+        stride: step of the convolution in pixels, at least 1.
+        padding: number of zeros on each side, or (above and below, left and right). ``None`` keeps the size of the map
+            at stride 1, for odd kernels.
+        norm: factory of the norm, which takes the number of channels. The convolution has a bias only if this gives an
+            ``nn.Identity``, because the norm's shift replaces a bias (Ioffe & Szegedy 2015, sec. 3.2).
+        activation: factory of the activation, called without arguments.
+        pool: factory of a pooling after the activation, called without arguments. ``None`` means no pooling.
     """
 
     def __init__(
@@ -179,8 +252,10 @@ class ConvNormAct(nn.Sequential):
             self.pool = pool()
 
     def forward(self, x: Tensor) -> Tensor:
-        """One after the other; in training on a CPU what follows the convolution is one operation, and all of it on
-        images.
+        """Run the layers one after the other, or compiled kernels in their place in training on a CPU.
+
+        A kernel fuses what follows the convolution into one operation. On images, one kernel does all the layers. Each
+        kernel returns ``None`` if it cannot do the job; then the layers themselves run.
         """
         pool = getattr(self, "pool", None)
         if kernels is None:
@@ -199,17 +274,18 @@ class ConvNormAct(nn.Sequential):
 
 
 ConvFactory = Callable[..., nn.Module]
-"""``(in_channels, out_channels, kernel_size, stride, padding)`` -> convolution with its norm and activation."""
+"""``(in_channels, out_channels, kernel_size, stride, padding)`` -> a convolution with its norm and activation."""
 
 
 def conv_factory(norm: NormFactory, activation: Callable[[], nn.Module]) -> ConvFactory:
-    """What the blocks get: a :class:`ConvNormAct` with norm and activation filled in."""
+    """The factory of convolutions that blocks take: :class:`ConvNormAct` with this norm and activation."""
     return partial(ConvNormAct, norm=norm, activation=activation)
 
 
 def init_weights_(net: nn.Module, weight_init: WeightInit) -> None:
-    """Fill each convolution's and linear layer's weight with ``weight_init`` and its bias with zeros, in place; the net
-    remembers ``weight_init`` for :func:`reinit_`.
+    """Fill the weights of convolutions and linear layers with ``weight_init``, and their biases with zeros, in place.
+
+    The net keeps ``weight_init`` as an attribute, for :func:`reinit_`.
     """
     net.weight_init = weight_init  # type: ignore[assignment]
     for module in net.modules():
@@ -220,7 +296,7 @@ def init_weights_(net: nn.Module, weight_init: WeightInit) -> None:
 
 
 def reinit_(net: nn.Module) -> None:
-    """New random weights as a fresh net of this kind has them, norms and their statistics included, in place."""
+    """Give the net new random weights in place, as a new net of its kind has them. Norms and their statistics too."""
     for module in net.modules():
         if callable(reset := getattr(module, "reset_parameters", None)):
             reset()
@@ -237,7 +313,7 @@ def check_images(images: Tensor, image_shape: tuple[int, ...], net: nn.Module) -
     """Refuse images that the net was not built for.
 
     Raises:
-        ValueError: when ``images`` is not ``[N, C, H, W]`` with the net's ``image_shape``.
+        ValueError: if ``images`` is not ``[N, C, H, W]`` with the net's ``image_shape``.
     """
     if images.dim() != 4 or tuple(images.shape[1:]) != tuple(image_shape):
         wanted = ", ".join(map(str, image_shape))
@@ -251,7 +327,7 @@ def check_sides(image_shape: tuple[int, int, int], smallest: int, net: nn.Module
     """Refuse to build a net whose last maps would be empty.
 
     Raises:
-        ValueError: when height or width is under ``smallest`` pixels.
+        ValueError: if height or width is under ``smallest`` pixels.
     """
     _, height, width = image_shape
     if min(height, width) < smallest:
@@ -265,7 +341,7 @@ def scale_widths(channels: tuple[int, ...], width: float) -> tuple[int, ...]:
     """:func:`scale_channels` of several counts.
 
     Raises:
-        ValueError: for a ``width`` that is not positive.
+        ValueError: if ``width`` is not positive.
     """
     if not width > 0:
         raise ValueError(f"width is {width}, but it multiplies channel counts: choose a number above 0.")
@@ -273,14 +349,15 @@ def scale_widths(channels: tuple[int, ...], width: float) -> tuple[int, ...]:
 
 
 def spatial_size(size: int, kernel_size: int, stride: int, padding: int) -> int:
-    """Side after a convolution or pooling: ``floor((size + 2 padding - kernel) / stride) + 1``."""
+    """Side of a map after a convolution or pooling: ``floor((size + 2 padding - kernel) / stride) + 1``."""
     return (size + 2 * padding - kernel_size) // stride + 1
 
 
 class GlobalAvgPool(nn.Module):
     """Mean over pixels: ``[N, C, H, W] -> [N, C]`` (Lin et al. 2014, Network in Network, sec. 3.2).
 
-    In training the sum is divided: so the gradient is before it is spread over the pixels, which then takes no memory.
+    In training a sum is computed and then divided. The gradient is then divided before it is spread over the pixels,
+    and spreading it is a view that takes no memory.
     """
 
     def forward(self, x: Tensor) -> Tensor:

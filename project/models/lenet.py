@@ -1,12 +1,12 @@
-"""LeNet-300-100 and LeNet-5, the two nets on which pruning papers report.
+"""LeNet-300-100 and LeNet-5, the two nets of which the pruning papers report results.
 
 Gradient-based learning applied to document recognition, LeCun et al. 1998 (Proc. IEEE 86(11)), sections II.B and
-III.C.2; here in the versions of the pruning papers (Han et al. 2015, arXiv:1506.02626, tables 3 and 4; Frankle &
-Carbin 2019, arXiv:1803.03635, figure 2): ReLU instead of scaled tanh, and for LeNet-5 the widths of Caffe's example
-(``examples/mnist/lenet_train_test.prototxt``).
+III.C.2. The nets here are the versions of the pruning papers (Han et al. 2015, arXiv:1506.02626, tables 3 and 4;
+Frankle & Carbin 2019, arXiv:1803.03635, figure 2): ReLU instead of scaled tanh, and for LeNet-5 the widths of Caffe's
+example (``examples/mnist/lenet_train_test.prototxt``).
 
-Layers are named as in Han et al., ``fc1 fc2 fc3`` and ``conv1 conv2 fc1 fc2``. Norms, of which neither paper has any,
-sit before the activation; on vectors they see 1x1 maps.
+Layers have the names of Han et al., ``fc1 fc2 fc3`` and ``conv1 conv2 fc1 fc2``. Neither paper has norms. A chosen norm
+stands before the activation; a vector goes through it as a 1x1 map.
 """
 
 from collections.abc import Callable
@@ -31,18 +31,27 @@ from project.models.layers import (
 
 
 class LeNet300100(nn.Module):
-    """An MLP with hidden layers of 300 and 100: ``[N, C, H, W] -> [N, num_classes]``; 266,610 parameters on MNIST.
+    """An MLP with hidden layers of 300 and 100 units: ``[N, C, H, W] -> [N, num_classes]``.
+
+    It has 266,610 parameters on MNIST.
+
+    Example::
+
+        model:
+          net:
+            class_path: project.models.LeNet300100
+            init_args: {fc_dropout: 0.2}
 
     Args:
-        num_classes: number of logits.
-        image_shape: (C, H, W) of the images, any size.
-        norm: factory of the norm after each hidden layer, number of features first.
-        activation: factory of the activation.
-        fc_dropout: rate after each hidden layer, in [0, 1).
-        weight_init: fills the weights in place; Glorot normal as in Frankle & Carbin, figure 2.
+        num_classes: number of classes and of logits, at least 1.
+        image_shape: shape (C, H, W) of the images, which may have any size.
+        norm: factory of the norm after each hidden layer, which takes the number of features first.
+        activation: factory of the activation, called without arguments.
+        fc_dropout: dropout rate after each hidden layer, in [0, 1).
+        weight_init: function that fills the weight of a layer in place; Glorot normal as in Frankle & Carbin, figure 2.
 
     Raises:
-        ValueError: for a rate outside [0, 1).
+        ValueError: if a rate is outside [0, 1).
     """
 
     def __init__(
@@ -77,22 +86,35 @@ class LeNet300100(nn.Module):
 class LeNet5(nn.Module):
     """Caffe's LeNet-5: ``[N, C, H, W] -> [N, num_classes]``; 431,080 parameters on MNIST.
 
-    Two unpadded 5x5 convolutions (20 and 50 channels), each followed by 2x2 max pooling, then 500 hidden units.
+    The net has two unpadded 5x5 convolutions (20 and 50 channels), each followed by 2x2 max pooling, then 500 hidden
+    units.
+
+    Example::
+
+        data:
+          class_path: project.data.MNIST
+        model:
+          net:
+            class_path: project.models.LeNet5
+            init_args: {conv_activation: project.models.ReLU}
 
     Args:
-        num_classes: number of logits.
-        image_shape: (C, H, W) of the images; sides of at least 16 pixels.
-        norm: factory of the norm after each convolution and the hidden layer, number of channels first.
-        activation: factory of the activation after the hidden layer.
-        conv_activation: factory of the activation after the convolutions; Caffe has none there, only the max pooling.
-        conv_dropout: rate after each pooling, in [0, 1).
-        conv_dropout_type: element (``nn.Dropout``), channel (``nn.Dropout2d``) or ``DropPath``.
-        fc_dropout: rate after the hidden layer, in [0, 1).
-        weight_init: fills the weights in place; Glorot uniform as in Caffe ("xavier", which divides by the fan-in
-            alone).
+        num_classes: number of classes and of logits, at least 1.
+        image_shape: shape (C, H, W) of the images, with sides of at least 16 pixels.
+        norm: factory of the norm after each convolution and after the hidden layer, which takes the number of channels
+            first.
+        activation: factory of the activation after the hidden layer, called without arguments.
+        conv_activation: factory of the activation after each convolution, called without arguments. Caffe has none
+            there, only the max pooling.
+        conv_dropout: dropout rate after each pooling, in [0, 1).
+        conv_dropout_type: class of this dropout: ``nn.Dropout`` drops elements, ``nn.Dropout2d`` channels, ``DropPath``
+            all channels of an image.
+        fc_dropout: dropout rate after the hidden layer, in [0, 1).
+        weight_init: function that fills the weight of a layer in place; Glorot uniform as in Caffe (whose "xavier"
+            divides by the fan-in alone).
 
     Raises:
-        ValueError: for a side under 16 pixels, a rate outside [0, 1).
+        ValueError: if a side is under 16 pixels, or if a rate is outside [0, 1).
     """
 
     def __init__(
@@ -144,5 +166,5 @@ def _needs_bias(norm: nn.Module) -> bool:
 
 
 def _norm_vectors(norm: nn.Module, x: Tensor) -> Tensor:
-    """Norms take maps: ``[N, C] -> [N, C, 1, 1] -> [N, C]``."""
+    """Apply a norm of maps to vectors: ``[N, C] -> [N, C, 1, 1] -> [N, C]``."""
     return norm(x[:, :, None, None]).flatten(1)

@@ -1,4 +1,4 @@
-"""Whether a net and the data fit together, found out before the first step and told in one sentence."""
+"""Checks, before the first step, whether a net and the data fit together. An error says the fault in one sentence."""
 
 import copy
 import re
@@ -20,14 +20,17 @@ _NAMES = {
     "num_channels": (re.compile(r"(in|input|num|n)_?(chans?|channels|planes)|channels"), "in_chans"),
     "height": (re.compile(r"(img|image|input)_?(size|resolution)|resolution"), "img_size"),
 }
-"""For a value of the data: what nets call the argument, and its name in timm, whose functions take ``**kwargs``."""
+"""For each value of the data: a pattern of the names that nets give this argument, and its name in timm.
+
+timm's functions take ``**kwargs``, so their signatures do not show the name.
+"""
 
 
 def build_lazy_(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
-    """Run the net once if it has layers that wait for the first images to get their shapes.
+    """Run the net once if it has lazy layers, which get their shapes from the first images.
 
     Raises:
-        ValueError: when the net cannot take such images.
+        ValueError: if the net cannot take such images.
     """
     if any(map(is_lazy, [*net.parameters(), *net.buffers()])):
         try:
@@ -39,16 +42,16 @@ def build_lazy_(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
 def check_net(
     net: nn.Module, image_shape: tuple[int, int, int], num_classes: int, described: Mapping[str, Any] | None = None
 ) -> None:
-    """Run two black images through the net, in eval and in train mode; weights, buffers, modes and random state stay.
+    """Run two black images through the net, in eval and in train mode. Weights, buffers, modes and random state stay.
 
     Args:
-        net: images ``[N, C, H, W]`` -> logits ``[N, K]``.
-        image_shape: (C, H, W) of the data.
-        num_classes: K of the data.
-        described: ``class_path`` and arguments of the net, for the hint.
+        net: network that maps images ``[N, C, H, W]`` to logits ``[N, K]``.
+        image_shape: shape (C, H, W) of the data's images.
+        num_classes: number K of the data's classes, at least 1.
+        described: ``class_path`` and arguments of the net, for the hint in the error. ``None`` gives no hint.
 
     Raises:
-        ValueError: when the net cannot take the images, gives something else than one tensor ``[N, K]``, or another K.
+        ValueError: if the net cannot take the images, or if it does not give one tensor ``[N, K]`` with this K.
     """
     parameter = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
     images = torch.zeros(2, *image_shape, device=parameter.device, dtype=parameter.dtype)
@@ -57,7 +60,7 @@ def check_net(
             outputs = [_run(net, images)]
         except Exception as error:
             raise ValueError(_refusal(net, image_shape, described, error)) from error
-        with suppress(Exception):  # some layers train on their own kind of device alone
+        with suppress(Exception):  # some layers can train on one kind of device only
             outputs.append(_run_in_training(net, images))
     for output in outputs:
         if problem := _problem(output, num_classes, described):
@@ -65,15 +68,15 @@ def check_net(
 
 
 def check_loss(loss: nn.Module, num_classes: int, mixed: bool) -> None:
-    """Try a copy of the loss on two images' logits and targets.
+    """Try a copy of the loss on the logits and targets of two images.
 
     Args:
-        loss: logits ``[N, K]`` and targets -> scalar.
-        num_classes: K.
-        mixed: targets are distributions ``[N, K]`` instead of class numbers ``[N]``.
+        loss: module that maps logits ``[N, K]`` and targets to a scalar.
+        num_classes: number K of classes, at least 1.
+        mixed: whether targets are distributions ``[N, K]`` instead of class numbers ``[N]``.
 
     Raises:
-        ValueError: when it cannot take them, or gives no scalar.
+        ValueError: if the loss cannot take them, or if it gives no scalar.
     """
     tensor = next((t for t in (*loss.parameters(), *loss.buffers()) if t.is_floating_point()), torch.empty(0))
     logits = torch.zeros(2, num_classes, device=tensor.device)
@@ -127,7 +130,7 @@ def _refusal(
 
 
 def _hint(value: str, described: Mapping[str, Any] | None) -> str | None:
-    """The line of YAML that gives a value of the data to the net, where the net seems to have an argument for it."""
+    """The line of YAML that gives a value of the data to the net; ``None`` if no argument of the net seems to fit."""
     pattern, usual = _NAMES[value]
     name = next(filter(pattern.fullmatch, _arguments(described)), None)
     if name is None and described and takes_any(find(described["class_path"])):
@@ -160,7 +163,7 @@ def _run_in_training(net: nn.Module, images: Tensor) -> object:
 
 @contextmanager
 def _mode(net: nn.Module, *, training: bool) -> Iterator[None]:
-    """Train or eval mode; afterwards every module is in the mode it was in, also where they differ."""
+    """Put the net into train or eval mode. Afterwards every module has its own former mode again."""
     modes = {module: module.training for module in net.modules()}
     net.train(training)
     try:

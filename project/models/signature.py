@@ -1,4 +1,4 @@
-"""The arguments of a class or a function that makes a net, as the command line sees them."""
+"""The arguments of a class or function that makes a net, as the command line sees them."""
 
 import importlib
 import inspect
@@ -16,10 +16,12 @@ _NO_LOG = logging.Logger("signature", logging.CRITICAL + 1)
 
 
 def find(path: str) -> Any:
-    """What a dotted path names: in ``torchvision.models.googlenet`` the function, not the module of the same name.
+    """The object that a dotted path names.
+
+    ``torchvision.models.googlenet`` gives the function, not the module of the same name.
 
     Raises:
-        ImportError, AttributeError: when there is no such thing.
+        ImportError, AttributeError: if the path names nothing.
     """
     module, _, name = path.rpartition(".")
     try:
@@ -29,16 +31,16 @@ def find(path: str) -> Any:
 
 
 def parameters(maker: Callable[..., Any]) -> dict[str, Any]:
-    """The arguments by name, with those that ``**kwargs`` hands on as far as the code shows them.
+    """The arguments by name, including those that ``**kwargs`` passes on, as far as the code shows them.
 
-    Each has ``annotation`` and ``default``; they are ``inspect.Parameter.empty`` where the code has none.
+    Each has ``annotation`` and ``default``, which are ``inspect.Parameter.empty`` if the code has none.
     """
     method = "__init__" if inspect.isclass(maker) else None
     return {each.name: each for each in get_signature_parameters(maker, method, logger=_NO_LOG)}
 
 
 def takes_any(maker: Callable[..., Any]) -> bool:
-    """Whether ``maker`` has a ``**kwargs`` whose further arguments its code does not show."""
+    """Whether ``maker`` has ``**kwargs`` and its code does not show which arguments they may hold."""
     own = inspect.signature(maker).parameters.values()
     if not any(each.kind is each.VAR_KEYWORD for each in own):
         return False
@@ -46,7 +48,7 @@ def takes_any(maker: Callable[..., Any]) -> bool:
 
 
 def required(maker: Callable[..., Any]) -> list[str]:
-    """Arguments that have to be given, and not as ``None``."""
+    """The arguments that must be given and cannot be ``None``."""
     return [
         name
         for name, each in parameters(maker).items()
@@ -56,11 +58,13 @@ def required(maker: Callable[..., Any]) -> list[str]:
 
 
 def left_to_code(maker: Callable[..., Any]) -> set[str]:
-    """Arguments whose default is not to be written down: the code of ``maker`` knows it better.
+    """The arguments whose default must not be written into the configuration; the code of ``maker`` sets it.
 
-    These are what a function's ``**kwargs`` hands on, for it may put another value in the place of the default that is
-    found; defaults that are no text, such as a ``partial``; and classes that get arguments nobody can list, as the type
-    ``Callable[..., nn.Module]`` says.
+    There are three kinds:
+
+    - arguments that a function's ``**kwargs`` passes on, because the function may replace the default that is found;
+    - arguments whose default cannot be written as text, such as a ``partial``;
+    - arguments that are classes of the type ``Callable[..., nn.Module]``, because their own arguments are unknown.
     """
     own = inspect.signature(maker).parameters
     return {
@@ -73,14 +77,14 @@ def left_to_code(maker: Callable[..., Any]) -> set[str]:
 
 
 def _is_text(default: Any) -> bool:
-    """Whether YAML can hold a default: plain values, and classes and functions by their names."""
+    """Whether YAML can hold a default: a plain value, or a class or function by its name."""
     if inspect.isfunction(default):
         return default.__name__ != "<lambda>"
     return isinstance(default, bool | int | float | str | list | tuple | dict | type | Enum | None)
 
 
 def returns_net(maker: Callable[..., Any]) -> bool:
-    """Whether a function is annotated to return a module."""
+    """Whether the annotation of a function says that it returns a module."""
     try:
         kind = typing.get_type_hints(maker).get("return")
     except (NameError, TypeError):

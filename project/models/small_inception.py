@@ -1,11 +1,13 @@
 """A small Inception for images of 8 to 64 pixels: the template's default net.
 
-The block is figure 2b of Szegedy et al. 2014 (arXiv:1409.4842) with the 5x5 as two 3x3 (Szegedy et al. 2015,
-arXiv:1512.00567, figure 5); stem of plain convolutions first, then blocks, then global average pooling, dropout and one
-linear layer, as in both papers. The scale is ours: a max pooling after each convolution of the stem halves the image
-while more than 16 pixels are left, one before each stage while more than 4 are; the one before the first stage belongs
-to the stem's last convolution where that has none, so that its norm, activation and pooling are one operation. No
-convolution has a stride: of a small image the first one sees every pixel. Widths are multiples of 8: vectors stay full.
+The block is figure 2b of Szegedy et al. 2014 (arXiv:1409.4842) with two 3x3 in the place of the 5x5 (Szegedy et al.
+2015, arXiv:1512.00567, figure 5). A stem of plain convolutions comes first, then the blocks, then global average
+pooling, dropout and one linear layer, as in both papers.
+
+The poolings are ours. A max pooling after a convolution of the stem halves the image if it has more than 16 pixels a
+side. A max pooling before a stage halves it if it has more than 4. If the stem's last convolution has no pooling of its
+own, it gets the one before the first stage; its norm, activation and pooling are then one operation. No convolution has
+a stride, because every pixel of a small image matters. Widths are multiples of 8, which fills the processor's vectors.
 """
 
 from collections.abc import Callable
@@ -32,22 +34,31 @@ from project.models.layers import (
 class SmallInception(nn.Module):
     """Stem, stages of Inception blocks, global average pooling, linear: ``[N, C, H, W] -> [N, num_classes]``.
 
+    Example::
+
+        model:
+          net:
+            class_path: project.models.SmallInception
+            init_args: {width: 0.75, stages: [[128], [256, 256]], fc_dropout: 0.2}
+
     Args:
-        num_classes: number of logits.
-        image_shape: (C, H, W) of the images; sides from 8 to 64 pixels.
-        width: multiplies every channel count (rounded to a multiple of 8).
-        stem: channels of the stem's 3x3 convolutions.
-        stages: output channels of the Inception blocks, one list per stage.
-        pool_first: pool before the first stage too; without, its blocks see the stem's map.
-        norm: factory of the norm, number of channels first.
-        activation: factory of the activation.
-        conv_dropout: rate after each branch of a block, in [0, 1).
-        conv_dropout_type: element (``nn.Dropout``), channel (``nn.Dropout2d``) or ``DropPath``.
-        fc_dropout: rate before the linear layer, in [0, 1).
-        weight_init: fills the weights in place.
+        num_classes: number of classes and of logits, at least 1.
+        image_shape: shape (C, H, W) of the images, with sides of 8 to 64 pixels.
+        width: factor on every channel count, above 0. The counts are rounded to multiples of 8.
+        stem: numbers of output channels of the stem's 3x3 convolutions, before ``width`` is applied.
+        stages: numbers of output channels of the Inception blocks, one list per stage, before ``width`` is applied.
+        pool_first: whether to pool before the first stage too. Without this pooling the first stage works on the stem's
+            full map.
+        norm: factory of the norm, which takes the number of channels first.
+        activation: factory of the activation, called without arguments.
+        conv_dropout: dropout rate after each branch of a block, in [0, 1).
+        conv_dropout_type: class of this dropout: ``nn.Dropout`` drops elements, ``nn.Dropout2d`` channels, ``DropPath``
+            whole branches.
+        fc_dropout: dropout rate before the linear layer, in [0, 1).
+        weight_init: function that fills the weight of a convolution or a linear layer in place.
 
     Raises:
-        ValueError: for an image outside 8 to 64 pixels, a width that is not positive, a rate outside [0, 1).
+        ValueError: if a side is outside 8 to 64 pixels, if the width is not positive, or if a rate is outside [0, 1).
     """
 
     def __init__(
@@ -80,7 +91,7 @@ class SmallInception(nn.Module):
         conv = conv_factory(norm, activation)
 
         pool_first = pool_first and len(stages) > 0
-        stem_pools = False  # before the first stage
+        stem_pools = False  # whether the stem's last convolution has the pooling before the first stage
         self.stem = nn.Sequential()
         for number, wished in enumerate(stem, 1):
             stem_pools = pool_first and number == len(stem) and 4 < side <= 16
@@ -91,7 +102,7 @@ class SmallInception(nn.Module):
         self.blocks = nn.Sequential()
         for number, stage in enumerate(stages):
             if stem_pools and not number:
-                self.blocks.append(nn.Identity())  # blocks have the same names whatever the image
+                self.blocks.append(nn.Identity())  # so that the blocks' names do not depend on the image's size
             elif side > 4 and (number or pool_first):
                 self.blocks.append(_max_pool())
                 side = -(-side // 2)
@@ -120,7 +131,7 @@ def _max_pool() -> nn.Module:
 
 
 def _widths(channels: int) -> tuple[int, int, int, int, int, int]:
-    """A block's widths, in the order of table 1: outputs of 1/4, 3/8, 1/4 and the rest of ``channels``."""
+    """The widths of a block, in the order of table 1. The branches give 1/4, 3/8, 1/4 and the rest of ``channels``."""
     quarter, eighth = scale_channels(channels, 1 / 4), scale_channels(channels, 1 / 8)
     conv3x3 = max(8, int(channels * 3 / 8) // 8 * 8)
     return quarter, quarter, conv3x3, eighth, quarter, max(8, channels - 2 * quarter - conv3x3)

@@ -1,11 +1,12 @@
-"""Changes of a net's structure, as plain values that rebuild it.
+"""Changes of a net's structure (surgeries), saved as plain values from which the structure can be built again.
 
-Removing channels, factorising a layer or swapping its class gives a net that its constructor no longer builds. Such a
-change is a small frozen dataclass of plain values (names, numbers, lists of them) with ``apply_(net)``, which makes the
-change from these values alone: on the net it was planned for, whose remaining weights keep their values, and on a
-fresh one of the same arguments, before weights are loaded. A checkpoint holds the list of :func:`to_plain` in the
-order of the changes; loading is :func:`replay_`, then ``load_state_dict``. No class is pickled, so that
-``torch.load(weights_only=True)`` reads it.
+Some techniques remove channels, factorise a layer or replace its class. The constructor can then no longer build the
+net. Such a change is a small frozen dataclass of plain values (names, numbers, lists of them) with a method
+``apply_(net)``, which makes the change from these values alone. It works on the net that it was planned for, whose
+remaining weights keep their values. It also works on a new net with the same arguments, before weights are loaded.
+
+A checkpoint holds the results of :func:`to_plain` in the order of the changes. To load it, :func:`replay_` comes first,
+then ``load_state_dict``. No class is pickled, so ``torch.load(weights_only=True)`` can read the checkpoint.
 """
 
 from collections.abc import Iterable, Mapping
@@ -18,10 +19,32 @@ from project.frame.rooms import optional
 
 
 class Surgery(Protocol):
-    """One change of structure: a frozen dataclass of plain values."""
+    """One change of a net's structure: a frozen dataclass of plain values.
+
+    Example::
+
+        >>> from dataclasses import dataclass
+        >>> from torch import nn
+        >>> from project.models.surgery import register_surgery, replay_, to_plain
+        >>> @register_surgery
+        ... @dataclass(frozen=True)
+        ... class SkipLayer:
+        ...     name: str
+        ...     def apply_(self, net): net.set_submodule(self.name, nn.Identity())
+        >>> saved, net = [to_plain(SkipLayer("1"))], nn.Sequential(nn.Linear(4, 4), nn.Tanh())
+        >>> replay_(net, saved)
+        >>> saved, net[1]
+        ([{'type': 'SkipLayer', 'name': '1'}], Identity())
+    """
 
     def apply_(self, net: nn.Module) -> None:
-        """Make the change on ``net`` in place; parameters that change are new objects, so make the optimizer after."""
+        """Make the change on a net in place.
+
+        Parameters that change are replaced by new objects, so the optimizer must be made after this.
+
+        Args:
+            net: network to change, with the structure that the change was planned for.
+        """
 
 
 SurgeryClass = TypeVar("SurgeryClass", bound=type)
@@ -29,7 +52,7 @@ _CLASSES: dict[str, type] = {}
 
 
 def register_surgery(cls: SurgeryClass) -> SurgeryClass:
-    """Decorator above ``@dataclass(frozen=True)``: from now on the class is found by its name in checkpoints."""
+    """Class decorator, above ``@dataclass(frozen=True)``, so that a checkpoint's entry finds the class by its name."""
     assert is_dataclass(cls) and hasattr(cls, "apply_"), f"{cls.__name__} is no dataclass with apply_"
     known = _CLASSES.setdefault(cls.__name__, cls)
     assert (known.__module__, known.__qualname__) == (cls.__module__, cls.__qualname__), f"two classes {cls.__name__}"
@@ -38,7 +61,11 @@ def register_surgery(cls: SurgeryClass) -> SurgeryClass:
 
 
 def to_plain(surgery: Surgery) -> dict[str, Any]:
-    """``{"type": class name, field: value, ...}``, to be saved; shares nothing with ``surgery``."""
+    """The surgery as ``{"type": class name, field: value, ...}``, to be saved. Its values are copies.
+
+    Args:
+        surgery: change of structure, of a class with ``@register_surgery``.
+    """
     name = type(surgery).__name__
     assert _CLASSES.get(name) is type(surgery), f"{name} lacks @register_surgery"
     values = {field.name: getattr(surgery, field.name) for field in fields(surgery)}  # type: ignore[arg-type]
@@ -46,10 +73,13 @@ def to_plain(surgery: Surgery) -> dict[str, Any]:
 
 
 def from_plain(plain: Mapping[str, Any]) -> Surgery:
-    """The surgery that :func:`to_plain` was given.
+    """The surgery that :func:`to_plain` made ``plain`` of.
+
+    Args:
+        plain: the dictionary that :func:`to_plain` returned.
 
     Raises:
-        ValueError: for a type that nothing registered, or fields that this type does not have.
+        ValueError: if no class of this type is registered, or if it does not have these fields.
     """
     values = dict(plain)
     name = values.pop("type", None)
@@ -70,17 +100,22 @@ def from_plain(plain: Mapping[str, Any]) -> Surgery:
 
 
 def replay_(net: nn.Module, surgeries: Iterable[Mapping[str, Any]]) -> None:
-    """Apply surgeries from :func:`to_plain` to a fresh net, in their order, in place.
+    """Apply saved surgeries to a new net, in place.
+
+    Args:
+        net: network with the structure that it had before the first of the surgeries.
+        surgeries: dictionaries that :func:`to_plain` returned, in the order of the changes.
 
     Raises:
-        ValueError: as :func:`from_plain`, before the net is touched; and where a surgery does not fit the net.
+        ValueError: if a surgery is unknown (see :func:`from_plain`), before the net is changed. Also if a surgery does
+            not fit the net.
     """
     for surgery in [from_plain(plain) for plain in surgeries]:
         surgery.apply_(net)
 
 
 def _plain(value: Any, path: str) -> Any:
-    """A copy of ``value``; exact types, since NumPy's float is a float, but not one that ``weights_only`` reads."""
+    """A copy of ``value``. Types must be exact: NumPy's float is a float, but ``weights_only`` cannot read it."""
     if type(value) in (list, tuple):
         return type(value)(_plain(item, path) for item in value)
     if type(value) is dict:

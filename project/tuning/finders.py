@@ -1,11 +1,13 @@
-"""Two quick looks before a search: at which rates the loss falls, and how large a batch the memory takes. Both are
-Lightning's tuners.
+"""Two quick tests before a search: a learning rate range test, and the largest batch size. Both use Lightning's tuner.
 
-Rates: Smith 2017, Cyclical learning rates for training neural networks (arXiv:1506.01186, sec. 3.3): the rate rises
-step by step in one short run; proposed is the one at which the loss falls most steeply. All parameters get this one
-rate. Lightning 2.6 smooths over 50 of 100 steps, halves the first losses (its correction counts a step too many) and
-takes the slope over rates instead of their logarithms, so that on digits it proposed 0.00126 where 0.0912 is the
-steepest (`project find_lr --config configs/digits.yaml`): the losses are taken back from it and looked at here.
+Learning rate: Smith 2017, Cyclical learning rates for training neural networks (arXiv:1506.01186, sec. 3.3). The rate
+rises step by step in one short run. The test proposes the rate at which the loss falls most steeply. All parameters get
+this one rate.
+
+Lightning 2.6 smooths over 50 of 100 steps. It halves the first losses, because its correction counts one step too many.
+It takes the slope over the rates instead of their logarithms. On digits it proposed 0.00126, but the loss falls most
+steeply at 0.0912 (`project find_lr --config configs/digits.yaml`). So this module takes Lightning's losses, undoes
+their smoothing, and finds the steepest point itself.
 """
 
 import itertools
@@ -31,15 +33,27 @@ log = logging.getLogger(__name__)
 def find_lr(
     trainer: pl.Trainer, model: Any, datamodule: Any, folder: Path, *, min_lr: float, max_lr: float, num_steps: int
 ) -> float:
-    """The proposed value of the optimizer's ``lr``, and a picture of the loss over the rates in ``folder``.
+    """Propose a value of the optimizer's ``lr``, and write a picture of the loss over the rates into ``folder``.
+
+    Args:
+        trainer: trainer whose device, precision and gradient settings are used; nothing is saved in its run.
+        model: classifier that is trained; its weights are restored.
+        datamodule: data module that gives the training images.
+        folder: folder that the picture ``learning_rate.png`` is written to.
+        min_lr: learning rate of the first step; above 0.
+        max_lr: learning rate of the last step; any number above ``min_lr``.
+        num_steps: number of training steps; 20 or more.
+
+    Returns:
+        The proposed ``lr``, for the base batch size if the classifier has one.
 
     Raises:
-        ValueError: for a range that is none, or when the loss falls nowhere in it.
+        ValueError: if a number is outside its range, or the loss falls nowhere between the two rates.
     """
     if not 0 < min_lr < max_lr:
-        raise ValueError(f"min_lr is {min_lr} and max_lr {max_lr}: give 0 < min_lr < max_lr.")
+        raise ValueError(f"min_lr is {min_lr} and max_lr is {max_lr}: choose 0 < min_lr < max_lr.")
     if num_steps < 20:
-        raise ValueError(f"num_steps is {num_steps}, but the loss of a few steps is noise: give 20 or more.")
+        raise ValueError(f"num_steps is {num_steps}, but the loss of a few steps is too noisy: choose 20 or more.")
     with tempfile.TemporaryDirectory() as scratch:
         tuner = Tuner(_plain(trainer, scratch))
         options: dict[str, Any] = {"min_lr": min_lr, "max_lr": max_lr, "num_training": num_steps}
@@ -58,13 +72,13 @@ def find_lr(
 
 
 def unsmoothed(losses: list[float], beta: float = 0.98) -> list[float]:
-    """The losses before Lightning's moving average."""
+    """The losses before Lightning's moving average: its inverse."""
     sums = [0.0, *(loss * (1 - beta ** (step + 2)) for step, loss in enumerate(losses))]
     return [(new - beta * old) / (1 - beta) for old, new in itertools.pairwise(sums)]
 
 
 def smooth(losses: list[float], beta: float = 0.9) -> list[float]:
-    """The moving average over about ``1 / (1 - beta)`` steps, corrected for its beginning at 0."""
+    """The exponential moving average over about ``1 / (1 - beta)`` steps, corrected because it begins at 0."""
     average, smoothed = 0.0, []
     for step, loss in enumerate(losses, 1):
         average = beta * average + (1 - beta) * loss
@@ -73,14 +87,15 @@ def smooth(losses: list[float], beta: float = 0.9) -> list[float]:
 
 
 def steepest(rates: list[float], losses: list[float], skip: int = 10) -> float:
-    """The rate at which the loss falls most over the logarithm of the rate, after the first noisy steps.
+    """The rate at which the loss falls most steeply over the logarithm of the rate. The first ``skip`` steps do not
+    count, because they are noisy.
 
     Raises:
-        ValueError: when there are too few steps, or it falls nowhere.
+        ValueError: if fewer than three finite losses are left, or the loss falls nowhere.
     """
     pairs = [(math.log(rate), loss) for rate, loss in zip(rates, losses, strict=False) if math.isfinite(loss)][skip:]
     if len(pairs) < 3:
-        raise ValueError(f"the loss grows within {len(losses)} steps: lower min_lr.")
+        raise ValueError(f"the loss grows within the first {len(losses)} steps: lower min_lr.")
     x, y = torch.tensor(pairs, dtype=torch.float64).T
     slopes = torch.gradient(y, spacing=(x,))[0]
     if slopes.min() >= 0:
@@ -99,31 +114,42 @@ def find_batch_size(
     first: int,
     largest: int | None,
 ) -> int:
-    """The largest batch that fits into memory, at most the training set; a processor's memory is seldom the limit.
+    """The largest batch size that fits into memory, at most the size of the training set.
+
+    On a CPU, memory is seldom the limit.
+
+    Args:
+        trainer: trainer whose device, precision and gradient settings are used; nothing is saved in its run.
+        model: classifier that is trained; its weights are restored.
+        datamodule: data module that gives the training images.
+        mode: ``power`` doubles the size until a step fails. ``binsearch`` then also tries sizes between the last one
+            that fitted and the one that failed.
+        first: batch size of the first try; from 1 to ``largest``.
+        largest: largest batch size to try; 1 or more. ``None`` takes the size of the training set.
 
     Raises:
-        ValueError: for a first size beyond the largest.
+        ValueError: if ``first`` is not from 1 to ``largest``.
     """
     datamodule.setup("fit")
     most = len(datamodule.train_data)
     largest = most if largest is None else min(largest, most)
     if not 0 < first <= largest:
-        raise ValueError(f"first is {first}: give a batch size from 1 to {largest}.")
+        raise ValueError(f"first is {first}: choose a batch size from 1 to {largest}.")
     with tempfile.TemporaryDirectory() as scratch:
         tuner = Tuner(_plain(trainer, scratch))
         options: dict[str, Any] = {"mode": mode, "init_val": first, "max_val": largest}
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")  # the step too far
+            warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")  # in the step too many
             size = tuner.scale_batch_size(model, datamodule=datamodule, **options)
     assert size is not None
-    size = min(size, largest)  # Lightning 2.6 goes one step too far
+    size = min(size, largest)  # Lightning 2.6 takes one step too many
     log.info("batch size     %d of at most %d", size, largest)
     log.info("take it        --data.init_args.batch_size %d", size)
     return size
 
 
 def plot_rates(rates: list[float], losses: list[float], proposed: float) -> "Figure":
-    """The loss over the rates, up to where it has doubled from its lowest."""
+    """Plot the loss over the rates, up to twice its smallest value."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.6), layout="constrained")
@@ -140,7 +166,7 @@ def plot_rates(rates: list[float], losses: list[float], proposed: float) -> "Fig
 
 
 def _plain(trainer: pl.Trainer, scratch: str) -> pl.Trainer:
-    """A trainer on the same device in the same precision that keeps nothing."""
+    """A trainer with the same device, precision and gradient settings that saves nothing."""
     return pl.Trainer(
         accelerator=trainer.accelerator,
         devices=1,

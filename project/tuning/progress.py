@@ -1,4 +1,4 @@
-"""What a study says while it goes on, and the table at its end."""
+"""The log lines of a running study, and the table at its end."""
 
 import csv
 import logging
@@ -18,10 +18,13 @@ from project.tuning.plan import Plan
 log = logging.getLogger(__name__)
 
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
+"""States of the trials that count as done."""
 
 
 def say_trial(study: optuna.Study, trial: FrozenTrial, plan: Plan) -> None:
-    """``12/40 trial 14: val/accuracy 0.9861, lr 0.032 (21 s); best 0.9903 of trial 7; 4 min left``."""
+    """Log one line such as
+    ``12/40 trial 14: val/accuracy 0.9861, lr 0.032 (21 s); best 0.9903 of trial 7; 4 min left``.
+    """
     trials = study.get_trials(deepcopy=False)
     done = [one for one in trials if one.state in FINISHED]
     text = f"{len(done)}/{len(plan.points)} trial {trial.number}: {result(trial, plan)}, {describe(trial)}"
@@ -34,7 +37,10 @@ def say_trial(study: optuna.Study, trial: FrozenTrial, plan: Plan) -> None:
 
 
 def best_trials(study: optuna.Study) -> list[FrozenTrial]:
-    """The best completed trial, of equal ones the first; of several objectives the Pareto front, by the first."""
+    """The best completed trial; the first one, if several are equal.
+
+    With several objectives: the Pareto front, sorted by the first objective.
+    """
     if all(trial.state != TrialState.COMPLETE for trial in study.get_trials(deepcopy=False)):
         return []
     if len(study.directions) == 1:
@@ -45,6 +51,7 @@ def best_trials(study: optuna.Study) -> list[FrozenTrial]:
 
 
 def result(trial: FrozenTrial, plan: Plan) -> str:
+    """The values of the objectives in words, or why there are none."""
     if "error" in trial.user_attrs:
         return f"not trained ({trial.user_attrs['error']})"
     if trial.state == TrialState.PRUNED:
@@ -53,13 +60,15 @@ def result(trial: FrozenTrial, plan: Plan) -> str:
 
 
 def describe(trial: FrozenTrial) -> str:
-    """The trial's values, each key by its last part that tells it from the others."""
+    """The trial's values, with short names of the keys."""
     names = short_names(list(trial.params))
     return ", ".join(f"{names[key]} {number(value)}" for key, value in trial.params.items())
 
 
 def short_names(keys: Sequence[str]) -> dict[str, str]:
-    """``model.optimizer.init_args.lr`` -> ``lr``, or as much of it as is needed: ``optimizer.lr``."""
+    """The shortest ending of each key that no other key has: ``model.optimizer.init_args.lr`` -> ``lr``, or
+    ``optimizer.lr`` if another key ends in ``lr`` too.
+    """
     parts = {key: [part for part in key.split(".") if part != "init_args"] for key in keys}
     names = {}
     for key, own in parts.items():
@@ -71,29 +80,32 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
 
 
 def number(value: Any) -> str:
+    """A value as short text, floats with four digits."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 and value == int(value) else f"{value:.4g}"
     return str(short_choice(value))
 
 
 def short_choice(value: Any) -> Any:
-    """``torch.optim.Adam`` -> ``Adam``; all else stays."""
+    """``torch.optim.Adam`` -> ``Adam``. Other values do not change."""
     is_path = isinstance(value, str) and re.fullmatch(r"\w+(\.\w+)+", value) is not None
     return value.rpartition(".")[2] if is_path else value
 
 
 def seconds(trial: FrozenTrial) -> float:
+    """The duration of a trial; 0 as long as it is unknown."""
     return trial.duration.total_seconds() if trial.duration else 0.0
 
 
 def duration(length_s: float) -> str:
+    """A duration in words, in seconds, minutes or hours."""
     if length_s < 90:
         return f"{length_s:.0f} s"
     return f"{length_s / 60:.0f} min" if length_s < 5400 else f"{length_s / 3600:.1f} h"
 
 
 def write_table(study: optuna.Study, plan: Plan, path: Path) -> None:
-    """Every trial as a row of a CSV file: state, objectives, values of the searched keys, seconds, runs."""
+    """Write a CSV file with a row for each trial: state, objectives, values of the searched keys, seconds and runs."""
     keys = [dimension.key for dimension in plan.space.dimensions]
     columns = ["trial", "state", *plan.objectives, *keys, "seconds", "by_seed", "runs", "error"]
 
@@ -113,7 +125,7 @@ def write_table(study: optuna.Study, plan: Plan, path: Path) -> None:
 
 
 def show_table(study: optuna.Study, plan: Plan, length: int = 10) -> None:
-    """The best trials on the terminal, or the Pareto front."""
+    """Show the best trials, or the Pareto front, on the terminal."""
     trials = [trial for trial in study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
     if len(plan.objectives) > 1:
         trials = best_trials(study)
@@ -155,7 +167,9 @@ _STATES = {
 
 
 def _seconds_left(trials: Sequence[FrozenTrial], plan: Plan) -> float:
-    """What the trials that are left will take, by the mean of those done, on as many workers as run now."""
+    """The time that the remaining trials will take. It takes the mean time of the finished trials, and assumes that the
+    present number of workers goes on.
+    """
     lengths = [seconds(trial) for trial in trials if trial.state in FINISHED]
     num_running = sum(trial.state == TrialState.RUNNING for trial in trials) + 1
     return statistics.fmean(lengths) * (len(plan.points) - len(lengths)) / num_running

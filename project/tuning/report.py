@@ -1,4 +1,4 @@
-"""What a study leaves in its folder: best.yaml, trials.csv and pictures."""
+"""The files that a study writes into its folder: best.yaml, trials.csv and pictures."""
 
 import logging
 import warnings
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 def publish(study: optuna.Study, plan: Plan, folder: Path) -> None:
-    """Write all of it, and show the table."""
+    """Write all files, and show the table."""
     write_table(study, plan, folder / "trials.csv")
     best = best_trials(study)
     if not best:
@@ -45,7 +45,7 @@ def publish(study: optuna.Study, plan: Plan, folder: Path) -> None:
 
 
 def write_best(trial: FrozenTrial, plan: Plan, path: Path) -> None:
-    """The configuration of a trial's first run, whole: ``project fit`` repeats it."""
+    """Write the whole configuration of a trial's first run. ``project fit`` repeats the run with it."""
     config = plan.space.apply(plan.base, trial.params)
     seed = int(config["seed_everything"] or 0)
     config = trial_config(config, plan, seed)
@@ -59,14 +59,14 @@ def write_best(trial: FrozenTrial, plan: Plan, path: Path) -> None:
     ]
     if plan.seeds > 1:
         figures = "; ".join(", ".join(map(number, values)) for values in trial.user_attrs["by_seed"])
-        lines.append(f"The mean of seeds {seed} to {seed + plan.seeds - 1}: {figures}.")
+        lines.append(f"This is the mean of seeds {seed} to {seed + plan.seeds - 1}: {figures}.")
     head = "".join(f"# {line}".rstrip() + "\n" for line in lines)
     text = head + yaml.safe_dump(config, sort_keys=False)
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def draw(study: optuna.Study, plan: Plan, folder: Path) -> None:
-    """The pictures that there is something to see in, by Optuna, with short names."""
+    """Draw Optuna's pictures with short names. A picture in which nothing varies is left out."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -83,7 +83,7 @@ def draw(study: optuna.Study, plan: Plan, folder: Path) -> None:
         if varied:
             _draw(folder / f"slices{suffix}", pictures.plot_slice, short, target_name=name)
             _draw(folder / f"parallel{suffix}", pictures.plot_parallel_coordinate, short, target_name=name)
-        if len(always) > 1:  # of others only some trials would count
+        if len(always) > 1:  # a key that only some trials have would leave out the others
             importance = pictures.plot_param_importances
             _draw(folder / f"importance{suffix}", importance, short, params=always, target_name=name)
     if 1 < len(plan.objectives) < 4:
@@ -93,12 +93,12 @@ def draw(study: optuna.Study, plan: Plan, folder: Path) -> None:
 
 
 def for_pictures(study: optuna.Study, plan: Plan, objectives: Iterable[int]) -> optuna.Study:
-    """A copy in memory of some objectives, whose keys and choices are short enough to stand at an axis."""
+    """A copy of the study in memory, with some of its objectives and with names that are short enough for an axis."""
     objectives = list(objectives)
     names = short_names([dimension.key for dimension in plan.space.dimensions])
     copy = optuna.create_study(directions=[plan.directions[index] for index in objectives])
     for trial in study.get_trials():
-        if trial.state not in FINISHED:  # one in its place: trials are numbered in order
+        if trial.state not in FINISHED:  # a substitute, so that the others keep their numbers
             copy.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
             continue
         values = trial.values and [trial.values[index] for index in objectives]
@@ -115,12 +115,14 @@ def for_pictures(study: optuna.Study, plan: Plan, objectives: Iterable[int]) -> 
 
 
 def _short(distribution: BaseDistribution) -> BaseDistribution:
+    """The distribution with short names of its choices."""
     if isinstance(distribution, CategoricalDistribution):
         return CategoricalDistribution(list(dict.fromkeys(map(short_choice, distribution.choices))))
     return distribution
 
 
 def _draw(path: Path, plot: Callable[..., Any], *args: Any, **options: Any) -> None:
+    """Write one picture. If Optuna cannot draw it, there is none."""
     import numpy as np
     from matplotlib import pyplot as plt
 
@@ -128,7 +130,7 @@ def _draw(path: Path, plot: Callable[..., Any], *args: Any, **options: Any) -> N
         warnings.simplefilter("ignore")
         try:
             axis = np.ravel(plot(*args, **options))[0]
-        except (ValueError, RuntimeError, ZeroDivisionError) as error:  # too few trials that differ
+        except (ValueError, RuntimeError, ZeroDivisionError) as error:  # too few different trials
             log.debug("%s is not drawn: %s", path.name, error)
             return
         if path.name.startswith("parallel"):
@@ -144,7 +146,7 @@ def _draw(path: Path, plot: Callable[..., Any], *args: Any, **options: Any) -> N
 
 
 def _tidy(axis: Any) -> None:
-    """Room for each key's axis, fewer numbers on logarithmic ones, and the colour bar beyond the last of them."""
+    """Tidy a parallel plot: room for each axis, fewer numbers on logarithmic axes, and the colour bar at the right."""
     from matplotlib.ticker import NullFormatter
 
     figure = axis.figure

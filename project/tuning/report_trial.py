@@ -1,4 +1,4 @@
-"""Tells a study how a trial is going, and stops the run when the study's pruner says so."""
+"""A callback that reports a trial's progress to its study, and stops the run if the study's pruner says so."""
 
 from typing import TYPE_CHECKING
 
@@ -9,14 +9,15 @@ if TYPE_CHECKING:
 
 
 class ReportTrial(Callback):
-    """Keeps the best value of each validation metric, reports the monitored one, and ends a hopeless run.
+    """Keeps the best value of each validation metric, reports the monitored one, and stops a run that looks hopeless.
 
-    That run ends like a finished one, with its checkpoints and summary.
+    A stopped run ends like a finished one, with its checkpoints and summary.
 
     Args:
-        trial: of a study; ``None`` keeps the best values alone.
-        monitor: the metric to report; names that end in ``loss`` or ``error`` are to fall, all others to rise.
-        prune: ask the pruner after each epoch.
+        trial: trial of a study; ``None`` only keeps the best values.
+        monitor: name of the metric to report. Metrics whose name ends in ``loss`` or ``error`` should fall, and all
+            others should rise.
+        prune: whether to ask the pruner after each epoch.
     """
 
     def __init__(self, trial: "optuna.Trial | None", monitor: str, prune: bool) -> None:
@@ -34,6 +35,6 @@ class ReportTrial(Callback):
         if self.trial is None or not self.prune or self.monitor not in trainer.callback_metrics:
             return
         self.trial.report(trainer.callback_metrics[self.monitor].item(), step=trainer.current_epoch + 1)
-        is_last = trainer.current_epoch + 1 == trainer.max_epochs  # then there is nothing to save
+        is_last = trainer.current_epoch + 1 == trainer.max_epochs  # to stop here would save nothing
         if not is_last and self.trial.should_prune():
             self.pruned = trainer.should_stop = True

@@ -1,8 +1,9 @@
-"""Where a study is kept: a file that the processes of one machine share, or a database that machines share.
+"""Where a study is stored: in a file for the processes of one machine, or in a database for several machines.
 
-The file is Optuna's journal (Akiba et al. 2019, arXiv:1907.10902, sec. 3 for studies that many processes work on):
-appended to under a lock that also works on NFS. Optuna knows of dead processes by heartbeats, in databases alone; here
-the journal has them too, so that a trial whose process is killed is noticed and given to another in either storage.
+The file is Optuna's journal (Akiba et al. 2019, arXiv:1907.10902, sec. 3 for studies that many processes work on).
+Processes append to it under a lock that also works on NFS. Optuna finds dead processes by their heartbeats, but only in
+databases. Here the journal has heartbeats too. So with both storages, a trial whose process is killed goes to another
+process.
 """
 
 import os
@@ -16,19 +17,20 @@ from optuna.storages.journal import JournalFileBackend, JournalFileSymlinkLock
 from optuna.trial import TrialState
 
 DEAD_AFTER = 4
-"""Heartbeats that a process may miss before it counts as dead."""
+"""Number of heartbeats that a process may miss before it counts as dead."""
 _LOCK_S = 10
-"""Seconds after which a lock counts as left by a dead process: it is held for milliseconds."""
+"""Seconds after which a lock counts as left by a dead process. A living process holds it for milliseconds."""
 
 
 class HeartbeatJournal(JournalStorage, BaseHeartbeat):
-    """A journal beside which each running trial has a file whose time of change is its heartbeat.
+    """A journal with heartbeats: each running trial has a file beside it whose time of change is the heartbeat.
 
-    Times are compared with that of a file changed just now: on NFS all are the server's clock.
+    These times are compared with that of a file that is changed just now. On NFS all of them come from the server's
+    clock.
 
     Args:
-        path: the journal.
-        heartbeat_s: seconds between two heartbeats.
+        path: path of the journal.
+        heartbeat_s: number of seconds between two heartbeats; 1 or more.
     """
 
     def __init__(self, path: Path, heartbeat_s: int) -> None:
@@ -56,14 +58,14 @@ class HeartbeatJournal(JournalStorage, BaseHeartbeat):
 
 
 def open_storage(url: str, heartbeat_s: int) -> BaseStorage:
-    """The storage that a URL names.
+    """The storage at a path or URL. ``optuna.load_study`` takes it.
 
     Args:
-        url: a path, or ``file://``, ``postgresql://user@host/name``, ``mysql://…``, ``sqlite:///…``.
-        heartbeat_s: seconds between two heartbeats of a running trial.
+        url: path of a file, or a URL: ``file://…``, ``postgresql://user@host/name``, ``mysql://…``, ``sqlite:///…``.
+        heartbeat_s: number of seconds between two heartbeats of a running trial; 1 or more.
 
     Raises:
-        ValueError: when the database does not answer, or its driver is not installed.
+        ValueError: if the database does not answer, or its driver is not installed.
     """
     if "://" not in url or url.startswith("file://"):
         return HeartbeatJournal(Path(url.removeprefix("file://")), heartbeat_s)
@@ -82,23 +84,25 @@ def open_storage(url: str, heartbeat_s: int) -> BaseStorage:
                         raise
     except ImportError:
         raise ValueError(
-            f"storage is {shown!r}, but no driver for it is installed: pip install -e '.[postgres]', or the driver "
-            "that the URL names, such as mysql+pymysql://."
+            f"storage is {shown!r}, but no driver for it is installed: run pip install -e '.[postgres]', or install "
+            "the driver that the URL names, such as mysql+pymysql://."
         ) from None
     except SQLAlchemyError as error:
         reason = str(getattr(error, "orig", None) or error).strip().splitlines()[0]
-        raise ValueError(f"storage is {url.split('://')[0]}://…, but it does not work: {reason}.") from None
+        raise ValueError(
+            f"storage is {url.split('://')[0]}://…, but the database refuses: {reason}: check the URL and the database."
+        ) from None
     raise AssertionError("unreachable")
 
 
 def _database(url: str, heartbeat_s: int) -> RDBStorage:
     if url.startswith("postgresql://"):
-        url = url.replace("://", "+psycopg://", 1)  # the driver of the extra `postgres`, whatever SQLAlchemy's default
+        url = url.replace("://", "+psycopg://", 1)  # the driver of the extra `postgres`
     grace_period = DEAD_AFTER * heartbeat_s
     return RDBStorage(url, heartbeat_interval=heartbeat_s, grace_period=grace_period)
 
 
 def _touch(path: Path) -> float:
-    """Set a file's time of change to now; it, in seconds."""
+    """Set a file's time of change to now, and return it in seconds."""
     path.touch()
     return path.stat().st_mtime

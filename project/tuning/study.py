@@ -1,7 +1,7 @@
-"""``project tune``: check what is wanted, join the study, let workers train, and report.
+"""``project tune``: check the space, open the study, let workers train trials, and report.
 
-Hyperparameter search with Optuna (Akiba et al. 2019, arXiv:1907.10902). The same command begins a study, goes on with
-it and, with a storage that others see, joins it from another machine.
+Hyperparameter search with Optuna (Akiba et al. 2019, arXiv:1907.10902). The same command begins a study and continues
+it. With a storage that several machines reach, it also joins the study from another machine.
 """
 
 import json
@@ -28,7 +28,7 @@ from project.tuning.workers import GONE, work_in_processes
 log = logging.getLogger(__name__)
 
 _OF_THE_MACHINE = ("logs_dir", "data_dir", "root", "num_workers", "accelerator", "devices", "default_root_dir")
-"""Keys that may differ between machines that work on one study."""
+"""Keys of the configuration that may differ between the machines that work on one study."""
 
 
 def tune(
@@ -48,11 +48,35 @@ def tune(
     search_seed: int = 0,
     heartbeat_s: int = 15,
 ) -> optuna.Study:
-    """Search, and leave table, best configuration and pictures in ``<logs>/<study>``; see
-    :meth:`project.frame.verbs.Trainer.tune`.
+    """Search, and write a table, the best configuration and pictures into ``<logs>/<study>``.
+
+    The command line calls it as :meth:`project.frame.verbs.Trainer.tune`.
+
+    Args:
+        base: resolved configuration of a run, whose values the trials change.
+        space: dotted keys of the configuration and their values (:mod:`project.tuning.space`).
+        study: name of the study, and of its folder below the logs.
+        objective: logged validation metric (its best epoch counts), macs, bytes, num_parameters, train_seconds or
+            fit_seconds. Several names make a Pareto front.
+        sampler: name of the sampler: grid, random, tpe or cma-es.
+        pruner: name of the pruner: none, median or hyperband.
+        trials: number of trials of the whole study; 1 or more. ``None`` takes every point of a grid, or 30 for another
+            sampler.
+        baseline: whether the first trial is the base configuration without changes.
+        seeds: number of runs of each trial; 1 or more. The objective is their mean.
+        workers: number of processes on this machine; 1 or more.
+        budget_s: seconds after which this call begins no further trial; 0 or more. ``None`` for no limit.
+        storage: URL of a database, or path of a file. ``None`` takes a file in the study's folder.
+        search_seed: seed of the sampler; any int.
+        heartbeat_s: number of seconds between two signs of life of a running trial; 1 or more. A trial that misses four
+            of them is given to another process.
+
+    Returns:
+        Optuna's study.
 
     Raises:
-        ValueError: for what cannot be searched, before the first trial.
+        ValueError: if an argument is outside its range, or the configuration does not take a key or a value of the
+            space. This is checked before the first trial.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}: choose 1 or more.")
@@ -81,8 +105,8 @@ def tune(
                 work(plan)
             else:
                 work_in_processes(plan, workers)
-    except (KeyboardInterrupt, SystemExit):  # the latter is what Lightning makes of it
-        log.info("stopped: the same command goes on with study %s", study)
+    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into SystemExit
+        log.info("stopped: the same command continues study %s", study)
     except StorageInternalError:
         raise ValueError(GONE) from None
     publish(joined, plan, folder)
@@ -91,14 +115,14 @@ def tune(
 
 
 def check_space(plan: Plan) -> None:
-    """Parse a configuration for every choice and both ends of every range.
+    """Check that the parser accepts every choice and both ends of every range.
 
     Raises:
-        ValueError: for keys and values that the configuration does not take.
+        ValueError: if the configuration does not take a key or a value.
     """
     plan.space.check_keys(plan.base)
     plan.make_pruner()
-    plan.points  # noqa: B018  (a grid of too many points, or of none)
+    plan.points  # noqa: B018  (an error if a grid has too many points)
     with quiet():
         parser = build(plan.base).parser
     parser.exit_on_error = False
@@ -106,7 +130,7 @@ def check_space(plan: Plan) -> None:
     for params in plan.space.probes():
         try:
             parser.parse_object(deepcopy(plan.space.apply(plan.base, params)))
-        except Exception as error:  # jsonargparse has several kinds
+        except Exception as error:  # jsonargparse raises several classes
             changed = [key for key in params if key not in before or before[key] != params[key]]
             where = f"{changed[0]} is {params[changed[0]]!r}" if before and changed else "its first point is refused"
             near = parser._nearest(str(error)) if isinstance(parser, Parser) else None
@@ -116,10 +140,10 @@ def check_space(plan: Plan) -> None:
 
 
 def begin(study: optuna.Study, plan: Plan) -> None:
-    """Compare with what the study was begun with, or note it; queue what is not there; say what is done.
+    """Note the definition of a new study, or compare it with that of an existing one. Then queue the missing trials.
 
     Raises:
-        ValueError: when the study searches something else, or an objective is logged by no run.
+        ValueError: if the existing study has another definition, or no run logs an objective.
     """
     wanted = {"base": plan.base, "space": plan.spec, "objective": list(plan.objectives), "seeds": plan.seeds}
     noted = study.user_attrs.get("definition")
@@ -128,7 +152,7 @@ def begin(study: optuna.Study, plan: Plan) -> None:
         study.set_user_attr("definition", json.dumps(wanted))
     elif (key := _difference(json.loads(noted), json.loads(json.dumps(wanted)))) is not None:
         raise ValueError(
-            f"study {plan.study!r} was begun with another {key}: give the command that it was begun with, or name "
+            f"study is {plan.study!r}, which was begun with another {key}: repeat the command that began it, or name "
             "another study (--study NAME)."
         )
     fill(study, plan)
@@ -139,7 +163,7 @@ def begin(study: optuna.Study, plan: Plan) -> None:
 
 
 def logged_metrics(plan: Plan) -> list[str]:
-    """What a run logs, found out by one batch of the configuration as it is."""
+    """The names of the metrics that a run logs. One batch of the unchanged configuration shows them."""
     silent = {"enable_progress_bar": False, "logger": False, "observe": False}
     with quiet():
         cli = build({**plan.base, "trainer": {**plan.base["trainer"], **silent, "fast_dev_run": True}})
@@ -148,6 +172,7 @@ def logged_metrics(plan: Plan) -> list[str]:
 
 
 def _one_device(base: dict[str, Any]) -> dict[str, Any]:
+    """The configuration with one device; an error if it asks for several."""
     trainer = base["trainer"]
     if trainer["devices"] not in ("auto", 1, "1") or trainer["num_nodes"] != 1:
         raise ValueError(
@@ -162,7 +187,7 @@ def _is_unfinished(study: optuna.Study, plan: Plan) -> bool:
 
 
 def _difference(old: Any, new: Any, key: str = "") -> str | None:
-    """The first dotted key in which two definitions differ, leaving out those of the machine."""
+    """The first dotted key in which two definitions differ. Keys of the machine, such as its folders, do not count."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for name in [*old, *(name for name in new if name not in old)]:
             if name in _OF_THE_MACHINE:
@@ -185,15 +210,17 @@ def _say_end(study: optuna.Study, plan: Plan, folder: Path) -> None:
     if not best_trials(study):
         if num_done < len(plan.points):
             return
-        reason = f" The first said: {errors[0]}" if errors else ""
-        raise ValueError(f"study {plan.study!r} has no trial that was trained to its end.{reason}")
+        reason = f" The first error was: {errors[0]}" if errors else ""
+        raise ValueError(
+            f"study is {plan.study!r}, but none of its trials was trained to its end: change the space.{reason}"
+        )
     spent = sum((trial.duration.total_seconds() for trial in trials if trial.duration), 0.0)
     log.info("")
     log.info("%d of %d trials done, %s of training", num_done, len(plan.points), duration(spent))
     if errors:
-        log.info("%d could not be trained; the first said: %s", len(errors), errors[0])
+        log.info("%d trials could not be trained; the first error was: %s", len(errors), errors[0])
     log.info("study          %s  (trials.csv, pictures)", folder)
     log.info("look           tensorboard --logdir %s", folder)
     log.info("best           project fit --config %s", folder / "best.yaml")
     if num_done < len(plan.points):
-        log.info("go on          with the same command")
+        log.info("continue       with the same command")

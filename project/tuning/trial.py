@@ -1,4 +1,4 @@
-"""One trial: an ordinary run of the configuration with the trial's values, in this process, as ``project fit`` does."""
+"""One trial: an ordinary run in this process, like one of ``project fit``, but with the trial's values."""
 
 import csv
 import gc
@@ -22,11 +22,14 @@ from project.tuning.report_trial import ReportTrial
 
 
 def run_trial(trial: optuna.Trial, plan: Plan) -> list[float]:
-    """Train the trial's point with each seed; the objectives, as means over the seeds.
+    """Train the trial's point once with each seed.
+
+    Returns:
+        The objectives, as means over the seeds.
 
     Raises:
-        optuna.TrialPruned: when the pruner stops it.
-        ValueError: when the point cannot be trained.
+        optuna.TrialPruned: if the pruner stops the trial.
+        ValueError: if the point cannot be trained.
     """
     params = plan.space.suggest(trial)
     config = plan.space.apply(plan.base, params)
@@ -46,13 +49,13 @@ def run_trial(trial: optuna.Trial, plan: Plan) -> list[float]:
 
 
 def trial_config(config: Mapping[str, Any], plan: Plan, seed: int) -> dict[str, Any]:
-    """The configuration of one run of a trial; it trains as that in the study's best.yaml does."""
+    """The configuration of one run of a trial. It trains in the same way as the configuration in ``best.yaml``."""
     own = {"experiment": plan.study, "test_after_fit": False, "enable_progress_bar": False}
     return {**config, "seed_everything": seed, "trainer": {**config["trainer"], **own}}
 
 
 def train(config: dict[str, Any], reporter: ReportTrial, plan: Plan, params: dict[str, Any]) -> tuple[Run, list[float]]:
-    """One run, and what the objectives came to."""
+    """Train one run, and return it with the values of the objectives."""
     with quiet():
         cli = build(config)
         trainer, model = cli.trainer, cli.model
@@ -66,25 +69,25 @@ def train(config: dict[str, Any], reporter: ReportTrial, plan: Plan, params: dic
             known |= _costs(model, run, plan)
             return run, [float(known[name]) for name in plan.objectives]
         finally:
-            del cli, trainer, model  # before the next trial's net is made
+            del cli, trainer, model  # free the memory before the next trial's net is made
             gc.collect()
 
 
 def build(config: dict[str, Any]) -> CLI:
-    """Classifier, data module and trainer of a configuration.
+    """Build classifier, data module and trainer from a configuration.
 
     Raises:
-        ValueError: when the parser refuses it.
+        ValueError: if the parser refuses the configuration.
     """
     try:
-        return CLI(deepcopy(config), run=False)  # the parser writes into what it gets
+        return CLI(deepcopy(config), run=False)  # a copy, because the parser changes its input
     except SystemExit:
-        raise ValueError("the configuration of this trial is refused: see the line above.") from None
+        raise ValueError("the parser refuses the configuration of this trial: see the line above.") from None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the log lines of a single run: a study has its own."""
+    """Hide the log lines of a single run, because a study has its own."""
     logger = logging.getLogger("project")
     level = logger.level
     logger.setLevel(logging.WARNING)
@@ -95,13 +98,14 @@ def quiet() -> Iterator[None]:
 
 
 def sentence(error: BaseException) -> str:
-    """An exception in one line."""
+    """An exception as one line of text."""
     return one_sentence(str(error)) or type(error).__name__
 
 
 def _costs(model: Any, run: Run, plan: Plan) -> dict[str, float]:
+    """Parameters, bytes and, if it is an objective, multiply-accumulates of the trained net."""
     costs: dict[str, float] = {"num_parameters": count_parameters(model.net), "bytes": parameter_bytes(model.net)}
-    if run.report.is_file():  # after a compression: of the file that it wrote
+    if run.report.is_file():  # a compression wrote a file: its bytes count
         with run.report.open(newline="", encoding="utf-8") as file:
             sizes = [int(row["file_bytes"]) for row in csv.DictReader(file) if row["file_bytes"]]
         costs |= {"bytes": sizes[-1]} if sizes else {}

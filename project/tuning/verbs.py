@@ -9,7 +9,7 @@ from project.frame.trainer import RunTrainer
 
 
 class Verbs(RunTrainer):
-    """Mixed into :class:`project.frame.verbs.Trainer`; the docstring of a method is the help of its verb."""
+    """Part of :class:`project.frame.verbs.Trainer`. The docstring of a method is the help of its verb."""
 
     needs_weights = False
 
@@ -31,30 +31,33 @@ class Verbs(RunTrainer):
         search_seed: int = 0,
         heartbeat_s: int = 15,
     ) -> Any:
-        """Search hyperparameters; each trial is a run, and the same command goes on with a study or joins it.
+        """Search hyperparameters. Each trial is a run; the same command continues a study, or joins it.
 
         Args:
-            model: the classifier.
-            datamodule: the data.
+            model: classifier that the configuration describes.
+            datamodule: data module that the configuration describes.
             space: dotted keys of the configuration and their values; see :mod:`project.tuning.space`.
-            objective: a logged metric of validation (its best epoch counts), macs, bytes, num_parameters, train_seconds
-                or fit_seconds; several make a Pareto front.
-            sampler: what proposes the next point; grid tries all.
-            pruner: what stops hopeless trials early.
-            trials: of the whole study; null is every point of a grid, else 30.
-            baseline: the first trial is the configuration as it is, for what is searched must beat it.
-            seeds: runs of each trial; their mean counts.
-            workers: processes on this machine.
-            budget_s: seconds after which this command begins no further trial.
-            study: its name, and the folder below logs; null is the names of the configuration files.
-            storage: null is a file in the study's folder; postgresql://USER@HOST/NAME lets machines share a study.
-            search_seed: of the sampler.
-            heartbeat_s: a trial whose process is silent for four times as long is given to another.
+            objective: logged validation metric (its best epoch counts), macs, bytes, num_parameters, train_seconds or
+                fit_seconds. Several names make a Pareto front.
+            sampler: method that proposes the next point; grid tries all points.
+            pruner: method that stops hopeless trials early.
+            trials: number of trials of the whole study; 1 or more. null takes every point of a grid, or 30 for another
+                sampler.
+            baseline: whether the first trial is the configuration without changes, for comparison.
+            seeds: number of runs of each trial; 1 or more. Their mean counts.
+            workers: number of processes on this machine; 1 or more.
+            budget_s: seconds after which this command begins no further trial; 0 or more. null for no limit.
+            study: name of the study, and of its folder below logs; null takes the names of the configuration files.
+            storage: path of a file, or URL of a database: with postgresql://USER@HOST/NAME several machines share a
+                study. null takes a file in the study's folder.
+            search_seed: seed of the sampler; any int.
+            heartbeat_s: number of seconds between two signs of life of a trial; 1 or more. A trial that is silent for
+                four times as long is given to another process.
         """
         from project.tuning.study import tune
 
         if self.configuration is None:
-            raise ValueError("tune needs a configuration to change: run it as `project tune --config …`.")
+            raise ValueError("tune needs a configuration to change: give one, as in `project tune --config FILE`.")
         return tune(
             self.configuration,
             space,
@@ -80,14 +83,15 @@ class Verbs(RunTrainer):
         max_lr: float = 10.0,
         num_steps: int = 100,
     ) -> float:
-        """Propose a learning rate from one short run in which it rises; the picture lands in the experiment's folder.
+        """Propose a learning rate from one short run in which it rises. A picture goes to the experiment's folder.
 
         Args:
-            model: the classifier.
-            datamodule: the data.
-            min_lr: the first rate.
-            max_lr: the last; the run ends earlier when the loss has grown fourfold.
-            num_steps: steps from the first to the last.
+            model: classifier that is trained.
+            datamodule: data module that gives the training images.
+            min_lr: learning rate of the first step; above 0.
+            max_lr: learning rate of the last step; above ``min_lr``. The run ends earlier if the loss grows to four
+                times its smallest value.
+            num_steps: number of training steps; 20 or more.
         """
         from project.tuning.finders import find_lr
 
@@ -103,14 +107,15 @@ class Verbs(RunTrainer):
         first: int = 16,
         largest: int | None = None,
     ) -> int:
-        """Find the largest batch that fits into memory, by a few steps with ever larger ones.
+        """Find the largest batch size that fits into memory, with a few training steps at each size.
 
         Args:
-            model: the classifier.
-            datamodule: the data.
-            mode: power doubles; binsearch then goes on between what fitted and what did not.
-            first: where to begin.
-            largest: where to end; null is the training set.
+            model: classifier that is trained.
+            datamodule: data module that gives the training images.
+            mode: power doubles the size until a step fails; binsearch then also tries sizes between the last one that
+                fitted and the one that failed.
+            first: batch size of the first try; 1 or more.
+            largest: largest batch size to try; 1 or more. null takes the size of the training set.
         """
         from project.tuning.finders import find_batch_size
 

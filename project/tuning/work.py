@@ -1,10 +1,12 @@
-"""The work on a study: every trial exactly once, however many processes and machines take part and whichever die.
+"""The work on a study: each trial is trained exactly once, with any number of processes and machines, even if some die.
 
-A study is a queue of tickets. Whoever opens it puts in the tickets that are not there yet; a worker takes one, which
-the storage gives to one process alone, and trains it. A ticket whose process has died (its heartbeat stops) goes back
-with the same values. A grid's points are the tickets' values; for the other samplers tickets are blank. Optuna's own
-loop (``Study.optimize``) counts trials in each process for itself: several workers end with too many, a grid has
-points twice, and a trial lost to a kill is retried in databases alone.
+A study is a queue of tickets, one for each trial. A process that opens the study adds the tickets that are missing. A
+worker takes a ticket, which the storage gives to one process only, and trains it. If a process dies, its heartbeat
+stops, and its ticket goes back to the queue with the same values. For a grid, a ticket holds a point; for the other
+samplers it is empty.
+
+Optuna's own loop (``Study.optimize``) counts trials in each process separately. With several workers it runs too many
+trials and repeats points of a grid. It retries the trial of a killed process only in databases.
 """
 
 import logging
@@ -27,11 +29,11 @@ from project.tuning.trial import run_trial, sentence
 log = logging.getLogger(__name__)
 
 MAX_LOSSES = 4
-"""Times that a ticket may kill its process before it is given up."""
+"""Number of times that the process of a ticket may die before the ticket is given up."""
 
 
 def open_study(plan: Plan) -> optuna.Study:
-    """The study, made if it is not there."""
+    """Open the study, or make it if it does not exist."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     return optuna.create_study(
         storage=open_storage(plan.storage, plan.heartbeat_s),
@@ -44,9 +46,12 @@ def open_study(plan: Plan) -> optuna.Study:
 
 
 def fill(study: optuna.Study, plan: Plan) -> int:
-    """Put each ticket in that has no trial yet, or only lost ones; how many.
+    """Add each ticket that has no trial yet, or only trials whose process died.
 
-    Two processes that do so at the same moment make doubles, which :func:`take` drops.
+    Two processes that do this at the same moment make doubles. :func:`take` drops them.
+
+    Returns:
+        The number of tickets that were added.
     """
     tries: dict[int, list[FrozenTrial]] = defaultdict(list)
     for trial in study.get_trials(deepcopy=False):
@@ -62,11 +67,11 @@ def fill(study: optuna.Study, plan: Plan) -> int:
 
 
 def take(study: optuna.Study) -> optuna.Trial | None:
-    """A waiting trial that now is this process's, with its first heartbeat; ``None`` when none waits."""
+    """Take a waiting trial for this process and send its first heartbeat; ``None`` if no trial waits."""
     storage = study._storage
     assert isinstance(storage, BaseHeartbeat)
     for waiting in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        storage.record_heartbeat(waiting._trial_id)  # before it runs: without one, it could never be missed
+        storage.record_heartbeat(waiting._trial_id)  # before it runs: a trial without heartbeat never counts as dead
         try:
             if not storage.set_trial_state_values(waiting._trial_id, state=TrialState.RUNNING):
                 continue
@@ -80,7 +85,10 @@ def take(study: optuna.Study) -> optuna.Trial | None:
 
 
 def work(plan: Plan) -> None:
-    """Train trials until none is left anywhere, or the time is up; one that is interrupted is given back."""
+    """Train trials until none is left on any machine, or the time is up.
+
+    An interrupted trial goes back to the queue.
+    """
     warnings.simplefilter("ignore", ExperimentalWarning)
     study = open_study(plan)
     parent = multiprocessing.parent_process()
@@ -92,14 +100,14 @@ def work(plan: Plan) -> None:
         elif not fill(study, plan):
             if not study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
                 return
-            time.sleep(1)  # another process may yet die and leave its trial
+            time.sleep(1)  # another process may still die, and its trial would then be free
 
 
 def attempt(study: optuna.Study, trial: optuna.Trial, plan: Plan) -> None:
-    """Train one trial and tell the study.
+    """Train one trial and report its result to the study.
 
-    A point that cannot be trained (its loss is no number, a batch larger than the data, no memory) counts as the worst:
-    samplers learn to avoid it.
+    A point that cannot be trained (the loss is NaN, the batch is larger than the data, memory is short) counts as
+    pruned, so that samplers learn to avoid it.
     """
     values, state = None, TrialState.FAIL
     try:
@@ -108,7 +116,7 @@ def attempt(study: optuna.Study, trial: optuna.Trial, plan: Plan) -> None:
     except optuna.TrialPruned:
         state = TrialState.PRUNED
     except UpdateFinishedTrialError:
-        log.warning("trial %d is dropped: this process stood still and another has taken it over", trial.number)
+        log.warning("trial %d is dropped: this process was silent for too long, and another took it over", trial.number)
     except (ValueError, RuntimeError) as error:
         trial.set_user_attr("error", sentence(error))
         state = TrialState.PRUNED
@@ -119,7 +127,7 @@ def attempt(study: optuna.Study, trial: optuna.Trial, plan: Plan) -> None:
 
 
 def _is_double(study: optuna.Study, trial: FrozenTrial) -> bool:
-    """Whether an earlier trial has the ticket already."""
+    """Whether an earlier trial already has the same ticket."""
     ticket = trial.user_attrs.get("ticket")
     return any(
         other.number < trial.number and other.user_attrs.get("ticket") == ticket and other.state != TrialState.FAIL

@@ -1,4 +1,4 @@
-"""Worker processes on one machine: each trains one trial after another, so that Python and torch start once."""
+"""Worker processes on one machine. Each trains one trial after another, so Python and torch start only once."""
 
 import logging
 import multiprocessing
@@ -17,15 +17,17 @@ from project.tuning.work import work
 
 log = logging.getLogger(__name__)
 
-GONE = "the study's storage does not answer any more: when it does, the same command goes on with the study."
+GONE = "the study's storage no longer answers: when it answers again, the same command continues the study."
+"""Error message for a storage that stops answering."""
 
 
 def work_in_processes(plan: Plan, workers: int) -> None:
-    """Start workers, and another for each that dies while trials are left."""
+    """Run worker processes until all of them end. A worker that is killed is replaced."""
     context = multiprocessing.get_context("spawn")
     before = dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))  # threads that wait cost tenfold
+    # With more threads than cores, threads wait for each other, and a trial takes ten times as long.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
     processes = [_start(context, plan, number) for number in range(workers)]
     try:
         while processes:
@@ -34,7 +36,7 @@ def work_in_processes(plan: Plan, workers: int) -> None:
                 process.join()
                 killed = process.exitcode is not None and process.exitcode < 0
                 if killed:
-                    log.warning("a worker was killed by signal %d: its trial is tried again", -(process.exitcode or 0))
+                    log.warning("a worker was killed by signal %d: its trial is run again", -(process.exitcode or 0))
                     processes[index] = _start(context, plan, index)
             processes = [process for process in processes if process.is_alive()]
     finally:
@@ -58,7 +60,7 @@ def _start(context: Any, plan: Plan, number: int) -> Any:
 
 def _worker(plan: Plan) -> None:
     setup_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the trial is given back
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the trial goes back to the queue
     try:
         work(plan)
     except (ValueError, OSError) as error:

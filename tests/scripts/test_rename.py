@@ -86,7 +86,7 @@ def test_a_bad_name_is_refused(name, word):
 
 @FORKED
 def test_uncommitted_work_and_a_missing_room_are_refused(clone):
-    assert "choose among compression" in script(clone, "--without", "tunning").stderr
+    assert "which this copy does not have: choose among" in script(clone, "--without", "tunning").stderr
     assert "one thing at a time" in script(clone).stderr
     (clone / "README.md").write_text("changed")
     for arguments in (["acme"], ["--without", "tuning"]):

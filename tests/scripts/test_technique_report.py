@@ -2,10 +2,14 @@
 
 from dataclasses import replace
 from itertools import combinations
+from pathlib import Path
 
+import numpy as np
 import pytest
-from matplotlib.text import Text
-from technique_report import TechniqueRow, plot_techniques, to_markdown
+from matplotlib.text import Annotation, Text
+from technique_report import TechniqueRow, plot_techniques, read_rows, to_markdown
+
+from project.deployment.table import write_csv
 
 DENSE = TechniqueRow(
     *("dense", 0, 0.95, 0.94, 12_000_000, 400_000, 400_000, 1_400_000, 1_600_000, "onnxruntime"),
@@ -55,10 +59,21 @@ def test_every_point_has_a_name_that_can_be_read(num_seeds: int) -> None:
     figure = plot_techniques(chosen, lambda row: row.bytes / 1e3, "kilobytes")
     figure.draw_without_rendering()
     (axes,) = figure.axes
-    boxes = {text.get_text(): Text.get_window_extent(text) for text in axes.texts}
+    texts = [text for text in axes.texts if isinstance(text, Annotation)]
+    boxes = {text.get_text(): Text.get_window_extent(text) for text in texts}
     assert boxes.keys() == {"dense", *NAMES}
     assert not [pair for pair in combinations(boxes, 2) if boxes[pair[0]].overlaps(boxes[pair[1]])]
-    for name, text in ((text.get_text(), text) for text in axes.texts):
+    for name, text in ((text.get_text(), text) for text in texts):
         row = next(row for row in chosen if row.technique == name)
         assert text.xy[0] == pytest.approx(row.bytes / 1e3), name
-        assert boxes[name].x0 > axes.bbox.x1 and boxes[name].x1 < figure.bbox.x1, name
+        x, y = axes.transData.transform(text.xy)
+        box = boxes[name]
+        away = np.hypot(max(box.x0 - x, 0, x - box.x1), max(box.y0 - y, 0, y - box.y1))
+        assert away < 60, f"{name} stands {away:.0f} pixels from its point"
+        assert axes.bbox.containsx(box.x0) and axes.bbox.containsx(box.x1), name
+        assert axes.bbox.containsy(box.y0) and axes.bbox.containsy(box.y1), name
+
+
+def test_rows_are_read_as_they_were_written(tmp_path: Path) -> None:
+    write_csv(rows(), TechniqueRow, tmp_path / "techniques.csv")
+    assert read_rows(tmp_path / "techniques.csv") == rows()

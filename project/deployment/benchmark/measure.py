@@ -1,8 +1,8 @@
 """``project benchmark``: accuracy, size, memory and speed of runs on every engine, in one table and one picture.
 
-Each engine is asked for its own answers on the test images, so what rounding or quantization does to accuracy shows.
-All engines of all runs are timed in the same rounds (:func:`project.deployment.latency.measure`). ``*.onnx`` and
-``*.packed`` files in a run's folder are measured as what was deployed of it.
+Each engine classifies the test images itself. So the table shows what rounding or quantization does to the accuracy.
+All engines of all runs are timed in the same rounds (:func:`project.deployment.latency.measure`). The ``*.onnx`` and
+``*.packed`` files in a run's folder are measured too: they are its deployed models.
 """
 
 import logging
@@ -30,14 +30,23 @@ from project.metrics.complexity import count_macs, count_nonzero, count_paramete
 log = logging.getLogger(__name__)
 
 BATCH = 64
-"""Images per batch of the throughput and of the accuracy; a compiled net knows this size and 1."""
+"""Batch size of the throughput and of the accuracy. A compiled net is compiled for this size and for 1."""
 ON_FILES = {".onnx": ("onnxruntime", "openvino"), ".packed": ("eager",)}
-"""Engines that run the model files in a run's folder, by suffix."""
+"""Engines that run the model files in a run's folder, by the file's suffix."""
 
 
 @dataclass
 class Entry:
-    """An engine on a subject; ``forward`` is missing when it would not start, and ``remark`` says why."""
+    """One engine that runs one net.
+
+    Args:
+        subject: net of a run.
+        engine: name of the engine.
+        file: path of the file that the engine loads.
+        deployed: whether the file is a model file in the run's folder.
+        forward: function that runs the net; ``None`` if the engine did not start.
+        remark: reason why the engine did not start; ``None`` if it did.
+    """
 
     subject: Subject
     engine: str
@@ -64,33 +73,33 @@ def benchmark(
     """Measure every subject on every engine.
 
     Args:
-        subjects: speedups compare with the first one's best fp32 engine.
-        data: whose test images the accuracy is measured on.
-        engines: names of :mod:`project.deployment.engines`; ``None`` takes all that are installed.
-        num_images: only the first test images; ``None`` takes all.
-        rounds: timed calls of each engine at each batch size.
-        budget_s: seconds after which no new round begins.
-        memory: measure peak memory too.
+        subjects: nets to measure. Speedups compare with the best fp32 engine of the first one.
+        data: data module that gives the test images for the accuracy.
+        engines: names of engines (:mod:`project.deployment.engines`); ``None`` takes all that are installed.
+        num_images: number of test images to use, from the first on; 1 or more. ``None`` takes all.
+        rounds: number of timed calls of each engine at each batch size; 1 or more.
+        budget_s: seconds after which no new round begins; 0 or more. ``None`` runs all rounds.
+        memory: whether to measure peak memory too.
 
     Returns:
-        Rows, engine by engine, model files last.
+        One row for each engine of each subject, in the order of the engines, and the model files last.
 
     Raises:
-        ValueError: for an engine that is unknown or not installed, a model file that cannot be run, a subject whose
-            classes or images are not those of the data, and when no engine starts.
+        ValueError: if an engine is unknown or not installed, a model file cannot be run, a subject has other classes
+            or images than the data, or no engine starts.
     """
     names = available() if engines is None else list(dict.fromkeys(engines))
     for name in names:
         check_engine(name)
     for name, value in (("rounds", rounds), ("num_images", num_images)):
         if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}, but it is a count: choose at least 1.")
+            raise ValueError(f"{name} is {value}: choose 1 or more.")
     for subject in subjects:
         check_data(subject, data)
     with tempfile.TemporaryDirectory() as folder:
         entries = _entries(subjects, names, Path(folder))
         log.info("starting %s; threads: %d", ", ".join(names), torch.get_num_threads())
-        for entry in sorted(entries, key=lambda entry: not entry.deployed):  # what may be refused comes first
+        for entry in sorted(entries, key=lambda entry: not entry.deployed):  # files first: they may raise an error
             _start_(entry)
         started = {str(index): entry.forward for index, entry in enumerate(entries) if entry.forward}
         if not started:
@@ -112,13 +121,15 @@ def benchmark(
 
 @contextmanager
 def threads(number: int | None) -> Iterator[None]:
-    """Let torch, and the engines built meanwhile, use so many threads; ``None`` changes nothing.
+    """Set the number of threads of PyTorch, and of the engines built inside the ``with`` block.
+
+    ``None`` changes nothing.
 
     Raises:
-        ValueError: for less than one.
+        ValueError: if the number is below 1.
     """
     if number is not None and number < 1:
-        raise ValueError(f"threads is {number}, but it is a count: choose at least 1, or null for torch's.")
+        raise ValueError(f"threads is {number}: choose 1 or more, or null for PyTorch's own number.")
     before = torch.get_num_threads()
     torch.set_num_threads(number or before)
     try:
@@ -131,7 +142,7 @@ def threads(number: int | None) -> Iterator[None]:
 
 
 def _entries(subjects: Sequence[Subject], names: Sequence[str], folder: Path) -> list[Entry]:
-    """Engine by engine, so that the runs lie side by side; model files last."""
+    """All engines of all runs. The rows of one engine follow each other, and the model files come last."""
     made = [
         Entry(subject, name, folder / f"{index}.{_kind(name)}", deployed=False)
         for name in names
@@ -148,13 +159,14 @@ def _entries(subjects: Sequence[Subject], names: Sequence[str], folder: Path) ->
 
 
 def _kind(name: str) -> str:
-    """Suffix of the file that holds what an engine loads."""
+    """Suffix of the file that an engine loads."""
     return "onnx" if name in FILE_ENGINES else "bf16.pt" if name == "bf16" else "pt"
 
 
 def _start_(entry: Entry) -> None:
-    """Build the engine and run both batch sizes, for which compilers compile. An engine that cannot do this net is left
-    out with a remark; a model file that cannot be run is an error.
+    """Build the engine and run both batch sizes, so that compilation is over before the timing.
+
+    An engine that cannot run this net is left out, with a remark. A model file that cannot be run is an error.
     """
     module = entry.subject.module
     try:
@@ -167,7 +179,7 @@ def _start_(entry: Entry) -> None:
             shape = tuple(forward(torch.zeros(batch, *module.image_shape)).shape)
             if shape != (batch, module.num_classes):
                 raise RuntimeError(f"{batch} images gave an output of shape {list(shape)}")
-    except Exception as error:  # of torch, of a compiler, of a runtime
+    except Exception as error:  # torch, a compiler or a runtime may raise any class
         if entry.deployed:
             raise error if isinstance(error, ValueError) else _unfit(entry, error) from error
         entry.remark = f"not measured, {type(error).__name__}: {first_line(error)}"
@@ -206,13 +218,14 @@ def _unfit(entry: Entry, error: Exception) -> ValueError:
 
 
 def _count_right(entries: Sequence[Entry], data: ImageDataModule, num_images: int | None) -> tuple[list[int], int]:
-    """How many test images each engine classifies rightly, and how many there are."""
+    """The number of test images that each engine classifies correctly, and the number of images."""
     right, count = [0] * len(entries), 0
     normalize = {
         entry.subject.name: Normalize(entry.subject.module.mean, entry.subject.module.std) for entry in entries
     }
     for pixels, labels in _test_batches(data, num_images):
-        padding = pixels[-1:].expand(BATCH - len(pixels), -1, -1, -1)  # of real pixels: some engines scale by the batch
+        # Fill the last batch with real pixels: some engines choose their scales from the whole batch.
+        padding = pixels[-1:].expand(BATCH - len(pixels), -1, -1, -1)
         images = torch.cat([pixels, padding]).float().div_(255)
         normalized = {name: function(images) for name, function in normalize.items()}
         for index, entry in enumerate(entries):

@@ -1,13 +1,14 @@
-"""How much memory an engine takes, each in a process of its own that does nothing else.
+"""How much memory an engine takes. Each engine is measured in its own process, which does nothing else.
 
-Reported is the peak of the process's resident memory from loading the net to the end of one batch, less its resident
-memory just before, when the packages are imported: weights, the runtime's own copies and plans, activations, and the
-pages of libraries that are touched for the first time (some 10 MB). Of ``compiled`` it includes the compilation. What
-the packages themselves take (torch some 200 MB) is left out. On a GPU it is ``torch.cuda.max_memory_allocated``:
-weights and activations there. Repeated, it differs by a few percent.
+The result is the peak of the process's resident memory between loading the net and the end of one batch, minus its
+resident memory just before, when the packages are already imported. It counts the weights, the runtime's own copies and
+plans, the activations, and the pages of libraries that are used for the first time (about 10 MB). For ``compiled`` it
+includes the compilation. It leaves out what the packages themselves take (torch about 200 MB). On a GPU it is
+``torch.cuda.max_memory_allocated``: the weights and activations on the GPU. Repeated measurements differ by a few
+percent.
 
-The packages are imported once, in a fresh process that computes nothing; it forks for every engine. So this needs a
-system with ``fork``.
+A fresh process that computes nothing imports the packages once. It forks for every engine, so the system needs
+``fork``.
 """
 
 import importlib
@@ -30,13 +31,13 @@ from project.deployment.engines import FILE_ENGINES, engine
 def peak_memory(
     engines: Sequence[tuple[str, nn.Module | Path]], image_shape: tuple[int, int, int], batch_size: int = 64
 ) -> list[int | str]:
-    """Bytes that each engine takes for one batch, as told above; where that failed, a sentence why.
+    """Bytes that each engine takes for one batch. If a measurement failed: a text with the reason.
 
     Args:
-        engines: names of :mod:`project.deployment.engines`, each with its net (of a class that can be imported) or,
-            where the engine runs model files, with the file.
-        image_shape: (C, H, W).
-        batch_size: number of images.
+        engines: name of each engine (:mod:`project.deployment.engines`) with its net, or with the path of a model
+            file if the engine runs files. The net's class can be imported.
+        image_shape: shape (C, H, W) of one image.
+        batch_size: number of images in the batch; 1 or more.
     """
     with tempfile.TemporaryDirectory() as folder:
         tasks = []
@@ -62,7 +63,7 @@ def peak_memory(
 
 
 def main() -> None:
-    """What the fresh process does: tasks from standard input, a list of results to standard output."""
+    """Code of the fresh process: it reads tasks from standard input and writes a list of results to standard output."""
     work = json.loads(sys.stdin.read())
     for module in dict.fromkeys(task["module"] for task in work["tasks"]):
         importlib.import_module(module)
@@ -98,11 +99,11 @@ def _in_a_fork(function: Callable[[], int]) -> int | str:
     os.waitpid(process, 0)
     text = os.read(read, 1 << 16)
     os.close(read)
-    return json.loads(text) if text else "its process was ended from outside"
+    return json.loads(text) if text else "its process was killed"
 
 
 def _restart_peak() -> int:
-    """Resident memory now, in bytes; on Linux the peak is counted from here on, elsewhere from the process's start."""
+    """Resident memory now, in bytes. On Linux the peak is counted from now on, elsewhere from the process's start."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -112,7 +113,7 @@ def _restart_peak() -> int:
 
 def _peak() -> int:
     if Path("/proc/self/status").is_file():
-        return _status("VmHWM")  # getrusage's would begin with that of the process which started this one
+        return _status("VmHWM")  # getrusage would include the peak of the parent process
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,5 +1,5 @@
-"""What ``project benchmark`` leaves: CSV, Markdown and a picture in the run's folder, TensorBoard, a table on the
-terminal.
+"""The outputs of ``project benchmark``: CSV, Markdown and a picture in the run's folder, entries in TensorBoard, and a
+table on the terminal.
 """
 
 import logging
@@ -22,14 +22,13 @@ log = logging.getLogger(__name__)
 
 
 def publish(rows: Sequence[BenchmarkRow], run: Run, command: str, writer: "SummaryWriter | None" = None) -> None:
-    """Write ``benchmark.csv``, ``.md`` and ``.png`` into the run's folder, show them in TensorBoard, and the table on
-    the terminal.
+    """Write ``benchmark.csv``, ``.md`` and ``.png`` into the run's folder, and show the table on the terminal.
 
     Args:
-        rows: of :func:`benchmark`.
-        run: where to.
-        command: what to type to repeat it.
-        writer: of TensorBoard; ``None`` leaves it out.
+        rows: rows that :func:`project.deployment.benchmark.measure.benchmark` returned.
+        run: run whose folder the files are written to.
+        command: command that repeats the benchmark; the Markdown file shows it.
+        writer: TensorBoard's writer, which gets the table and the picture too; ``None`` leaves TensorBoard out.
     """
     from PIL import Image
 
@@ -55,7 +54,7 @@ def publish(rows: Sequence[BenchmarkRow], run: Run, command: str, writer: "Summa
 
 
 def how_to_repeat(**options: object) -> str:
-    """The command with these options, lists spread out; ``None`` is left out."""
+    """The command line with these options. An option that is ``None`` is left out."""
     words = ["project", "benchmark"]
     for name, value in options.items():
         if value is not None:
@@ -85,7 +84,7 @@ def _count(number: int | None, word: str) -> str:
 
 
 def _show(rows: Sequence[BenchmarkRow]) -> None:
-    """A rich table on a terminal, aligned lines elsewhere; what the engines share in a line above."""
+    """Show a rich table on a terminal, and aligned lines elsewhere. A line above holds what all engines share."""
     log.info("")
     for row in {row.run: row for row in rows}.values():
         counts = (row.num_parameters, row.num_nonzero, row.macs)

@@ -1,7 +1,7 @@
-"""The rows of ``project benchmark``: one for each engine and model file of each run, as CSV, Markdown and lines.
+"""The rows of ``project benchmark``: one for each engine and model file of each run, as CSV, Markdown and short table.
 
-Speedups compare with the fastest engine in fp32 on the processor of the first run, at the same batch size, measured in
-the same rounds: the one that is compared with has 1.00x.
+A speedup compares with the fastest fp32 engine on the CPU of the first run, at the same batch size and in the same
+rounds. This engine itself has a speedup of 1.00x.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,23 +14,40 @@ from project.deployment.table import markdown_line, write_latency, write_number
 
 @dataclass(frozen=True)
 class BenchmarkRow:
-    """What one engine makes of one run's net; ``None`` where a value is unknown.
+    """Accuracy, size, speed and memory of one engine on one run's net. A value that is unknown is ``None``.
+
+    Example::
+
+        >>> from project.deployment import BenchmarkRow, Latency
+        >>> row = BenchmarkRow("digits/version_0", "onnxruntime", test_accuracy=0.991)
+        >>> row = row.with_latencies(Latency(0.2, 0.19, 0.25, 50, 1), Latency(8.0, 7.9, 8.4, 50, 1))
+        >>> row.images_per_second
+        8000.0
 
     Args:
-        run: ``<experiment>/<version>``.
-        engine: see :mod:`project.deployment.engines`.
-        file: the model file in the run's folder that the engine runs; ``None`` is the net of the checkpoint.
-        test_accuracy: fraction, 0 to 1, of the images that this engine classified rightly.
-        num_images: how many it was shown.
-        num_parameters, num_nonzero, macs: of the checkpoint's net, as :mod:`project.metrics.complexity` counts them.
-        file_bytes: of the file that holds what the engine loads: the model file; for the checkpoint's net, its weights
-            as ``torch.save`` writes them, or the ONNX file it is exported to.
-        latency_ms_batch1, latency_ms_batch64: medians for one batch, ``_p05`` and ``_p95`` their percentiles.
-        images_per_second: at batch 64, from the median.
-        speedup_batch1, speedup_batch64: latency of the first run's best fp32 engine / this latency.
-        peak_memory_bytes: see :mod:`project.deployment.benchmark.memory`.
-        num_rounds, num_threads: timed calls for each batch size, threads an engine may use.
-        remark: why values are missing.
+        run: name of the run, ``<experiment>/<version>``.
+        engine: name of the engine (:mod:`project.deployment.engines`).
+        file: name of the model file in the run's folder that the engine runs; ``None`` for the checkpoint's net.
+        test_accuracy: fraction of the images that this engine classifies correctly, from 0 to 1.
+        num_images: number of images that the accuracy was measured on; 1 or more.
+        num_parameters: number of parameters of the checkpoint's net, as :mod:`project.metrics.complexity` counts.
+        num_nonzero: number of these parameters that are not 0.
+        macs: number of multiply-accumulates of the checkpoint's net for one image.
+        file_bytes: bytes of the file that the engine loads. That is the model file or, for the checkpoint's net, its
+            weights as ``torch.save`` writes them or the ONNX file that it is exported to.
+        latency_ms_batch1: median time for one image, in milliseconds; above 0.
+        latency_ms_batch1_p05: 5th percentile of the time for one image, in milliseconds.
+        latency_ms_batch1_p95: 95th percentile of the time for one image, in milliseconds.
+        latency_ms_batch64: median time for a batch of 64 images, in milliseconds; above 0.
+        latency_ms_batch64_p05: 5th percentile of the time for a batch of 64 images, in milliseconds.
+        latency_ms_batch64_p95: 95th percentile of the time for a batch of 64 images, in milliseconds.
+        images_per_second: number of images per second at batch size 64, from the median.
+        speedup_batch1: latency of the first run's best fp32 engine divided by this latency, at batch size 1.
+        speedup_batch64: latency of the first run's best fp32 engine divided by this latency, at batch size 64.
+        peak_memory_bytes: peak memory for a batch of 64 images (:mod:`project.deployment.benchmark.memory`), in bytes.
+        num_rounds: number of timed calls for each batch size; 1 or more.
+        num_threads: number of threads that the engine may use; 1 or more.
+        remark: reason why values are missing; ``None`` if there is nothing to say.
     """
 
     run: str
@@ -58,9 +75,16 @@ class BenchmarkRow:
 
     @property
     def label(self) -> str:
+        """The name of the engine, with the file in front if there is one."""
         return f"{self.file}, {self.engine}" if self.file else self.engine
 
     def with_latencies(self, batch1: Latency, batch64: Latency) -> "BenchmarkRow":
+        """A copy of the row with latencies, throughput, and the numbers of rounds and threads.
+
+        Args:
+            batch1: latency of one image.
+            batch64: latency of a batch of 64 images.
+        """
         return replace(
             self,
             latency_ms_batch1=batch1.median_ms,
@@ -76,7 +100,10 @@ class BenchmarkRow:
 
 
 def with_speedups(rows: Sequence[BenchmarkRow]) -> list[BenchmarkRow]:
-    """The rows with speedups over the best fp32 engine of the first row's run; without one they stay unknown."""
+    """The rows with speedups over the best fp32 engine of the first row's run.
+
+    Without such an engine they stay unknown.
+    """
     dense = [row for row in rows if row.run == rows[0].run and row.engine in FP32 and not row.file]
     best1 = min((row.latency_ms_batch1 for row in dense if row.latency_ms_batch1), default=None)
     best64 = min((row.latency_ms_batch64 for row in dense if row.latency_ms_batch64), default=None)
@@ -91,7 +118,7 @@ def with_speedups(rows: Sequence[BenchmarkRow]) -> list[BenchmarkRow]:
 
 
 def slow_files(rows: Sequence[BenchmarkRow]) -> list[str]:
-    """A sentence for each file that is smaller than the net in fp32 and no faster in the same engine."""
+    """A sentence for each model file that is smaller than the fp32 net but no faster in the same engine."""
     nets = {(row.run, row.engine): row for row in rows if not row.file}
     sentences = []
     for row in rows:
@@ -101,20 +128,20 @@ def slow_files(rows: Sequence[BenchmarkRow]) -> list[str]:
         if row.latency_ms_batch64 and net.latency_ms_batch64 and net.latency_ms_batch64 < 1.05 * row.latency_ms_batch64:
             sentences.append(
                 f"{row.run}, {row.label}: no faster than fp32 in the same engine on this processor "
-                f"({net.latency_ms_batch64 / row.latency_ms_batch64:.2f} times its speed at batch 64); it saves bytes "
-                "alone."
+                f"({net.latency_ms_batch64 / row.latency_ms_batch64:.2f} times its speed at batch 64); it only saves "
+                "bytes."
             )
     return sentences
 
 
 def to_markdown(rows: Sequence[BenchmarkRow], title: str, facts: Mapping[str, str], notes: Sequence[str] = ()) -> str:
-    """What was measured on what, the table, and remarks.
+    """A Markdown page: the facts, the table, and the remarks.
 
     Args:
-        rows: of the table.
-        title: of the page.
-        facts: such as machine and date, by name; they come first.
-        notes: sentences below the table.
+        rows: rows of the table.
+        title: title of the page.
+        facts: facts such as machine and date, by name; they stand above the table.
+        notes: sentences that stand below the table.
     """
     lines = [f"# {title}", "", *(f"- {name}: {value}" for name, value in facts.items()), ""]
     lines += [markdown_line(_HEADS), markdown_line("---" if head in _WORDS else "---:" for head in _HEADS)]
@@ -124,7 +151,7 @@ def to_markdown(rows: Sequence[BenchmarkRow], title: str, facts: Mapping[str, st
 
 
 def to_short_table(rows: Sequence[BenchmarkRow]) -> tuple[list[str], list[list[str]]]:
-    """Heads and cells that fit a terminal: what differs between engines, p95 behind the median."""
+    """Column titles and cells of a table that fits a terminal. It shows what differs between engines."""
     heads = ["engine", "accuracy", "bytes", "ms, batch 1 (p95)", "ms, batch 64 (p95)", "images/s"]
     heads += ["speedup 1", "speedup 64", "MB"]
     cells = [
@@ -153,12 +180,12 @@ _HEADS = (
     *("images/s, batch 64", "speedup, batch 1", "speedup, batch 64", "peak memory, MB"),
 )
 _LEGEND = (
-    "Accuracy is measured through each engine. Milliseconds are medians for one batch, with the 5th and the 95th "
-    "percentile. Speedups are over the best engine in fp32 on the processor, of the first run, at the same batch "
-    "size. Bytes are those of the file that holds what the engine loads: the model file that is named; else the "
-    "weights as torch.save writes them, or the ONNX file that the net is exported to. Memory is the growth of a fresh "
-    "process's peak while it loads the engine and runs one batch of 64, packages aside. Parameters, nonzeros and "
-    "multiply-accumulates (MACs, one image) are those of the checkpoint's net."
+    "Each engine classifies the test images itself, for the accuracy. Milliseconds are medians for one batch, with the "
+    "5th and the 95th percentile. Speedups compare with the first run's best fp32 engine on the CPU, at the same batch "
+    "size. Bytes are those of the file that the engine loads: the model file that is named, else the weights as "
+    "torch.save writes them, or the ONNX file that the net is exported to. Memory is the growth of a fresh process's "
+    "peak memory while it loads the engine and runs one batch of 64 images, without the packages. Parameters, nonzeros "
+    "and multiply-accumulates (MACs, for one image) are those of the checkpoint's net."
 )
 
 

@@ -1,6 +1,4 @@
-"""Who is measured by :mod:`project.deployment.benchmark.measure`: the nets of runs, each with its weights and its
-model files.
-"""
+"""What a benchmark measures: the nets of runs, each with its weights and its model files."""
 
 import os
 from collections.abc import Sequence
@@ -20,9 +18,9 @@ class Subject:
     """A trained net to measure.
 
     Args:
-        name: of its run.
-        module: the classifier with its weights, on the processor.
-        files: its exported models.
+        name: name of the run.
+        module: classifier with the weights of the run, on the CPU.
+        files: paths of the model files in the run's folder.
     """
 
     name: str
@@ -38,18 +36,19 @@ def load_subjects(
     compare: Sequence[str] = (),
     files: bool = True,
 ) -> list[Subject]:
-    """A run's net with its weights, and those of the runs to put beside it.
+    """A run's net with its weights, and the nets of the runs to compare it with.
 
     Args:
-        run: the first.
-        checkpoint: its weights.
-        module: a classifier of its configuration, left as it was; ``None`` builds the one the checkpoint describes.
-        compare: folders of the other runs, for each one's best checkpoint; the same run twice counts once.
-        files: measure the first run's model files too.
+        run: first run, which the others are compared with.
+        checkpoint: path of the checkpoint with the first run's weights.
+        module: classifier built from the first run's configuration; it does not change. ``None`` builds the one that
+            the checkpoint describes.
+        compare: folders of the other runs, whose best checkpoints are taken; a run that is given twice counts once.
+        files: whether to measure the first run's model files too.
 
     Raises:
-        ValueError: when a folder holds no run or no checkpoint, net and weights do not fit, or a checkpoint does not
-            say how to build its net.
+        ValueError: if a folder holds no run or no checkpoint, the weights do not fit the net, or a checkpoint does not
+            describe how to build its net.
     """
     content = torch.load(checkpoint, map_location="cpu", weights_only=True)
     folders, first = [run.folder.resolve()], with_weights(module, content) if module else _from(checkpoint)
@@ -63,10 +62,10 @@ def load_subjects(
 
 
 def check_data(subject: Subject, data: ImageDataModule) -> None:
-    """Its classes and image shape are those of the data.
+    """Refuse a subject that has other classes or another image shape than the data.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: if they differ.
     """
 
     def words(classes: Sequence[str], shape: Sequence[int]) -> str:
@@ -76,13 +75,14 @@ def check_data(subject: Subject, data: ImageDataModule) -> None:
     own, wanted = (module.class_names, module.image_shape), (tuple(data.class_names), tuple(data.image_shape))
     if own != wanted:
         raise ValueError(
-            f"{subject.name} has {words(*own)}, but the test images of this benchmark are of {words(*wanted)}: "
-            "compare runs on the same data set."
+            f"{subject.name} has {words(*own)}, but the test data of this benchmark have {words(*wanted)}: compare "
+            "runs on the same data set."
         )
 
 
 def first_line(error: Exception) -> str:
-    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "without a word")
+    """The first line of an error's message, cut to 200 characters."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), "without a message")
     return line if len(line) <= 200 else f"{line[:199]}…"
 
 
@@ -91,13 +91,13 @@ def _from(checkpoint: str | os.PathLike[str]) -> Classifier:
         return Classifier.load_from_checkpoint(Path(checkpoint), map_location="cpu", weights_only=True).eval()
     except Exception as error:
         raise ValueError(
-            f"the checkpoint is {str(checkpoint)!r}, but its net cannot be built from it ({first_line(error)}): "
-            "compare runs that `project fit` made."
+            f"the checkpoint is {str(checkpoint)!r}, but its net cannot be built from it ({first_line(error)}): give a "
+            "run that `project fit` made."
         ) from error
 
 
 def _names(folders: Sequence[Path]) -> list[str]:
-    """``<experiment>/<version>``, with as many more folders in front as tell all apart."""
+    """``<experiment>/<version>`` of each folder, with as many more folders in front as make all names different."""
     depth = 2
     while len({folder.parts[-depth:] for folder in folders}) < len(folders):
         depth += 1

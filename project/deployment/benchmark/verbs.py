@@ -9,7 +9,7 @@ from project.frame.trainer import RunTrainer
 
 
 class Verbs(RunTrainer):
-    """Mixed into :class:`project.frame.verbs.Trainer`; the docstring of a method is the help of its verb."""
+    """Part of :class:`project.frame.verbs.Trainer`. The docstring of a method is the help of its verb."""
 
     needs_weights = True
 
@@ -27,22 +27,23 @@ class Verbs(RunTrainer):
         threads: int | None = None,
         memory: bool = True,
     ) -> Any:
-        """Measure accuracy, bytes, latency, throughput and memory on every engine; one table, one picture.
+        """Measure accuracy, bytes, latency, throughput and memory on every engine, as one table and one picture.
 
         Args:
-            model: the classifier.
-            datamodule: the data, whose test images the accuracy is measured on.
-            run: a run's folder; the results are written to it, and ``*.onnx`` and ``*.packed`` files in it are
-                measured as well.
-            ckpt_path: another checkpoint of this run than its best; without the model files.
-            compare: folders of further runs on the same data, to put beside it: ``--compare DIR DIR``.
-            engines: of eager, contiguous, bf16, compiled, onnxruntime, openvino, openvino-bf16, cuda, cuda-compiled:
-                ``--engines eager onnxruntime``; null takes all that are installed.
-            num_images: take only the first test images; null takes all.
-            rounds: timed calls of each engine at batch 1 and 64.
-            budget_s: seconds after which no new round begins.
-            threads: number of threads; null is torch's own (``OMP_NUM_THREADS``).
-            memory: measure peak memory, in processes of their own.
+            model: classifier whose net is measured.
+            datamodule: data module that gives the test images for the accuracy.
+            run: folder of a run. Its ``*.onnx`` and ``*.packed`` files are measured as well, and the results are
+                written to it.
+            ckpt_path: path of a checkpoint to measure instead of the run's best one; the model files are then left out.
+            compare: folders of other runs on the same data to measure beside this one: ``--compare DIR DIR``.
+            engines: names of the engines, any of eager, contiguous, bf16, compiled, onnxruntime, openvino,
+                openvino-bf16, cuda and cuda-compiled: ``--engines eager onnxruntime``. null takes all that are
+                installed.
+            num_images: number of test images to use, from the first on; 1 or more. null takes all.
+            rounds: number of timed calls of each engine at batch sizes 1 and 64; 1 or more.
+            budget_s: seconds after which no new round begins; 0 or more.
+            threads: number of threads; 1 or more. null takes PyTorch's own number (``OMP_NUM_THREADS``).
+            memory: whether to measure peak memory, each engine in its own process.
         """
         from project.callbacks.places import tensorboard
         from project.deployment.benchmark import measure as work
@@ -50,7 +51,7 @@ class Verbs(RunTrainer):
         from project.deployment.benchmark.subjects import load_subjects
 
         if run is None:
-            raise ValueError("benchmark needs --run DIR, a run's folder: that is where its results are written.")
+            raise ValueError("benchmark needs --run DIR, the folder of a run, because it writes its results there.")
         checkpoint = self._weights_of(run, ckpt_path)
         assert self.run is not None and checkpoint is not None
         options = {"engines": engines, "num_images": num_images, "rounds": rounds, "budget_s": budget_s}

@@ -1,16 +1,16 @@
-"""Which range of values eight bits stand for: the observers of post-training quantization.
+"""Observers of post-training quantization: they choose the range of values that eight bits stand for.
 
 Krishnamoorthi 2018 (arXiv:1806.08342, sec. 2 and 3.1): ``x = scale * (q - zero_point)``. A wide range loses small
-differences, a narrow one clips large values; Nagel et al. 2021 (arXiv:2106.08295, sec. 3.1) compare how to choose:
+differences, and a narrow one clips large values. Nagel et al. 2021 (arXiv:2106.08295, sec. 3.1) compare the choices:
 
-- ``min-max``: the smallest and the largest value seen; nothing is clipped;
-- ``mean-min-max``: the mean over the images of each one's smallest and largest value, which one odd image cannot
-  stretch (Jacob et al. 2018, arXiv:1712.05877, sec. 3.1, smooth the extremes of batches);
-- ``percentile``: all but a share of the values at either end;
-- ``mse``: the range with the smallest mean squared error of what was seen (the paper's eq. 12).
+- ``min-max``: from the smallest to the largest value seen. Nothing is clipped;
+- ``mean-min-max``: from the mean over the images of their smallest values to the mean of their largest ones. A single
+  unusual image hardly changes it (Jacob et al. 2018, arXiv:1712.05877, sec. 3.1, smooth the extremes of batches);
+- ``percentile``: all values except for a share at either end;
+- ``mse``: the range with the smallest mean squared error over the values seen (eq. 12 of Nagel et al.).
 
-Values are counted in a histogram of 2,048 bins between the extremes of a first pass; within a bin they count as its
-middle, so that a chosen end is right to a 2,048th of the values' span.
+A first pass finds the extremes. A second pass counts the values in a histogram of 2,048 bins between them. Each value
+counts as the middle of its bin, so the chosen ends are accurate to 1/2,048 of the distance between the extremes.
 """
 
 from dataclasses import dataclass
@@ -25,32 +25,45 @@ Array = NDArray[np.float32]
 Method = Literal["min-max", "mean-min-max", "percentile", "mse"]
 
 NUM_BINS = 2048
-_LARGEST_PAIR = 128  # two weights of one sign whose products with 255 add up to less than 2**15
-_STEPS = 100  # ends that mse tries, from all of the range down to a hundredth
+"""Number of bins of the histogram."""
+_LARGEST_PAIR = 128
+"""Largest sum of two integer weights of the same sign whose products with 255 add up to less than 2**15."""
+_STEPS = 100
+"""Number of ranges that ``mse`` tries, from the whole range down to a hundredth of it."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """``x = scale * (q - zero_point)`` with q from 0 to 255."""
+    """How an activation becomes eight bits: ``x = scale * (q - zero_point)`` with q from 0 to 255.
+
+    Args:
+        scale: distance between two neighbouring values; above 0.
+        zero_point: integer that stands for 0, from 0 to 255.
+    """
 
     scale: float
     zero_point: int
 
     @classmethod
     def of_range(cls, low: float, high: float) -> "Scale":
-        """The scale of [low, high], widened to hold 0, which padding and ReLU need exactly."""
+        """The scale for values from ``low`` to ``high``. The range is widened so that 0 lies inside it and has an exact
+        integer, because padding and ReLU need an exact 0.
+        """
         low, high = min(low, 0.0), max(high, 0.0)
         scale = max((high - low) / 255, 1e-12)
         return cls(float(np.float32(scale)), round(-low / scale))
 
     def fake(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
-        """``x`` as it comes back from eight bits."""
+        """``x`` after rounding to eight bits and back."""
         q = np.clip(np.round(x / self.scale) + self.zero_point, 0, 255)
         return (q - self.zero_point) * self.scale
 
 
 class Observer:
-    """Sees the batches ``[N, ...]`` of one tensor twice: :meth:`see_range` for the extremes, then :meth:`count`."""
+    """Collects the values of one tensor, given as batches ``[N, ...]``.
+
+    Give it all batches twice: first to :meth:`see_range`, which finds the extremes, then to :meth:`count`.
+    """
 
     def __init__(self) -> None:
         self.lows: list[float] = []
@@ -79,8 +92,10 @@ class Observer:
         """The scale of the values seen.
 
         Args:
-            method: see the module; without :meth:`count` only ``min-max`` and ``mean-min-max``.
-            percentile: share of the values, in percent, that ``percentile`` keeps; half of the rest goes at either end.
+            method: name of a method that the module's docstring describes. ``percentile`` and ``mse`` need
+                :meth:`count` first.
+            percentile: share of the values that ``percentile`` keeps, in percent, above 50 and up to 100. Half of the
+                rest is clipped at either end.
         """
         if method == "mean-min-max":
             return Scale.of_range(float(np.mean(self.lows)), float(np.mean(self.highs)))
@@ -110,33 +125,35 @@ def round_weight(
     reduce_range: bool = False,
     smallest: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """A weight as integers and one scale for each row: ``weight`` is about ``integers * scales``.
+    """Round a weight to integers with one scale for each row: ``weight`` is about ``integers * scales``.
 
     Args:
-        weight: ``[rows, ...]``, floating point.
-        num_bits: bits of an integer, 2 to 8. The integers lie between ``-(2**(num_bits-1) - 1)`` and its opposite.
-        method: ``mse`` clips each row where its squared error is smallest; all others clip nothing.
-        reduce_range: choose scales with which no two integers of a row that have the same sign add to more than 128 in
-            magnitude. x86 processors without VNNI add two products of an unsigned and a signed byte in 16 bits
-            (``vpmaddubsw``) and saturate at 32,767; 255 * 128 is below it. So no sum saturates, whichever two
-            weights of a row a kernel puts together. ONNX Runtime's ``reduce_range`` keeps each integer within 64
-            instead, which is enough as well and coarser.
-        smallest: the smallest scale allowed, ``[rows]``; ``None`` allows any.
+        weight: floating point tensor ``[rows, ...]``.
+        num_bits: number of bits of an integer, 2 to 8. The integers lie between ``-(2**(num_bits-1) - 1)`` and
+            ``2**(num_bits-1) - 1``.
+        method: name of the method. ``mse`` clips each row where its squared error is smallest; the others clip nothing.
+        reduce_range: whether to choose scales with which no two integers of a row that have the same sign add to more
+            than 128 in magnitude. x86 processors without VNNI add two products of an unsigned and a signed byte in 16
+            bits (``vpmaddubsw``) and saturate at 32,767. 255 * 128 is below it. So no sum saturates, whichever two
+            weights of a row a kernel adds. ONNX Runtime's ``reduce_range`` keeps each integer within 64 instead, which
+            also suffices but is coarser.
+        smallest: smallest scale allowed for each row, ``[rows]``; ``None`` allows any.
 
     Returns:
-        ``integers``: int8 of the weight's shape. ``scales``: ``[rows]``, of the weight's type.
+        ``integers``: int8 tensor of the weight's shape. ``scales``: tensor ``[rows]`` of the weight's type.
     """
     most = 2 ** (num_bits - 1) - 1
     rows = weight.detach().flatten(1)
     magnitudes = rows.abs().amax(1)
     scales = (magnitudes / most).clamp(min=1e-12)
     if reduce_range:
-        # A pair may end a rounding error above 128: the factor is one of float32's steps more than that error.
+        # Rounding errors of float32 may bring a pair slightly above 128. The factor is larger than these errors.
         scales = torch.maximum(scales, _largest_pairs(rows) / _LARGEST_PAIR * (1 + 1e-6))
     if smallest is not None:
         scales = torch.maximum(scales, smallest)
     integers = _to_integers(rows, scales, most)
     if method == "mse":
+        # Try smaller scales for each row, which clip its largest weights, and keep the one with the smallest error.
         limit = min(most, _LARGEST_PAIR // 2) if reduce_range else most
         error = _squared_error(rows, integers, scales)
         for factor in torch.linspace(1, 0.3, 36).tolist():
@@ -151,7 +168,7 @@ def round_weight(
 
 
 def _largest_pairs(rows: Tensor) -> Tensor:
-    """The largest sum of two entries of one sign, in magnitude, in each row."""
+    """For each row: the largest magnitude of a sum of two entries that have the same sign."""
     count = min(2, rows.shape[1])
     sums = [part.clamp(min=0).topk(count, dim=1).values.sum(1) for part in (rows, -rows)]
     return torch.maximum(*sums)

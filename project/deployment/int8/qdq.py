@@ -1,15 +1,15 @@
-"""The graph of a quantized ONNX model: which tensors become integers, and the nodes that say so.
+"""The graph of a quantized ONNX model: which tensors become integers, and the nodes that express this.
 
-In the QDQ form (ONNX Runtime's and OpenVINO's common ground) an integer tensor is a pair of nodes: ``QuantizeLinear``
-where it is made and ``DequantizeLinear`` before whoever reads it. A runtime that meets dequantize, operation, quantize
-runs the operation on integers.
+In the QDQ form, which ONNX Runtime and OpenVINO both read, an integer tensor is a pair of nodes: ``QuantizeLinear``
+after the operation that writes it, and ``DequantizeLinear`` before the operations that read it. If a runtime finds the
+sequence dequantize, operation, quantize, it runs the operation on integers.
 
 Three rules keep the graph fast and small:
 
-- Tensors that an operation only moves about (max pooling, concatenation, reshaping) share one scale, so that nothing
-  is rescaled: the branches of an Inception block write with the scale of their concatenation.
-- A ReLU whose output's zero point is 0 is left out: clipping at 0 is what its quantization does.
-- Equal scales and zero points are stored once. They are always named: without a zero point ONNX Runtime 1.32 pools in
+- If an operation only moves values (max pooling, concatenation, reshaping), its inputs and its output share one scale,
+  so that nothing is rescaled. The branches of an Inception block write with the scale of their concatenation.
+- A ReLU whose output has zero point 0 is left out, because the quantization clips at 0 too.
+- Equal scales and zero points are stored once. A zero point is always given: without it ONNX Runtime 1.32 pools in
   floating point.
 """
 
@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from onnx import GraphProto, ModelProto, NodeProto
 
 _MOVES = {"MaxPool", "Concat", "Flatten", "Reshape", "Transpose", "Squeeze", "Unsqueeze", "Identity", "Relu"}
-"""Operations whose output holds no values but those of their inputs (or 0, which every scale has)."""
+"""Operations whose output holds only values of their inputs (or 0, which every scale represents exactly)."""
 _COMPUTES = {"AveragePool", "GlobalAveragePool", "ReduceMean", "Add", "Mul"}
-"""Operations with integer kernels and a scale of their own for the output."""
+"""Operations that have integer kernels and compute new values, so that their output has its own scale."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,12 @@ class Layer:
     """A convolution or linear layer with a constant weight.
 
     Args:
-        name: of the module that it was, such as ``stem.0.conv``.
-        input: the tensor it reads.
-        output: what it writes, before any activation.
-        weight: the weight's name in the graph.
-        bias: likewise; ``None`` without one.
-        axis: the weight's axis of output channels.
+        name: name of the PyTorch module, such as ``stem.0.conv``.
+        input: name of the tensor that the layer reads.
+        output: name of the tensor that the layer writes, before any activation.
+        weight: name of the weight in the graph.
+        bias: name of the bias in the graph; ``None`` if the layer has no bias.
+        axis: axis of the weight that counts the output channels, 0 or 1.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Layer:
     axis: int
 
     def rows(self, model: "ModelProto") -> Array:
-        """The weight, output channels first."""
+        """The weight, with the output channels as the first axis."""
         return np.moveaxis(_constant(model.graph, self.weight), self.axis, 0)
 
     def bias_of(self, model: "ModelProto") -> Array:
@@ -61,6 +61,7 @@ class Layer:
         return _constant(model.graph, self.bias)
 
     def add_to_bias_(self, model: "ModelProto", values: Array) -> None:
+        """Add one number for each output channel to the bias in ``model``."""
         from onnx import numpy_helper
 
         assert self.bias is not None
@@ -71,12 +72,14 @@ class Layer:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which layers get integer weights, and which tensors become integers with whose scale.
+    """Which layers get integer weights, which activations become integers, and which of these share a scale.
 
     Args:
-        layers: by their output.
-        group_of: tensor -> the tensor whose scale it shares: the one that holds all values of the group.
-        activation_of: a layer's output -> the output of the ReLU after it, where that alone reads it.
+        layers: layers with integer weights, by the name of their output.
+        group_of: name of the tensor whose scale a tensor uses, by the name of each tensor that becomes integers. The
+            tensor with the scale holds all values of its group.
+        activation_of: name of the output of the ReLU behind a layer, by the layer's output; only if nothing else reads
+            that output.
     """
 
     layers: dict[str, Layer]
@@ -101,13 +104,20 @@ def layers_of(model: "ModelProto") -> list[Layer]:
 
 
 def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) -> Plan:
-    """What becomes an integer when the weights of ``layers`` do; without ``activations`` nothing else."""
+    """The tensors that become integers if the weights of ``layers`` do.
+
+    Without ``activations``, only the weights become integers.
+    """
     by_output = {layer.output: layer for layer in layers}
     if not activations:
         return Plan(by_output, {}, {})
     graph = model.graph
     outputs = {value.name for value in graph.output}
     activation_of = _fused_activations(graph, by_output, outputs)
+    # From the front of the graph: a tensor can be integers if the node that writes it is one of the layers, or if this
+    # node has an integer kernel and all activations that it reads are integers.
+    # From the front of the graph: a tensor can be integers if one of the layers writes it, or if its node has an
+    # integer kernel and reads integers only.
     quantized = {layer.input for layer in layers}
     tensors, fused = _activations(graph), set(activation_of.values())
     for node in graph.node:
@@ -120,8 +130,10 @@ def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) 
         if target not in outputs:
             quantized.add(target)
     quantized = _useful(graph, quantized, by_output, activation_of)
+    # Each tensor starts as a group of its own. Operations that only move values then join groups. They are visited from
+    # the back of the graph, so that a pool after a concatenation gets the scale of the concatenation.
     group_of = {name: name for name in quantized}
-    for node in reversed(graph.node):  # from the back: a pool after a concatenation has the scale of the concatenation
+    for node in reversed(graph.node):
         (target, *_) = node.output
         if node.op_type in _MOVES and target in quantized and target not in activation_of.values():
             _join_(group_of, node, target)
@@ -129,8 +141,10 @@ def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) 
 
 
 def _has_integer_kernel(graph: "GraphProto", node: "NodeProto") -> bool:
-    """Whether runtimes compute or move integers at this node. Of means only those over height and width count: OpenVINO
-    2026.4 gives wrong answers for a quantized mean over tokens that follows a quantized addition.
+    """Whether runtimes compute or move integers at this node.
+
+    A mean counts only if it is over height and width: OpenVINO 2026.4 gives wrong results for a quantized mean over
+    tokens that follows a quantized addition.
     """
     if node.op_type == "ReduceMean":
         return len(node.input) > 1 and sorted(_constant(graph, node.input[1]).tolist()) in ([2, 3], [-2, -1])
@@ -140,11 +154,13 @@ def _has_integer_kernel(graph: "GraphProto", node: "NodeProto") -> bool:
 def _useful(
     graph: "GraphProto", quantized: set[str], by_output: Mapping[str, Layer], activation_of: Mapping[str, str]
 ) -> set[str]:
-    """Those of the tensors that some layer reads in the end, and what convolutions write: runtimes have no convolution
-    of integers that writes floats. To round any other tensor would cost time and accuracy and save nothing.
+    """The quantized tensors that a layer reads, directly or through other nodes, and those that convolutions write.
+
+    Runtimes have no integer convolution that writes floats. To round any other tensor would cost time and accuracy and
+    save nothing.
     """
     useful = {layer.input for layer in by_output.values()}
-    for node in reversed(graph.node):
+    for node in reversed(graph.node):  # from the back: what a useful tensor is computed from is useful too
         (output, *_) = node.output
         target = activation_of.get(output, output)
         if output in by_output:
@@ -155,11 +171,13 @@ def _useful(
 
 
 def _join_(group_of: dict[str, str], node: "NodeProto", target: str) -> None:
-    """Let what a moving operation reads and writes share a scale; a concatenation's output holds all of its inputs'
-    values, any other's input all of its output's.
+    """Give one scale to the tensors that a moving operation reads and writes.
+
+    The scale is that of the tensor that holds all values. For a concatenation this is the output, because it holds the
+    values of all inputs. For any other operation it is the input, because it holds all values of the output.
     """
     sources = [name for name in node.input if name in group_of]
-    if not sources:  # a float tensor that becomes an integer behind this operation
+    if not sources:  # the input is floating point and becomes integers only after this operation
         return
     chief = group_of[target] if node.op_type == "Concat" else group_of[sources[0]]
     members = {group_of[name] for name in (*sources, target)}
@@ -175,7 +193,7 @@ def _activations(graph: "GraphProto") -> set[str]:
 
 
 def _fused_activations(graph: "GraphProto", by_output: Mapping[str, Layer], outputs: set[str]) -> dict[str, str]:
-    """The ReLUs that alone read a layer's output."""
+    """For each layer whose output is read by a ReLU and nothing else: the ReLU's output."""
     readers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -199,11 +217,11 @@ def write_qdq(
     """The model with integer weights and activations.
 
     Args:
-        model: fp32; left as it is.
-        plan: of this model.
-        scales: of each group of tensors.
-        weights: by layer: integers, output channels first, and each channel's scale.
-        num_bits: of the weights, 8 or 4.
+        model: model in fp32; it does not change.
+        plan: plan that :func:`plan_of` made for this model.
+        scales: scale of each group of tensors, by the name of the group's tensor in ``plan.group_of``.
+        weights: integers (output channels first) and scale of each channel, by the name of the layer.
+        num_bits: number of bits of a weight, 8 or 4.
     """
     import onnx
 
@@ -230,7 +248,10 @@ def write_qdq(
 
 
 class _Writer:
-    """Collects nodes and constants; knows for each tensor which one stands for it now."""
+    """Collects the nodes and constants of the quantized graph.
+
+    ``stands_for`` maps the name of each tensor that became integers to the dequantized tensor that is read instead.
+    """
 
     def __init__(self, plan: Plan, scales: Mapping[str, Scale], num_bits: int) -> None:
         self.plan, self.scales, self.num_bits = plan, scales, num_bits
@@ -238,7 +259,7 @@ class _Writer:
         self.tensors: list[onnx.TensorProto] = []  # type: ignore[name-defined]  # noqa: F821
         self.stands_for: dict[str, str] = {}
         self.weight_of: dict[str, str] = {}
-        """By layer's output: the weight as it comes back from integers."""
+        """For each layer's output: the name of the dequantized weight."""
         self._constants: set[str] = set()
         self._dropped = {
             activation
@@ -247,12 +268,12 @@ class _Writer:
         }
 
     def add(self, node: "NodeProto") -> None:
-        """One node of the model, reading integers where its inputs have become such."""
+        """Copy one node of the model. It reads the dequantized tensors in place of those that became integers."""
         import onnx
 
         (output, *_) = node.output
         if node.op_type == "Relu" and output in self._dropped:
-            return  # written with its layer
+            return  # the quantization after its layer clips at 0 already
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.ClearField("name")
@@ -262,12 +283,12 @@ class _Writer:
         self.nodes.append(copy)
         target = self.plan.activation_of.get(output, output)
         if target != output and target in self._dropped:
-            self.add_pair(output, target)
+            self.add_pair(output, target)  # the ReLU is left out: its readers read the layer's quantized output
         elif output in self.plan.group_of:
             self.add_pair(output, output)
 
     def add_pair(self, made: str, name: str) -> None:
-        """Quantize ``made``; who reads ``name`` reads what comes back."""
+        """Quantize and dequantize the tensor ``made``. Readers of ``name`` get the dequantized tensor."""
         from onnx import helper
 
         constants = self._scale_of(self.plan.group_of[name])
@@ -279,15 +300,15 @@ class _Writer:
     def add_weight(self, layer: Layer, integers: NDArray[np.int8], steps: Array) -> None:
         """Store the layer's integers, scales and zero points.
 
-        Each layer has its own three, also where two layers share a weight, and the zero points have the scales' shape:
-        ONNX Runtime's precise mode (``session.x64quantprecision``) turns signed weights into unsigned ones, one layer
-        at a time, and refuses a file in which two layers share what it replaces.
+        Each layer gets three tensors of its own, even if two layers share a weight, and the zero points have the shape
+        of the scales. ONNX Runtime's precise mode (``session.x64quantprecision``) needs both: it makes signed weights
+        unsigned, one layer at a time, and refuses a file in which two layers share a tensor that it replaces.
         """
         from onnx import TensorProto, helper, numpy_helper
 
         values = np.ascontiguousarray(np.moveaxis(integers, 0, layer.axis))
         if self.num_bits == 4:
-            values = values.astype(helper.tensor_dtype_to_np_dtype(TensorProto.INT4))  # two in a byte
+            values = values.astype(helper.tensor_dtype_to_np_dtype(TensorProto.INT4))  # two values in a byte
         name = layer.weight if f"{layer.weight}_dq" not in self.weight_of.values() else f"{layer.weight}_{layer.output}"
         names = [f"{name}_q", f"{name}_s", f"z{len(self.tensors)}"]
         constants: tuple[NDArray[Any], ...] = (values, steps, np.zeros(len(steps), values.dtype))
@@ -297,7 +318,7 @@ class _Writer:
         self.weight_of[layer.output] = f"{name}_dq"
 
     def _scale_of(self, group: str) -> list[str]:
-        """Names of the group's scale and zero point."""
+        """Names of the group's scale and zero point. Each is stored when it is needed for the first time."""
         from onnx import numpy_helper
 
         scale = self.scales[group]
@@ -310,7 +331,7 @@ class _Writer:
 
 
 def with_outputs(model: "ModelProto", names: Sequence[str]) -> "ModelProto":
-    """A copy that gives the named tensors."""
+    """A copy of the model whose outputs are the named tensors."""
     import onnx
 
     result = onnx.ModelProto()
@@ -327,7 +348,10 @@ def _constant(graph: "GraphProto", name: str) -> Array:
 
 
 def _raise_opset_(model: "ModelProto", version: int) -> None:
-    """Four-bit integers came with opset 21; what else the model uses has not changed since its own."""
+    """Set the opset to ``version`` if it is lower.
+
+    Four-bit integers exist since opset 21. The model's other operations have not changed since their own opset.
+    """
     for opset in model.opset_import:
         if opset.domain == "":
             opset.version = max(opset.version, version)

@@ -1,13 +1,14 @@
-"""Post-training quantization of an ONNX model to eight bits (or fewer, of the weights alone).
+"""Post-training quantization of an ONNX model to eight bits, or of its weights alone to four.
 
 Jacob et al. 2018 (arXiv:1712.05877): integers for weights and activations. Krishnamoorthi 2018 (arXiv:1806.08342, sec.
-3): a scale per output channel of a weight, symmetric; one per activation, with a zero point. Nagel et al. 2021
-(arXiv:2106.08295): bias correction (sec. 3.3, empirical), ranges (sec. 3.1). The result is an ordinary ONNX model with
-``QuantizeLinear`` and ``DequantizeLinear`` around each operation, from which runtimes make integer kernels:
+3): a symmetric scale for each output channel of a weight, and one scale with a zero point for each activation. Nagel et
+al. 2021 (arXiv:2106.08295): ranges (sec. 3.1) and empirical bias correction (sec. 3.3). The result is an ordinary ONNX
+model with ``QuantizeLinear`` and ``DequantizeLinear`` around each operation. Runtimes run it with integer kernels.
 :mod:`project.deployment.int8.qdq` writes it.
 
-It works on the exported graph and not on the module, so that every net that exports can be quantized, thinned or
-factorised ones too, and what is calibrated and corrected is what will run. Batch norm is folded already there.
+It works on the exported graph and not on the PyTorch module. So every net that can be exported can be quantized, also a
+thinned or factorised one, and the graph that is calibrated and corrected is the one that will run. Batch norm is
+already folded in this graph.
 """
 
 import copy
@@ -28,30 +29,43 @@ if TYPE_CHECKING:
     from onnx import ModelProto
 
 _BATCH = 32
+"""Number of images in one call while the model is calibrated."""
 
 
 @dataclass(frozen=True)
 class Quantizer:
-    """What becomes integers, and how their scales are found.
+    """Settings of post-training quantization: which layers become integers, and how their scales are found.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.PostTrainingQuantization
+              init_args:
+                quantizer: {observer: percentile, percentile: 99.9, last_layer: false}
 
     Args:
-        observer: ranges of activations: min-max, mean-min-max, percentile or mse
+        observer: method that chooses the ranges of activations: min-max, mean-min-max, percentile or mse
             (:mod:`project.deployment.int8.observers`).
-        percentile: share of the values that ``percentile`` keeps, in percent.
-        weight_observer: ranges of each channel's weights: min-max or mse.
-        weight_bits: 8, or 4 with ``activations: false``.
-        activations: false stores the weights as integers and computes in fp32: smaller, not faster.
-        reduce_range: true chooses eight-bit weights with which the sums of products cannot overflow on any processor.
-            False keeps one more bit of the largest weights, which is right on processors with VNNI and on ARM, and
-            wrong on x86 processors without VNNI. Without ``activations`` it has no effect.
-        bias_correction: add to each layer's bias the mean error of its outputs, layer after layer; for four bits.
-        num_images: calibration images, from the training set, without augmentation.
-        exclude: regular expressions; layers whose whole name matches one stay fp32.
-        first_layer, last_layer: false keeps the first or the last layer in fp32.
-        float_layers: so many layers, those that alone change the outputs most, stay fp32 (mixed precision).
+        percentile: share of the values that ``observer: percentile`` keeps, in percent; above 50 and up to 100.
+        weight_observer: method that chooses the range of each channel's weights: min-max or mse.
+        weight_bits: number of bits of a weight: 8, or 4 with ``activations: false``.
+        activations: whether activations become integers too. Without them the weights are stored as integers and the
+            net computes in fp32: the file is smaller but not faster.
+        reduce_range: whether to choose eight-bit weights with which the sums of products cannot overflow on any
+            processor. False keeps one more bit of the largest weights. That is correct on processors with VNNI and on
+            ARM, and wrong on x86 processors without VNNI. Without ``activations`` it has no effect.
+        bias_correction: whether to correct each layer's bias by the mean error of its outputs, layer after layer. It
+            is meant for four bits.
+        num_images: number of calibration images, taken from the training set without augmentation; 1 or more.
+        exclude: regular expressions; a layer whose whole name matches one stays in fp32.
+        first_layer: whether to quantize the first layer; false keeps it in fp32.
+        last_layer: whether to quantize the last layer; false keeps it in fp32.
+        float_layers: number of layers that stay in fp32 (mixed precision), 0 or more. They are the layers that change
+            the outputs most when they alone are quantized.
 
     Raises:
-        ValueError: for numbers outside their range, and for four bits with activations.
+        ValueError: if a number is outside its range, or ``weight_bits`` is 4 with activations.
     """
 
     observer: Method = "mse"
@@ -71,19 +85,33 @@ class Quantizer:
         if self.weight_bits not in (4, 8):
             raise ValueError(f"weight_bits is {self.weight_bits}: choose 8 or 4.")
         if self.weight_bits == 4 and self.activations:
-            raise ValueError("weight_bits is 4, which is for weights alone: set activations to false, or choose 8.")
+            raise ValueError("weight_bits is 4, but activations need 8: set activations to false, or choose 8.")
         if not 50 < self.percentile <= 100:
-            raise ValueError(f"percentile is {self.percentile:g}: choose above 50, up to 100, such as 99.99.")
+            raise ValueError(
+                f"percentile is {self.percentile:g}: choose a number above 50 and up to 100, such as 99.99."
+            )
         if self.num_images < 1:
-            raise ValueError(f"num_images is {self.num_images}, but no image means no range: choose about 512.")
+            raise ValueError(f"num_images is {self.num_images}: choose 1 or more, such as 512; ranges need images.")
         if self.float_layers < 0:
-            raise ValueError(f"float_layers is {self.float_layers}, but it is a count: choose 0 or more.")
+            raise ValueError(f"float_layers is {self.float_layers}: choose 0 or more.")
 
 
 @dataclass(frozen=True)
 class QuantizedLayer:
-    """What became of a layer; ``loss`` is the mean squared change of the outputs when it alone is quantized, over their
-    variance, and ``None`` where that was not asked for.
+    """The precision that a layer got.
+
+    Example::
+
+        >>> from project.compression import QuantizedLayer
+        >>> layers = [QuantizedLayer("stem.0.conv", 8), QuantizedLayer("head", 32)]
+        >>> [layer.name for layer in layers if layer.num_bits == 32]
+        ['head']
+
+    Args:
+        name: name of the layer's PyTorch module.
+        num_bits: number of bits of its weights: 8, 4, or 32 if the layer stays in fp32.
+        loss: mean squared change of the net's outputs when this layer alone is quantized, divided by the variance of
+            the outputs; 0 or more. ``None`` if it was not measured.
     """
 
     name: str
@@ -92,29 +120,29 @@ class QuantizedLayer:
 
 
 def quantize(model: "ModelProto", images: Array, quantizer: Quantizer) -> tuple["ModelProto", list[QuantizedLayer]]:
-    """A quantized copy of ``model``, and what became of each layer.
+    """A quantized copy of ``model``, and the precision of each layer.
 
     Args:
-        model: fp32, one input ``[N, C, H, W]`` and one output.
-        images: ``[N, C, H, W]`` float32, as the net takes them: what ranges and errors are measured on.
-        quantizer: what and how.
+        model: fp32 model with one input ``[N, C, H, W]`` and one output.
+        images: normalised float32 images ``[N, C, H, W]`` on which ranges and errors are measured; at least one.
+        quantizer: settings: which layers become integers, and how their scales are found.
 
     Raises:
-        ValueError: without images, when an image is not finite, or when no layer is left to quantize.
+        ValueError: if there are no images, an image is not finite, or no layer is left to quantize.
     """
     if len(images) == 0:
-        raise ValueError("there are no calibration images, and without them no range is known: give some hundred.")
+        raise ValueError("there are no calibration images, but the ranges are measured on them: give a few hundred.")
     if not np.isfinite(images).all():
-        raise ValueError("the calibration images hold NaN or infinity: look at the data and their normalisation.")
+        raise ValueError("the calibration images hold NaN or infinity: check the data and their normalisation.")
     layers = layers_of(model)
     wanted = _wanted(layers, quantizer)
     losses: dict[str, float] = {}
-    if quantizer.float_layers:
+    if quantizer.float_layers:  # mixed precision: the most sensitive layers stay in fp32
         losses = sensitivity(model, images, quantizer, wanted)
         worst = sorted(wanted, key=lambda layer: losses[layer.name], reverse=True)[: quantizer.float_layers]
         wanted = [layer for layer in wanted if layer not in worst]
     if not wanted:
-        raise ValueError("no layer is left to quantize: exclude fewer, or choose fewer float_layers.")
+        raise ValueError("no layer is left to quantize: exclude fewer layers, or choose fewer float_layers.")
     plan = plan_of(model, wanted, activations=quantizer.activations)
     scales = _calibrate(model, set(plan.group_of.values()), images, quantizer)
     quantized = _quantize_layers(model, images, quantizer, wanted, plan, scales)
@@ -127,9 +155,10 @@ def quantize(model: "ModelProto", images: Array, quantizer: Quantizer) -> tuple[
 def sensitivity(
     model: "ModelProto", images: Array, quantizer: Quantizer, layers: Sequence[Layer] | None = None
 ) -> dict[str, float]:
-    """For each layer the mean squared change of the outputs when it alone is quantized, over the outputs' variance.
+    """For each layer: the mean squared change of the outputs when it alone is quantized, divided by their variance.
 
-    Nagel et al. 2021 (arXiv:2106.08295, sec. 3.6: debugging, layer by layer) with the error measured at the end.
+    It follows the debugging of single layers in Nagel et al. 2021 (arXiv:2106.08295, sec. 3.6), with the error measured
+    at the net's outputs.
     """
     layers = layers_of(model) if layers is None else layers
     alone = replace(quantizer, bias_correction=False, float_layers=0)
@@ -145,14 +174,18 @@ def sensitivity(
 
 
 def _wanted(layers: Sequence[Layer], quantizer: Quantizer) -> list[Layer]:
+    """The layers that the settings allow to quantize."""
     if not layers:
-        raise ValueError("the model has no convolution or linear layer with a constant weight to quantize.")
+        raise ValueError(
+            "the model has no convolution or linear layer with a constant weight, so nothing can be quantized: export "
+            "it as fp32."
+        )
     for pattern in quantizer.exclude:
         if not any(re.fullmatch(pattern, layer.name) for layer in layers):
             names = [layer.name for layer in layers]
             near = difflib.get_close_matches(pattern, names, n=3, cutoff=0.4) or names[:3]
             raise ValueError(
-                f"exclude holds {pattern!r}, which is none of the {len(names)} layers' names: they are like "
+                f"exclude holds {pattern!r}, which matches none of the {len(names)} layers: choose from names such as "
                 f"{', '.join(near)}."
             )
     left_out = {layers[0].name} if not quantizer.first_layer else set()
@@ -182,11 +215,13 @@ def _integers_of(
 ) -> tuple[NDArray[np.int8], Array]:
     """A layer's integer weight, output channels first, and the scale of each channel.
 
-    A runtime stores the bias as a 32-bit integer with the scale of the weight times that of the input. A filter that
-    pruning has emptied needs no scale of its own, but its bias must still fit: no scale is smaller than that.
+    A runtime stores the bias as a 32-bit integer; its scale is the weight's scale times the input's. A filter that
+    pruning has emptied would get a scale near 0, and its bias would not fit. So each scale is at least as large as the
+    bias needs.
     """
     smallest = None
     if layer.bias is not None and (group := plan.group_of.get(layer.input)) is not None:
+        # |bias| / (scale of the weight * scale of the input) <= 2**30
         smallest = torch.from_numpy(np.abs(layer.bias_of(model)) / np.float32(scales[group].scale * 2**30))
     integers, steps = round_weight(
         torch.from_numpy(layer.rows(model).copy()),
@@ -199,17 +234,22 @@ def _integers_of(
 
 
 def _calibrate(model: "ModelProto", chiefs: set[str], images: Array, quantizer: Quantizer) -> dict[str, Scale]:
-    """The scale of each group of tensors, from the values of its chief, the tensor that holds all of them."""
+    """The scale of each group of tensors. It is chosen from the values of the group's chief, the tensor that the group
+    is named after and that holds all values of the group.
+    """
     names = sorted(chiefs)
-    if not names:  # weights alone
+    if not names:  # only the weights become integers
         return {}
     observers = {name: Observer() for name in names}
-    for values in _batches(model, names, images):
+    for values in _batches(model, names, images):  # first pass: the extremes
         for name, value in values.items():
             if not np.isfinite(value).all():
-                raise ValueError(f"the net's {name} is not finite on the calibration images: its weights are damaged.")
+                raise ValueError(
+                    f"the net's tensor {name} is not finite on the calibration images: its weights are damaged, so "
+                    "export another checkpoint."
+                )
             observers[name].see_range(value)
-    if quantizer.observer in ("percentile", "mse"):
+    if quantizer.observer in ("percentile", "mse"):  # second pass: histograms between the extremes
         for values in _batches(model, names, images):
             for name, value in values.items():
                 observers[name].count(value)
@@ -219,9 +259,11 @@ def _calibrate(model: "ModelProto", chiefs: set[str], images: Array, quantizer: 
 def _corrected(
     model: "ModelProto", written: Callable[["ModelProto"], "ModelProto"], layers: Sequence[Layer], images: Array
 ) -> "ModelProto":
-    """A copy of the fp32 model whose biases make up for the mean error of each quantized layer's outputs.
+    """A copy of the fp32 model whose biases compensate the mean error of each quantized layer's outputs (Nagel et al.,
+    sec. 3.3).
 
-    One layer after the other, since each correction changes what the next one sees: as many runs as layers.
+    Each correction changes the inputs of the next layers. So the layers are corrected one after the other, and the
+    quantized model runs once for each layer.
     """
     corrected = copy.deepcopy(model)
     outputs = [layer.output for layer in layers]
@@ -244,7 +286,7 @@ def _run(model: "ModelProto", names: Sequence[str], images: Array) -> dict[str, 
 
 
 def _batches(model: "ModelProto", names: Sequence[str], images: Array) -> Iterator[dict[str, Array]]:
-    """The named tensors' values, batch after batch, computed as the graph says (nothing fused)."""
+    """The values of the named tensors, batch after batch. The session fuses no operations, so each tensor exists."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()

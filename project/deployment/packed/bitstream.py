@@ -1,16 +1,18 @@
-"""Entropy coding of integers with range coding: models that learn while they code, so that no table is sent.
+"""Entropy coding of integers with a range coder. Its models learn while they code, so no table of codes is stored.
 
-Deep Compression (Han et al. 2016, arXiv:1510.00149, sec. 4) codes weights and the gaps between them with Huffman codes.
-Ours is a range coder (Martin 1979; of the library constriction, https://bamler-lab.github.io/constriction), which also
-spends fractions of a bit, and instead of gaps a flag for each weight. What is likely comes from what is known already:
+Deep Compression (Han et al. 2016, arXiv:1510.00149, sec. 4) codes weights, and the gaps between them, with Huffman
+codes. We use a range coder (Martin 1979; from the library constriction, https://bamler-lab.github.io/constriction),
+which also spends fractions of a bit, and a flag for each weight instead of gaps. A model predicts the next values from
+those that are coded already:
 
-- the values so far, as counts smoothed over their neighbours (:func:`code_symbols`), in chunks that grow by an eighth;
-- for flags of a matrix the ones so far in the same row, the same column and the same place of the kernel
-  (:func:`code_flags`), along diagonals, so that each step tells something about every row and column.
+- for numbers (:func:`code_symbols`): from the counts of the values so far, smoothed over neighbouring values. The
+  values come in chunks, each an eighth as long as all before it;
+- for flags of a matrix (:func:`code_flags`): from the ones so far in the same row, the same column and the same place
+  of the kernel. The flags come diagonal by diagonal, so that each step adds a flag to every row.
 
-Each function here both writes and reads: with an :class:`Encoder` it is given values, with a :class:`Decoder` it is
-not, and it returns them either way. Probabilities come from sums, products and quotients alone, which are the same to
-the last bit on every machine.
+Each ``code_`` function both writes and reads, so that both sides follow the same steps. With an :class:`Encoder` it
+gets the values; with a :class:`Decoder` it gets ``None``. It returns the values in both cases. Probabilities are
+computed with sums, products and quotients alone, which give the same bits on every machine.
 """
 
 from collections import defaultdict
@@ -23,21 +25,27 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 
 MAX_ALPHABET = 4096
-"""Largest number of symbols whose frequencies are learned; wider integers send their low bits as they are."""
+"""Largest number of symbols whose frequencies are learned. Of wider integers, the low bits are stored as they are."""
 _SMOOTHING = ((0, 0.5), (0, 0.05), (1, 0.05), (3, 0.05), (8, 0.02), (20, 0.02), (50, 0.02), (120, 0.02))
-"""How far a count spreads over its neighbours, and the share of a count that every symbol has from the start."""
+"""Settings of a model of symbols: how far each count spreads over its neighbours, and the count that every symbol has
+before the first value."""
 _STRENGTHS = (0, 16, 64, 256)
-"""How many flags of average density each row and column are taken to have had; 0: no rows and columns."""
+"""Settings of a model of flags: the number of imaginary flags of average density that each row and each column starts
+with. 0 means one density for all rows and columns."""
 _KERNEL_STRENGTH = 64
+"""The number of imaginary flags of average density that each place of the kernel starts with."""
 _SAMPLE = 1 << 13
-"""Settings are chosen on so many values of a long array."""
+"""Number of values of a long array on which settings are chosen."""
 
 
 class Encoder:
-    """Writes. ``bits`` counts by ``part``, a label to be set, what the models make of it (before the coder's rounding).
+    """Writes values into a byte string.
+
+    ``bits`` counts the bits that the models predict (before the coder's rounding) under the label ``part``. Set
+    ``part`` before you write.
 
     Args:
-        dry: count only.
+        dry: whether to count bits only, without writing them.
     """
 
     def __init__(self, *, dry: bool = False) -> None:
@@ -46,7 +54,7 @@ class Encoder:
         self._coder = None if dry else constriction.stream.queue.RangeEncoder()
 
     def uniform(self, size: int, num: int, values: Array | None) -> Array:
-        """``num`` integers below ``size``, all equally likely."""
+        """Write ``num`` integers from 0 to ``size - 1``, all equally likely."""
         assert values is not None
         if size > 1 and num:
             self.bits[self.part] += num * np.log2(size)
@@ -54,7 +62,7 @@ class Encoder:
         return values
 
     def categorical(self, weights: Array, num: int, values: Array | None) -> Array:
-        """``num`` integers below ``len(weights)``, in proportion to ``weights``."""
+        """Write ``num`` integers from 0 to ``len(weights) - 1``, with probabilities in proportion to ``weights``."""
         assert values is not None
         if len(weights) > 1 and num:
             counts = np.bincount(values, minlength=len(weights))
@@ -64,14 +72,14 @@ class Encoder:
         return values
 
     def bernoulli(self, p: Array, flags: Array | None) -> Array:
-        """A flag for each probability ``p`` of a one."""
+        """Write one flag (0 or 1) for each entry of ``p``, the probability of a 1."""
         assert flags is not None
         self.bits[self.part] -= float(np.log2(np.where(flags, p, 1 - p)).sum())
         self._write(flags, constriction.stream.model.Bernoulli(perfect=False), p)
         return flags
 
     def choose(self, options: int, cost: Callable[["Encoder", int], object] | None) -> int:
-        """The option that ``cost`` writes in the fewest bits."""
+        """Write the number of the option, from 0 to ``options - 1``, for which ``cost`` writes the fewest bits."""
         assert cost is not None
         bits = []
         for option in range(options):
@@ -92,7 +100,11 @@ class Encoder:
 
 
 class Decoder:
-    """Reads what an :class:`Encoder` wrote; every byte string means something, if not what was meant."""
+    """Reads what an :class:`Encoder` wrote. A damaged byte string gives wrong values, not an error.
+
+    Args:
+        data: bytes that :meth:`Encoder.to_bytes` returned; their number is a multiple of 4.
+    """
 
     part = ""
 
@@ -119,7 +131,7 @@ class Decoder:
 
     @property
     def exhausted(self) -> bool:
-        """Whether no more than the coder's own rest is left."""
+        """Whether all values may have been read: nothing is left but the bits with which the encoder ended."""
         return self._coder.maybe_exhausted()
 
 
@@ -127,26 +139,28 @@ Coder = Encoder | Decoder
 
 
 def code_number(coder: Coder, number: int | None = None) -> int:
-    """One integer from 0 to 2^64 - 1: its length, then its bits (Elias 1975, gamma)."""
+    """One integer from 0 to 2^64 - 1: its length in bits, then these bits (Elias 1975, gamma)."""
     length = int(coder.uniform(65, 1, None if number is None else np.array([number.bit_length()]))[0])
     if length < 2:
         return length
+    # The highest bit is always 1, so it is not stored.
     low = None if number is None else np.array([number - (1 << (length - 1))], np.uint64)
     return (1 << (length - 1)) + int(_code_bits(coder, length - 1, 1, low)[0])
 
 
 def code_integers(coder: Coder, num: int, integers: Array | None = None) -> Array:
-    """``num`` integers of 64 bits that lie where their neighbours do: their high bits by :func:`code_symbols`."""
+    """``num`` integers of 64 bits in a common range. :func:`code_symbols` codes their high bits."""
     first = last = None
     if integers is not None:
         first, last = (int(integers.min()), int(integers.max())) if num else (0, 0)
     start = _unfold(code_number(coder, None if first is None else _fold(first)))
     span = code_number(coder, None if first is None or last is None else last - first)
     if start < -(2**63) or start + span >= 2**63:
-        raise ValueError("integers of more than 64 bits")
-    # Differences modulo 2^64: int64 would not hold them all.
+        raise ValueError("it holds integers of more than 64 bits")
+    # Distances from the smallest integer, modulo 2^64: int64 cannot hold a distance of 2^63 or more.
     offset = np.array([start], np.int64).view(np.uint64)
     distances = None if integers is None else integers.astype(np.int64).view(np.uint64) - offset
+    # The high bits are at most 4096 symbols, whose frequencies are learned. The low bits are stored as they are.
     low_bits = max(0, span.bit_length() - MAX_ALPHABET.bit_length() + 1)
     shift = np.uint64(low_bits)
     high = None if distances is None else (distances >> shift).astype(np.int64)
@@ -157,9 +171,12 @@ def code_integers(coder: Coder, num: int, integers: Array | None = None) -> Arra
 
 
 def code_symbols(coder: Coder, alphabet: int, num: int, symbols: Array | None = None) -> Array:
-    """``num`` symbols below ``alphabet``, at most :data:`MAX_ALPHABET`; near ones are taken to be alike."""
+    """``num`` symbols from 0 to ``alphabet - 1``. Symbols that are close to each other count as similarly frequent.
+
+    ``alphabet`` is at most :data:`MAX_ALPHABET`.
+    """
     if alphabet > MAX_ALPHABET:
-        raise ValueError(f"an alphabet of {alphabet} symbols")
+        raise ValueError(f"it has an alphabet of {alphabet} symbols, more than {MAX_ALPHABET}")
     if alphabet == 1:
         return np.zeros(num, np.int64)
 
@@ -168,16 +185,18 @@ def code_symbols(coder: Coder, alphabet: int, num: int, symbols: Array | None = 
         sample = symbols[:: max(1, num // _SAMPLE)]
         _code_chunks(trial, alphabet, len(sample), sample, *_SMOOTHING[option])
 
+    # The encoder tries each setting on a sample and stores its number; the decoder reads the number.
     smoothing = _SMOOTHING[coder.choose(len(_SMOOTHING), cost)]
     return _code_chunks(coder, alphabet, num, symbols, *smoothing)
 
 
 def _code_chunks(coder: Coder, alphabet: int, num: int, symbols: Array | None, reach: int, floor: float) -> Array:
+    """Symbols in chunks, each with the frequencies of all symbols before it."""
     counts = np.zeros(alphabet, np.int64)
     chunks = []
     done = 0
     while done < num:
-        size = min(num - done, max(4, done // 8))
+        size = min(num - done, max(4, done // 8))  # long chunks are fast, and the frequencies hardly change in them
         weights = _spread(counts, reach) + floor
         chunks.append(coder.categorical(weights, size, None if symbols is None else symbols[done : done + size]))
         counts += np.bincount(chunks[-1], minlength=alphabet)
@@ -186,7 +205,7 @@ def _code_chunks(coder: Coder, alphabet: int, num: int, symbols: Array | None, r
 
 
 def _spread(counts: Array, reach: int) -> Array:
-    """Each count shared among the symbols at most ``reach`` away; sums of integers, exact."""
+    """Each count spread evenly over the symbols at most ``reach`` away. The sums are of integers, so they are exact."""
     if not reach:
         return counts.astype(np.float64)
     sums = np.concatenate([[0], np.cumsum(counts)])
@@ -196,16 +215,16 @@ def _spread(counts: Array, reach: int) -> Array:
 
 
 def code_flags(coder: Coder, shape: tuple[int, int, int], flags: Array | None = None) -> Array:
-    """Zeros and ones ``[rows, columns, places of the kernel]``."""
+    """Zeros and ones of shape ``[rows, columns, places of the kernel]``."""
     rows, columns, places = shape
-    if columns > rows:
+    if columns > rows:  # transposed, the matrix takes fewer steps: there is one step for each column
         turned = code_flags(coder, (columns, rows, places), None if flags is None else flags.transpose(1, 0, 2))
         return turned.transpose(1, 0, 2)
     ones = code_number(coder, None if flags is None else int(flags.sum()))
     num = rows * columns * places
-    if not 0 < ones < num:
+    if not 0 < ones < num:  # all flags are equal, so the number of ones is enough
         if ones > num:
-            raise ValueError("more ones than flags")
+            raise ValueError("it has more ones than flags")
         return np.full(shape, int(ones > 0), np.int64)
     density = (ones + 0.5) / (num + 1)
 
@@ -221,7 +240,12 @@ def code_flags(coder: Coder, shape: tuple[int, int, int], flags: Array | None = 
 def _code_diagonals(
     coder: Coder, shape: tuple[int, int, int], density: float, strength: int, flags: Array | None
 ) -> Array:
-    """The odds of a one: those on average, times how much they are raised by row, by column and by place."""
+    """Flags with the odds of a 1 from the flags before: the average odds, times a factor each for the flag's row, its
+    column and its place of the kernel.
+
+    A factor is the odds among the flags so far in that row (column, place) divided by the average odds. ``strength``
+    imaginary flags of average density keep it near 1 as long as few flags are known.
+    """
     rows, columns, places = shape
     if not strength:
         weights = np.array([1 - density, density])
@@ -231,18 +255,20 @@ def _code_diagonals(
     found = np.zeros(shape, np.int64) if flags is None else flags
     prior_ones, prior_zeros = strength * density, strength * (1 - density)
     row = np.arange(rows)
+    # Ones so far in each row and column, and flags so far in each column. A row gets one flag in each step.
     row_ones, column_ones, column_seen = np.zeros(rows), np.zeros(columns), np.zeros(columns)
     base = density / (1 - density)
     for place in range(places):
         place_ones, place_seen = 0, 0
         for step in range(columns):
             seen = place * columns + step
-            column = (row + step) % columns
+            column = (row + step) % columns  # [rows]: row r is at column r + step, so a step is a diagonal
             by_row = (row_ones + prior_ones) / (seen - row_ones + prior_zeros)
             by_column = (column_ones + prior_ones) / (column_seen - column_ones + prior_zeros)
             by_place = (place_ones + _KERNEL_STRENGTH * density) / (
                 place_seen - place_ones + _KERNEL_STRENGTH * (1 - density)
             )
+            # base * (by_row / base) * (by_column / base) * (by_place / base)
             odds = by_row * by_column[column] * (by_place / (base * base))
             p = np.minimum(np.maximum(odds / (1 + odds), 2.0**-14), 1 - 2.0**-14)
             new = coder.bernoulli(p, None if flags is None else flags[row, column, place])
@@ -256,7 +282,7 @@ def _code_diagonals(
 
 
 def _code_bits(coder: Coder, length: int, num: int, integers: Array | None) -> Array:
-    """``num`` integers of ``length`` bits that nothing is known of, 16 bits at a time."""
+    """``num`` integers of ``length`` bits, all equally likely, 16 bits at a time."""
     whole = np.zeros(num, np.uint64)
     for shift in range(0, length, 16):
         size = min(16, length - shift)
@@ -266,9 +292,10 @@ def _code_bits(coder: Coder, length: int, num: int, integers: Array | None) -> A
 
 
 def _fold(number: int) -> int:
-    """0, -1, 1, -2 … -> 0, 1, 2, 3 …"""
+    """Integers to numbers from 0 on: 0, -1, 1, -2 … -> 0, 1, 2, 3 …"""
     return 2 * number if number >= 0 else -2 * number - 1
 
 
 def _unfold(number: int) -> int:
+    """Undo :func:`_fold`."""
     return number // 2 if number % 2 == 0 else -(number + 1) // 2

@@ -1,6 +1,6 @@
-"""At the end of a run: the best net as a packed file, measured as what it is, a file that is read again.
+"""At the end of a run: write the best net as a packed file, read this file again and measure it.
 
-Deep Compression (Han et al. 2016, arXiv:1510.00149, sec. 4); the format is :mod:`project.deployment.packed.packing`.
+Deep Compression (Han et al. 2016, arXiv:1510.00149, sec. 4). The format is :mod:`project.deployment.packed.packing`.
 """
 
 from pathlib import Path
@@ -17,21 +17,29 @@ from project.learning.classifier import Classifier
 
 
 class Packing(AfterFit):
-    """At the end of a fit writes ``model.packed`` of the best checkpoint into the run's folder, and its report row.
+    """At the end of a fit, write ``model.packed`` of the best checkpoint into the run's folder, and add its report row.
 
-    The file's accuracy is that of the net which is read from it. A table of what each layer takes lies beside it. Give
-    it after the callbacks that make the net small.
+    The accuracy in the report is that of the net that is read from the file. A table beside the file lists the bytes of
+    each layer. This callback has to stand after the callbacks that make the net small.
+
+    Example::
+
+        trainer:
+          callbacks+:
+            - class_path: project.callbacks.WeightSharing
+            - class_path: project.callbacks.Packing
+              init_args: {latency: true}
 
     Args:
-        latency: measure the speed of the decoded net, which is a dense one again.
+        latency: whether to measure the speed of the net that is read from the file. It is a dense net again.
 
     Raises:
-        ValueError: when it stands before a callback whose work it is to pack.
+        ValueError: if it stands before a callback that makes the net small, or beside one that writes an integer file.
     """
 
     company = Company(
-        never={"integer file": "integers with a scale per channel are an ONNX file's: leave one out"},
-        after={"smaller net": "it packs what that one makes: give it after"},
+        never={"integer file": "only an ONNX file stores integers with a scale per channel: leave one of them out"},
+        after={"smaller net": "it packs the net that the other makes: give it after the other"},
     )
 
     def __init__(self, latency: bool = False) -> None:
@@ -43,6 +51,14 @@ class Packing(AfterFit):
             check_company(trainer.callbacks, self)  # type: ignore[attr-defined]
 
     def after_fit(self, trainer: Trainer, module: Classifier, run: Run, source: Path) -> None:
+        """Write the packed file and add its row to the report.
+
+        Args:
+            trainer: trainer that ran the fit; its data module gives the images.
+            module: classifier that was trained.
+            run: run whose folder the file is written to.
+            source: path of the checkpoint to pack.
+        """
         data = trainer.datamodule  # type: ignore[attr-defined]
         exported = export_checkpoint(module, data, source, run.model_file("packed"), format="packed")
         if not run.report.is_file():

@@ -1,9 +1,9 @@
-"""``model.packed``: a net in the fewest bytes, with what is needed to build it and to use it.
+"""``model.packed``: a net in the fewest bytes, together with what is needed to build it and to use it.
 
-The bytes are those of :mod:`project.deployment.packed.packing`; the header holds the
+:mod:`project.deployment.packed.packing` makes the bytes. The header holds the
 :class:`~project.deployment.recipe.Recipe` that builds the net and the file's
-:class:`~project.deployment.model_file.Metadata`. Beside the file lies a table like tables 2 to 5 of Deep Compression
-(Han et al. 2016, arXiv:1510.00149): what pruning, weight sharing and coding each make of a layer.
+:class:`~project.deployment.metadata.Metadata`. A table beside the file is like tables 2 to 5 of Deep Compression (Han
+et al. 2016, arXiv:1510.00149): it lists what pruning, weight sharing and coding save in each layer.
 """
 
 import math
@@ -24,27 +24,28 @@ from project.frame.paths import write_whole
 from project.models.surgery import from_plain, to_plain
 
 _INDEX_BITS = 5
-"""Of the distance between two weights that are kept, in the columns P and P+Q (Han et al., sec. 3 and table 4)."""
+"""Bits of the distance between two nonzero weights, in the columns P and P+Q (Han et al., sec. 3 and table 4)."""
 _MAX_IMAGE = 1 << 22
 
 
 @dataclass(frozen=True)
 class LayerRow:
-    """A weight, all vectors of one name, or the sum, in the paper's terms.
+    """A row of the table in the paper's terms: a weight, all vectors of one name, or the sum.
+
+    Each rate is the number of times that the layer gets smaller, compared with 32 bits for each weight. It is ``None``
+    if nothing is left to store.
 
     Args:
-        layer: name.
-        num_weights: values.
-        kept: share that is not zero.
-        weight_bits: of a number of the codebook.
-        coded_weight_bits: for each kept weight, coded.
-        coded_index_bits: for the positions, for each kept weight, coded.
-        bytes: coded, codebook included.
-        rate_pruned: P: 32 bits for each kept weight and 5 for its index, against 32 for each weight.
-        rate_shared: P+Q: numbers of a codebook instead, and the codebook.
-        rate_coded: what the file has.
-
-    A rate is ``None`` where nothing is left to store.
+        layer: name of the weight, pattern of the vectors' names, or "total".
+        num_weights: number of values, zeros included.
+        kept: share of the values that are not zero, from 0 to 1.
+        weight_bits: number of bits of an index into the codebook; ``None`` if there is no codebook.
+        coded_weight_bits: number of bits in the file for the value of each nonzero weight.
+        coded_index_bits: number of bits in the file for the position of each nonzero weight.
+        bytes: number of bytes in the file, codebook included.
+        rate_pruned: rate after pruning (P): 32 bits for each nonzero weight and 5 bits for its index.
+        rate_shared: rate after weight sharing too (P+Q): indices into a codebook instead of 32 bits, and the codebook.
+        rate_coded: rate of the file, after entropy coding.
     """
 
     layer: str
@@ -60,23 +61,26 @@ class LayerRow:
 
 
 def without_minus_zeros_(net: nn.Module) -> None:
-    """Make each -0 of the net a 0: a product with a mask leaves many, and they are no zeros to bits."""
+    """Make each -0 of the net a 0. A product with a mask leaves many -0, and their bits are not those of 0."""
     for tensor in net.state_dict().values():
         if tensor.is_floating_point():
             tensor += 0.0
 
 
 def write_packed(net: nn.Module, metadata: Metadata, recipe: Recipe, path: Path) -> list[PackedTensors]:
-    """Write the file; returns what its bits are spent on.
+    """Write a packed file.
 
     Args:
-        net: on the processor, with the structure that ``recipe`` builds.
-        metadata: how to use it.
-        recipe: how to build it.
-        path: of the file.
+        net: net on the CPU, with the structure that ``recipe`` builds.
+        metadata: class names, image shape and normalisation.
+        recipe: description of how to build the net.
+        path: path of the file to write.
+
+    Returns:
+        The number of bits that each weight, and all vectors of each name, take.
 
     Raises:
-        ValueError: when a tensor is of a type that the format has no place for.
+        ValueError: if the format cannot store the type of a tensor.
     """
     surgeries = [_shorter(surgery) for surgery in recipe.surgeries]
     plain = {"net": recipe.renamed(project.__name__, PACKAGE).net, "surgeries": surgeries}
@@ -86,14 +90,14 @@ def write_packed(net: nn.Module, metadata: Metadata, recipe: Recipe, path: Path)
 
 
 def open_packed(path: Path, trust: Sequence[str] = ()) -> tuple[nn.Module, Metadata]:
-    """The net, in eval mode, and how to use it.
+    """Read a packed file: the net in eval mode, and its metadata.
 
     Args:
-        path: of the file.
-        trust: packages whose classes a net may be made of besides this package's.
+        path: path of the packed file.
+        trust: names of packages whose classes the net may use. The classes of this package are always allowed.
 
     Raises:
-        ValueError: when the file is damaged, is no packed file, or names code that is not trusted.
+        ValueError: if the file is damaged, is no packed file, or names code that is not trusted.
     """
     packed = Packed(path.read_bytes())
     metadata, recipe = _read(packed.header)
@@ -109,7 +113,9 @@ def open_packed(path: Path, trust: Sequence[str] = ()) -> tuple[nn.Module, Metad
 
 
 def _shorter(plain: Mapping[str, Any]) -> dict[str, Any]:
-    """A surgery of the same shapes in fewer words: which units stayed shows in the weights."""
+    """A surgery that gives the same shapes in a shorter text. It needs no indices of the units that stayed, because the
+    file holds their weights.
+    """
     surgery = from_plain(plain)
     shorten = getattr(surgery, "of_first_units", None)
     return to_plain(shorten() if shorten else surgery)
@@ -135,7 +141,7 @@ def _read(header: dict[str, Any]) -> tuple[Metadata, Recipe]:
 
 
 def layer_rows(tensors: Sequence[PackedTensors]) -> list[LayerRow]:
-    """One row for each weight, one for all vectors of one name, and the sum."""
+    """One row for each weight, one for all vectors of one name, and one for the sum."""
     sums = [sum(column) for column in zip(*map(_bits, tensors), strict=True)]
     num, kept = sum(t.num for t in tensors), sum(t.num_nonzero for t in tensors)
     value_bits, position_bits = sum(t.value_bits for t in tensors), sum(t.position_bits for t in tensors)
@@ -147,12 +153,12 @@ def layer_rows(tensors: Sequence[PackedTensors]) -> list[LayerRow]:
 
 
 def write_table(tensors: Sequence[PackedTensors], path: Path, num_parameters: int) -> str:
-    """Write the table as CSV and Markdown beside the file; returns the Markdown.
+    """Write the table as CSV and Markdown beside the packed file, and return the Markdown.
 
     Args:
-        tensors: of :func:`write_packed`.
-        path: of the file.
-        num_parameters: of the net, each of four bytes: what the file's size is compared with.
+        tensors: bits of each weight, as :func:`write_packed` returned them.
+        path: path of the packed file.
+        num_parameters: number of the net's parameters, each of four bytes, which the file's size is compared with.
     """
     rows = layer_rows(tensors)
     text = to_markdown(rows, tensors, path, num_parameters)
@@ -187,7 +193,9 @@ def to_markdown(rows: Sequence[LayerRow], tensors: Sequence[PackedTensors], path
 
 
 def _bits(tensors: PackedTensors) -> tuple[float, float, float]:
-    """After pruning, after weight sharing, after coding: what a paper's storage would take, where it takes less."""
+    """Bits after pruning, after weight sharing and after coding. The first two are those of the paper's storage, or of
+    dense storage if that takes fewer bits.
+    """
     dense, width = 32.0 * tensors.num, _width(tensors)
     pruned = min(dense, tensors.num_indexed * (32.0 + _INDEX_BITS))
     if width is None:
@@ -198,7 +206,7 @@ def _bits(tensors: PackedTensors) -> tuple[float, float, float]:
 
 
 def _width(tensors: PackedTensors) -> int | None:
-    """Bits of a number of the codebook; ``None`` where a codebook would be as long as the weights."""
+    """Bits of an index into the codebook; ``None`` if there are too many distinct values for a codebook."""
     if 2 * tensors.num_distinct > max(2, tensors.num_nonzero):
         return None
     return max(1, math.ceil(math.log2(max(1, tensors.num_distinct))))

@@ -1,17 +1,15 @@
-"""The packed file: a net's state dict in few bytes, read back to the same bits.
+"""The packed file: a net's state dict in few bytes. It is read back to exactly the same bits.
 
 Deep Compression (Han et al. 2016, arXiv:1510.00149): pruning, weight sharing (sec. 3), entropy coding (sec. 4). This is
-the last step, and it asks nobody what the others did: each tensor is looked at alone
-(:mod:`project.deployment.packed.tensor_codes`) and all go through one range coder
-(:mod:`project.deployment.packed.bitstream`).
-
-::
+the last step. It needs no information about the steps before: the values of each tensor decide how it is stored
+(:mod:`project.deployment.packed.tensor_codes`), and all tensors go through one range coder
+(:mod:`project.deployment.packed.bitstream`). The parts of a file are::
 
     magic  version  CRC-32 of all that follows  CRC-32 of the tensors  length of the header  header  range coder's bytes
 
-The header is JSON (compressed by zlib) that the caller gives and takes; names, shapes and types of the tensors are not
-in the file, since the net that is rebuilt from the header has them. A file of n bytes may stand for at most
-``2^24 + 4096 n`` values, so that no small one asks for much memory.
+The header is JSON, compressed by zlib; the caller chooses its content. Names, shapes and types of the tensors are not
+in the file, because the net that is rebuilt from the header has them. A file of n bytes may hold at most
+``2^24 + 4096 n`` values, so that a small file cannot ask for much memory.
 """
 
 import json
@@ -46,21 +44,24 @@ _DICTIONARY = (
     b'{"class_path":"@.models.ReLU"},"conv_dropout":0.0,"conv_dropout_type":{"class_path":"torch.nn.Dropout2d",'
     b'"init_args":{"inplace":false}},"fc_dropout":0.0,"weight_init":"torch.nn.init.kaiming_normal_"}},"surgeries":[]}}'
 ).replace(b"@", PACKAGE.encode())
-"""What headers are like; part of the format, so a change needs another version."""
+"""Texts that are frequent in headers, for zlib. They are part of the format: a change needs another version."""
 
 
 @dataclass(frozen=True)
 class PackedTensors:
-    """What became of one weight, or of all vectors of one name.
+    """Sizes of one weight, or of all vectors of one name.
 
     Args:
-        name: of the tensor in the state dict; of vectors, the last part of their names.
-        is_weight: and no vectors.
-        num: values.
-        num_nonzero: that are not zero.
-        num_distinct: distinct values that are not zero.
-        num_indexed: entries of a list of these values, each five bits after the one before, fillers included.
-        position_bits, value_bits, codebook_bits: of the file.
+        name: name of the weight in the state dict, or ``*.`` and the last part of the vectors' names.
+        is_weight: whether it is one weight (two or more dimensions), and not vectors.
+        num: number of values, zeros included.
+        num_nonzero: number of values that are not zero.
+        num_distinct: number of distinct values that are not zero.
+        num_indexed: number of entries if each nonzero value is stored with its distance from the one before, in five
+            bits (Han et al., sec. 2). Larger distances need filler entries, which are included.
+        position_bits: number of bits in the file for the positions of the nonzero values.
+        value_bits: number of bits in the file for the values.
+        codebook_bits: number of bits in the file for the codebook and other settings.
     """
 
     name: str
@@ -79,14 +80,17 @@ class PackedTensors:
 
 
 def pack(state_dict: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[bytes, list[PackedTensors]]:
-    """A file's content, and what its bits are spent on.
+    """Make the content of a packed file.
 
     Args:
-        state_dict: of a net on the processor; floating point, integers or booleans.
-        header: plain values.
+        state_dict: tensors of a net on the CPU, by name; floating point, integers or booleans.
+        header: plain values that the reader gets back, as a dictionary that JSON can hold.
+
+    Returns:
+        The content, and the sizes of each weight and of all vectors of each name.
 
     Raises:
-        ValueError: for a tensor of another type, or more values than so few bytes may stand for.
+        ValueError: if the type of a tensor cannot be stored, or there are more values than so few bytes may hold.
     """
     for name, tensor in state_dict.items():
         if tensor.dtype not in TYPES:
@@ -111,10 +115,15 @@ def pack(state_dict: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[b
 
 
 class Packed:
-    """A file's content, opened: ``header`` is checked to be JSON and no more, ``unpack`` reads the tensors.
+    """The content of a packed file, opened to be read.
+
+    The attribute ``header`` is checked only to be JSON. :meth:`unpack` reads the tensors.
+
+    Args:
+        content: all bytes of the file.
 
     Raises:
-        ValueError: when it is damaged, or no packed file.
+        ValueError: if the content is damaged, or no packed file.
     """
 
     def __init__(self, content: bytes) -> None:
@@ -132,13 +141,13 @@ class Packed:
         self.max_values = max_values(len(content))
 
     def unpack(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The state dict.
+        """Read the state dict.
 
         Args:
-            like: tensors of the same names, shapes and types, on any device (meta, so that they take no memory).
+            like: tensors of the same names, shapes and types, on any device. On the meta device they take no memory.
 
         Raises:
-            ValueError: when those of the file are others, or too many for it.
+            ValueError: if the file holds another number of values, more than its size allows, or damaged ones.
         """
         num = _count(like)
         if num != self.header.get("values"):
@@ -156,10 +165,12 @@ class Packed:
 
 
 def max_values(num_bytes: int) -> int:
+    """The largest number of values that a file of so many bytes may hold."""
     return (1 << 24) + 4096 * num_bytes
 
 
 def _read_header(compressed: bytes) -> dict[str, Any]:
+    """The header of a file. It stops after 4 MiB, so that a small file cannot fill the memory."""
     decompressor = zlib.decompressobj(-15, zdict=_DICTIONARY)
     try:
         text = decompressor.decompress(compressed, _MAX_HEADER)
@@ -176,6 +187,7 @@ def _count(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of the bytes of all tensors, in their order."""
     check = 0
     for tensor in tensors.values():
         check = zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), check)
@@ -183,6 +195,10 @@ def _checksum(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _row(names: Sequence[str], tensors: Mapping[str, Tensor], coder: Encoder) -> PackedTensors:
+    """The sizes of a group of tensors that ``coder`` has just written.
+
+    A distance of d between two nonzero values takes ``(d - 1) // 32`` filler entries.
+    """
     values = torch.cat([tensors[name].reshape(-1) for name in names])
     nonzero = values[values != 0]
     gaps = (values != 0).nonzero().flatten().diff(prepend=torch.tensor([-1]))

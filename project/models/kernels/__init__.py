@@ -1,5 +1,6 @@
-"""What a compiled kernel does faster than torch on a CPU, in training and in inference; without a C compiler torch does
-it.
+"""Operations for CPUs that compiled C kernels do faster than torch, in training and in inference.
+
+Without a C compiler torch's own operators run.
 """
 
 from project.models.kernels.batch_norm import batch_norm_relu, batch_norm_relu_pool

@@ -1,12 +1,14 @@
-"""Batch norm followed by ReLU, and by max pooling 2x2 where that comes next, as one operation, for training on a CPU.
+"""Batch norm and ReLU, and max pooling 2x2 if it follows, as one operation, for training on a CPU.
 
-Ioffe & Szegedy 2015 (arXiv:1502.03167, Alg. 1 and the gradients of sec. 3). Torch's batch norm and ReLU read and write
-a map a dozen times forward and backward, these eight times; the kernel for max pooling adds three, as one operation
-they are six. One pixel is subtracted before squares are summed up (Chan et al. 1983, shifted data): float32 suffices.
-A second derivative (``create_graph``) is computed by torch's operators.
+Ioffe & Szegedy 2015 (arXiv:1502.03167, Alg. 1 and the gradients of sec. 3). The time goes into reading and writing the
+map. Torch's batch norm and ReLU do it a dozen times in forward and backward, this kernel eight times. A separate kernel
+for max pooling adds three more; all three layers as one operation do it six times in total. One pixel is subtracted
+before squares are summed up (Chan et al. 1983, shifted data), so float32 is precise enough. If a second derivative is
+wanted (``create_graph``), torch's operators compute the gradients.
 
-Pooled (ours): a channel's norm and ReLU keep the order of its pixels, or turn it round, so a window's winner is found
-among the ``x``; and the sums of the gradient, which is 0 at all the others, need the winners alone.
+The pooling is our own addition. The norm and the ReLU of a channel keep the order of its pixels, or reverse it if the
+scale is negative. So the winner of a window is found among the inputs ``x``. The gradient is 0 at all other pixels, so
+its sums need the winners only.
 """
 
 from functools import partial
@@ -25,21 +27,22 @@ LAST = torch.channels_last
 
 
 class Norm(NamedTuple):
-    """What a kernel needs of a batch norm: its parameters, and what C gets of it, addresses that were checked."""
+    """A batch norm as a kernel needs it: its parameters, and the arguments for C with checked addresses."""
 
     weight: Tensor
     bias: Tensor
     num_batches_tracked: Tensor
     arguments: tuple[int | float, ...]
-    """Addresses of weight and bias, eps, momentum, addresses of running mean and variance."""
+    """Addresses of weight and bias, eps, momentum, addresses of running mean and running variance."""
 
 
 def batch_norm_relu(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor | None:
-    """``activation(norm(x))`` of a map ``[N, C, H, W]``, the running statistics updated; ``None`` where that is not
-    batch norm in training and ReLU (see :func:`training_norm`), or there is no kernel for the map (see
-    :func:`project.models.kernels.maps.can_run`).
+    """``activation(norm(x))`` of a map ``[N, C, H, W]``. The running statistics are updated.
 
-    The output differs from torch's by the rounding of its type; the sums' relative error is about 1e-6.
+    The result is ``None``, and nothing is done, if the layers are not batch norm in training and ReLU (see
+    :func:`training_norm`), or if there is no kernel for the map (see :func:`project.models.kernels.maps.can_run`).
+
+    The output differs from torch's by the rounding of its type. The relative error of the sums is about 1e-6.
     """
     own = _take(x, norm, activation)
     if own is None:
@@ -49,10 +52,10 @@ def batch_norm_relu(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor
 
 
 def batch_norm_relu_pool(x: Tensor, norm: nn.Module, activation: nn.Module, pool: nn.Module) -> Tensor | None:
-    """``pool(activation(norm(x)))`` like :func:`batch_norm_relu`; ``None`` also where that is not max pooling 2x2.
+    """``pool(activation(norm(x)))``, like :func:`batch_norm_relu`; also ``None`` if ``pool`` is not max pooling 2x2.
 
-    The first of a window's equal ``x`` wins. Where different ``x`` become equal by rounding torch takes the first and
-    this the greatest, so the gradient of such a pixel may lie beside torch's.
+    Of equal ``x`` in a window the first wins. If different ``x`` become equal by rounding in the norm, torch takes the
+    first and this kernel the greatest. The gradient may then go to another pixel of the window than in torch.
     """
     own = _take(x, norm, activation)
     sides = None if own is None else halved_sides(x, pool)
@@ -63,15 +66,17 @@ def batch_norm_relu_pool(x: Tensor, norm: nn.Module, activation: nn.Module, pool
 
 
 def training_norm(norm: nn.Module, activation: nn.Module, channels: int) -> Norm | None:
-    """What a kernel needs of ``norm`` if the two layers are known (see :func:`project.models.kernels.known.is_known`)
-    as batch norm of ``channels`` channels in training and ReLU, else ``None``; also ``None`` unless all parameters and
-    running statistics are there, in float32 and without gaps.
+    """The batch norm as a kernel needs it; ``None`` if a kernel cannot replace the two layers.
+
+    It can if the layers are known (see :func:`project.models.kernels.known.is_known`) as batch norm of ``channels``
+    channels, in training, and ReLU. All parameters and running statistics must exist, in float32 and without gaps in
+    memory.
     """
     if not (is_known(norm, nn.BatchNorm2d) and is_known(activation, nn.ReLU)):
         return None
     if not (norm.training and norm.track_running_stats and type(norm.momentum) is type(norm.eps) is float):
         return None
-    parameters, buffers = norm._parameters, norm._buffers  # ten times as fast as attributes
+    parameters, buffers = norm._parameters, norm._buffers  # ten times as fast as to read attributes of the module
     weight, bias, batches = parameters.get("weight"), parameters.get("bias"), buffers.get("num_batches_tracked")
     tensors = weight, bias, buffers.get("running_mean"), buffers.get("running_var")
     places = [address(tensor, torch.float32, channels) for tensor in tensors]
@@ -81,20 +86,24 @@ def training_norm(norm: nn.Module, activation: nn.Module, channels: int) -> Norm
 
 
 def _take(x: Tensor, norm: nn.Module, activation: nn.Module) -> Norm | None:
-    """Torch refuses one value per channel, in its own words."""
+    """:func:`training_norm` if there is a kernel for ``x``. A map of one value per channel is left to torch's error."""
     return training_norm(norm, activation, x.shape[1]) if can_run(x) and x.numel() > x.shape[1] else None
 
 
 def _by_torch(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Batch norm and ReLU by torch's operators."""
     return functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps).relu()
 
 
 def _check(done: int) -> None:
+    """Raise an error if a kernel returned 0, which means that it could not allocate memory."""
     if not done:
-        raise MemoryError("no memory for the sums of a batch norm")
+        raise MemoryError("there is no memory for the sums of a batch norm: choose a smaller batch_size")
 
 
 class _BatchNormReLU(torch.autograd.Function):
+    """Batch norm and ReLU. For the gradient it keeps ``x`` and four numbers per channel (see ``fit_norm`` in C)."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: Norm) -> Tensor:
         channels, numel, dtype = x.shape[1], x.numel(), x.dtype
@@ -120,9 +129,9 @@ class _BatchNormReLU(torch.autograd.Function):
         if not is_plain_gradient(grad):
             layer = partial(_by_torch, eps=ctx.eps)
             return *gradients_by_torch(layer, (x, weight, bias), grad), None
-        x = x.contiguous(memory_format=LAST)  # hooks on saved tensors may have moved it
+        x = x.contiguous(memory_format=LAST)  # a hook on saved tensors may have changed its layout
         channels, numel, dtype = x.shape[1], x.numel(), x.dtype
-        grad, stride = as_rows(grad.to(dtype))
+        grad, stride = as_rows(grad.to(dtype))  # a slice of a concatenated gradient needs no copy
         dx, dweight, dbias = torch.empty_like(x), torch.empty_like(weight), torch.empty_like(bias)
         kernels = library(dtype)
         assert kernels is not None
@@ -142,6 +151,12 @@ class _BatchNormReLU(torch.autograd.Function):
 
 
 class _BatchNormReLUPool(torch.autograd.Function):
+    """Batch norm, ReLU and max pooling 2x2.
+
+    For the gradient it keeps, beside what :class:`_BatchNormReLU` keeps, each window's winner: its value ``x`` and its
+    place, 0 to 3, or 4 if the ReLU is closed (its output is 0).
+    """
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, norm: Norm, sides: list[int]) -> Tensor:
         (images, channels, height, width), dtype = x.shape, x.dtype

@@ -1,9 +1,10 @@
-"""Compile the C files of this folder when they are first needed, and load them. Without a C compiler, PyTorch's own
-operators run instead.
+"""Compile the C files of this folder when they are first needed, and load them.
 
-The libraries lie in :attr:`project.frame.paths.Paths.cache` under a name made of the source, the compiler and the
-processor, so that a changed source or another machine compiles its own. Each file ends with the checksum of what comes
-before it: a damaged file is not loaded, which could kill the process, but compiled again.
+Without a C compiler, PyTorch's own operators run instead.
+
+The compiled libraries are in :attr:`project.frame.paths.Paths.cache`. The name of a library is a hash of the source,
+the compiler and the processor, so a changed source or another machine gets its own library. Each file ends with the
+checksum of the bytes before it. A damaged file is compiled again; to load it could kill the process.
 """
 
 import ctypes
@@ -26,12 +27,14 @@ SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
+"""The types of maps that there are kernels for, each with its compiler flags."""
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
-    """The kernels for maps of ``dtype`` (float32 or bfloat16); ``None`` where they can not be built, and where
-    ``PROJECT_KERNELS=0`` says so.
+    """The kernels for maps of ``dtype`` (float32 or bfloat16).
+
+    ``None`` if they cannot be built, or if the environment has ``PROJECT_KERNELS=0``.
     """
     compiler = shutil.which(os.environ.get("CC", "cc"))
     if dtype not in TYPES or compiler is None or os.environ.get("PROJECT_KERNELS") == "0":
@@ -44,12 +47,12 @@ def library(dtype: torch.dtype) -> ctypes.CDLL | None:
             write_whole(path, lambda part: _compile(compiler, flags, part))
         return _declare(ctypes.CDLL(str(path)), dtype)
     except (OSError, subprocess.SubprocessError, AttributeError) as error:  # AttributeError: a function is missing
-        log.info("no compiled kernels (%s): torch's own are used, which are slower", error)
+        log.info("the C kernels could not be compiled (%s): torch's own operators run, which are slower", error)
         return None
 
 
 def _declare(kernels: ctypes.CDLL, dtype: torch.dtype) -> ctypes.CDLL:
-    """Argument types, without which ctypes passes 32-bit integers."""
+    """Declare the types of the arguments; without them ctypes passes 32-bit integers."""
     pointer, count, number = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
     kernels.batch_norm_relu.argtypes = [pointer, *[count] * 2, *[pointer] * 2, *[number] * 2, *[pointer] * 4]
     kernels.batch_norm_relu_grad.argtypes = [pointer, pointer, *[count] * 3, *[pointer] * 4]
@@ -76,7 +79,7 @@ def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether the file is there and its end is the checksum of the rest."""
+    """Whether the file exists and ends with the checksum of the bytes before."""
     content = path.read_bytes() if path.is_file() else b""
     return content[-_CHECKSUM_BYTES:] == hashlib.sha256(content[:-_CHECKSUM_BYTES]).digest()
 
@@ -88,7 +91,10 @@ def _fingerprint(compiler: str, flags: tuple[str, ...]) -> str:
 
 
 def _processor() -> str:
-    """What ``-march=native`` looks at: a cache on a shared disk serves several kinds of machines."""
+    """A description of the processor, which ``-march=native`` depends on.
+
+    Machines of several kinds may share a disk, and so a cache.
+    """
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

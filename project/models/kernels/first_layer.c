@@ -1,18 +1,21 @@
-/* Convolution 3x3 of images, batch norm, ReLU and max pooling 2x2 in one pass. Paper and formulas: first_layer.py here.
+/* Convolution 3x3 of images, batch norm, ReLU and max pooling 2x2 in one pass. The paper and the formulas are in
+ * first_layer.py in this folder.
  *
- * The images are copied once, less a number near their mean, with a border around them: a pixel's taps are nine numbers
- * of the copy for each input channel. Batch norm takes every constant away, so the number changes nothing and saves
- * digits. Moments are summed up in double: a variance may be the small difference of large products of neighbours. The
- * gradient's sums run in float within an image. Blocks are cut by the number of images alone: the result does not
- * depend on the number of threads.
+ * The images are copied once, with a border around them. The taps of a pixel are then nine numbers of the copy for each
+ * input channel. A number near the mean of each channel is subtracted in the copy. It does not change the result,
+ * because batch norm removes every constant, and it makes the sums more precise.
+ *
+ * Moments are summed up in double, because a variance may be a small difference of large products of neighbouring
+ * pixels. The sums of the gradient run in float within an image. The number of images in a block is constant, so the
+ * result does not depend on the number of threads.
  */
 #include "vectors.h"
 
 #define SIDE 3
 #define TAPS (SIDE * SIDE)
 #define MAX_TAPS (3 * TAPS)
-#define BLOCK 8
-#define NOBODY 4 /* the number of a window's winner when the ReLU is closed */
+#define BLOCK 8 /* images of a block */
+#define NOBODY 4 /* the place of a window's winner if the ReLU is closed, that is, if its output is 0 */
 
 typedef double dvec __attribute__((vector_size(32)));
 #define DLANES 4
@@ -24,7 +27,8 @@ typedef struct {
     int64_t window; /* side of the pooling's window: 2, or 1 without pooling */
 } layer;
 
-/* The copy's plane: a border of one pixel, and even sides, so that every window of two lines and columns is whole. */
+/* A plane of the copy holds one channel of an image, with a border of one pixel. Its sides are even, so that every
+ * window of two lines and two columns is whole. */
 INLINE int64_t padded_line(const layer *l) { return (l->width + 1) / 2 * 2 + 2; }
 INLINE int64_t padded_plane(const layer *l) { return ((l->height + 1) / 2 * 2 + 2) * padded_line(l); }
 
@@ -34,14 +38,14 @@ INLINE int64_t last_image(const layer *l, int64_t block) {
     return (block + 1) * BLOCK < l->images ? (block + 1) * BLOCK : l->images;
 }
 
-/* Add up the blocks' sums in order. */
+/* Add up the sums of all blocks, in the order of the blocks: [blocks][count] -> [count]. */
 static void add_blocks(const double *parts, int64_t blocks, int64_t count, double *sums) {
     memset(sums, 0, count * sizeof *sums);
     for (int64_t b = 0; b < blocks; b++)
         for (int64_t i = 0; i < count; i++) sums[i] += parts[b * count + i];
 }
 
-/* The mean of one channel of an image; strides of images, channels, lines, columns. */
+/* The mean of one channel of an image. strides: the distances of images, channels, lines and columns, in values. */
 static float mean_of(const float *x, const layer *l, const int64_t *strides) {
     double sum = 0;
     for (int64_t h = 0; h < l->height; h++)
@@ -49,7 +53,8 @@ static float mean_of(const float *x, const layer *l, const int64_t *strides) {
     return (float)(sum / (l->height * l->width));
 }
 
-/* One image into the middle of its planes, less the mean of each channel; the border is black, less the mean. */
+/* Copy one image into the middle of its planes, and subtract the mean of each channel. The border is the convolution's
+ * padding: 0, minus the mean. */
 static void pad_image(const float *x, const layer *l, const int64_t *strides, const float *means, float *padded) {
     int64_t length = padded_line(l), lines = padded_plane(l) / length;
     for (int64_t c = 0; c < l->in_channels; c++)
@@ -64,8 +69,9 @@ static void pad_image(const float *x, const layer *l, const int64_t *strides, co
 
 INLINE int64_t shifted_line(const layer *l) { return (l->width + DLANES - 1) / DLANES * DLANES; }
 
-/* Three copies in double, shifted by 0, 1 and 2 columns, lines filled up with zeros: the taps (line i, column j) of all
- * pixels are shift j from line i on, and sums of their products are plain dot products. */
+/* Make three copies of an image's planes in double, shifted by 0, 1 and 2 columns. Their lines are filled with zeros to
+ * whole vectors. Tap (line i, column j) of all pixels is then copy j from line i on, without gaps. So a sum of products
+ * of two taps is a plain dot product. */
 static void shift_image(const float *padded, const layer *l, double *shifted) {
     int64_t length = padded_line(l), lines = l->height + 2, to_length = shifted_line(l);
     for (int64_t c = 0; c < l->in_channels; c++)
@@ -79,7 +85,8 @@ static void shift_image(const float *padded, const layer *l, double *shifted) {
 
 INLINE double total(dvec v) { return (v[0] + v[1]) + (v[2] + v[3]); }
 
-/* Add products of three taps of a line with three of another, each summed over the image: 9 sums in registers. */
+/* Add the products of three taps of one line with three taps of another line, each summed over the image. The 9 sums
+ * stay in registers. */
 INLINE void add_products(const double *a, const double *b, int64_t count, int64_t stride, int64_t taps, double *sums) {
     dvec s[SIDE][SIDE] = {{{0}}};
     for (int64_t i = 0; i < count; i += DLANES) {
@@ -95,8 +102,8 @@ INLINE void add_products(const double *a, const double *b, int64_t count, int64_
         for (int k = 0; k < SIDE; k++) sums[j * taps + k] += total(s[j][k]);
 }
 
-/* Add the image's sums of taps [taps] and of products of two [taps][taps] (those with the first line not after the
- * second) to `sums`. */
+/* Add the sums of an image to `sums`: the sums of each tap, [taps], and of the products of two taps, [taps][taps]. The
+ * matrix is symmetric, so only the products of which the first line is not after the second are computed. */
 static void add_moments(const double *shifted, const layer *l, double *sums) {
     int64_t taps = count_taps(l), length = shifted_line(l);
     int64_t stride = (l->height + 2) * length, count = l->height * length;
@@ -117,7 +124,7 @@ static void add_moments(const double *shifted, const layer *l, double *sums) {
     }
 }
 
-/* Sums over all pixels -> mean [taps] and covariance [taps][taps], in place. */
+/* Turn the sums over all pixels into the mean [taps] and the covariance [taps][taps], in place. */
 static void finish_moments(double *moments, int64_t taps, double pixels) {
     double *mean = moments, *covariance = moments + taps;
     for (int64_t a = 0; a < taps; a++) mean[a] /= pixels;
@@ -134,14 +141,16 @@ INLINE double dot(const float *weight, const double *v, int64_t taps) {
     return sum;
 }
 
+/* The variance w.S w of a channel's output, before the norm. */
 INLINE double variance_of(const float *weight, const double *covariance, int64_t taps) {
     double sum = 0;
     for (int64_t t = 0; t < taps; t++) sum += weight[t] * dot(weight, covariance + t * taps, taps);
-    return sum < 0 ? 0 : sum; /* NaN stays */
+    return sum < 0 ? 0 : sum; /* rounding may give less than 0; NaN stays NaN */
 }
 
-/* Scale and shift of the batch norm in the weights, [taps][channels], and behind them, [channels]; the running
- * statistics move. means: what the input channels were lowered by. */
+/* Fold the batch norm into the convolution. folded: the weights times the scale, [taps][channels], and behind them the
+ * shift, [channels]. The running statistics are updated. means: the number that was subtracted from each input channel;
+ * the running mean contains it again. */
 static void fold_norm(const layer *l, const float *weight, const double *moments, const float *means,
                       const float *gamma, const float *beta, float eps, float momentum, float *running_mean,
                       float *running_var, float *inverse, float *folded) {
@@ -162,9 +171,12 @@ static void fold_norm(const layer *l, const float *weight, const double *moments
     }
 }
 
-/* y = the greatest of each window's max(0, weight * taps + shift), for eight channels of an image, and the number of
- * the pixel that holds it, the first of equals. Half a window at the end of an odd side sees its pixels twice. Where
- * one value of a channel is NaN all are, through mean and variance: the first of a window is. */
+/* Convolution, ReLU and max pooling of one image, for eight output channels.
+ *
+ * y: the greatest max(0, weight * taps + shift) of each window. place: the number of the pixel that has it, the first
+ * of equals, or NOBODY. At the end of an odd side only half of the window is inside the map; `below` or `beside` is
+ * then 0, and the pixels are seen twice. If one value of a channel is NaN, mean and variance make all values NaN, and
+ * the first pixel of each window wins. */
 INLINE void convolve(const float *padded, const layer *l, const float *weight, const float *shift, real *y, bits *place,
                      const int64_t in_channels, const int side) {
     int64_t length = padded_line(l), plane = padded_plane(l), channels = l->channels;
@@ -175,7 +187,7 @@ INLINE void convolve(const float *padded, const layer *l, const float *weight, c
         for (int64_t w = 0; w < out_width; w++) {
             const float *from = padded + h * side * length + w * side;
             int64_t below = h * 2 + 1 < height ? length : 0, beside = w * 2 + 1 < width;
-            vec sums[SIDE][4]; /* one for each line of the taps: a single one would wait for itself */
+            vec sums[SIDE][4]; /* one sum for each line of taps: the additions of one sum would wait for each other */
             for (int q = 0; q < side * side; q++) sums[0][q] = start, sums[1][q] = sums[2][q] = (vec){0};
             for (int c = 0; c < in_channels; c++)
                 for (int i = 0; i < SIDE; i++)
@@ -201,7 +213,7 @@ INLINE void convolve(const float *padded, const layer *l, const float *weight, c
 static void convolve_image(const float *padded, const layer *l, const float *weight, const float *shift, real *y,
                            bits *place) {
     for (int64_t k = 0; k < l->channels; k += LANES)
-        if (l->in_channels == 1 && l->window == 2) /* the nine weights stay in registers */
+        if (l->in_channels == 1 && l->window == 2) /* constant arguments: the nine weights stay in registers */
             convolve(padded, l, weight + k, shift + k, y + k, place + k, 1, 2);
         else if (l->window == 2)
             convolve(padded, l, weight + k, shift + k, y + k, place + k, l->in_channels, 2);
@@ -209,9 +221,10 @@ static void convolve_image(const float *padded, const layer *l, const float *wei
             convolve(padded, l, weight + k, shift + k, y + k, place + k, l->in_channels, 1);
 }
 
-/* y and the winners' numbers [images][out_height][out_width][channels]; the running statistics move.
- * strides: the images' four. padded, moments [taps + taps * taps] and inverse [channels], 1 / standard deviation, are
- * for the gradient. Returns 0, with nothing done, when memory is short. */
+/* The whole layer. y and place: [images][out_height][out_width][channels]. The running statistics are updated.
+ * strides: the distances of images, channels, lines and columns of x, in values. For the gradient: padded, the copy of
+ * the images; moments [taps + taps * taps], mean and covariance; inverse [channels], 1 / standard deviation. Returns 0,
+ * with nothing done, if there is no memory. */
 int first_layer(const float *x, int64_t images, int64_t in_channels, int64_t height, int64_t width, int64_t channels,
                 int64_t out_height, int64_t out_width, int64_t window, const int64_t *strides, const float *weight,
                 const float *gamma, const float *beta, float eps, float momentum, float *running_mean,
@@ -225,6 +238,7 @@ int first_layer(const float *x, int64_t images, int64_t in_channels, int64_t hei
     float *folded = malloc((taps + 1) * channels * sizeof *folded), *means = malloc(in_channels * sizeof *means);
     int enough = parts && shifted && folded && means;
     if (enough) {
+        /* The mean over the first image is near enough to that of all. */
         for (int64_t c = 0; c < in_channels; c++) means[c] = mean_of(x + c * strides[1], &l, strides);
 #pragma omp parallel for schedule(static)
         for (int64_t b = 0; b < blocks; b++)
@@ -248,11 +262,12 @@ int first_layer(const float *x, int64_t images, int64_t in_channels, int64_t hei
     return enough;
 }
 
-/* A mask of one bit of a winner's number, which `widen` leaves in the upper half where a `bits` is half an int. */
+/* A mask of all ones where a bit of `number` is 1. `number` comes from `widen`; if a `bits` is half an int, it is in the
+ * upper half of the int. */
 INLINE ivec all_bits(ivec number, int bit) { return number << (8 * (int)sizeof(bits) - 1 - bit) >> 31; }
 
-/* Add an image's sums, for eight channels, of g and of g times each tap (of one input channel) of the pixel that g
- * belongs to: products [TAPS][channels]. */
+/* Add the sums of an image, for eight output channels and one input channel: the sum of g, and products
+ * [TAPS][channels], the sums of g times each tap of the pixel that won. g is 0 if the ReLU was closed. */
 INLINE void add_grads(const float *padded, const layer *l, const real *grad, int64_t stride, const bits *place,
                       double *sums, double *products, const int pooled) {
     int64_t length = padded_line(l);
@@ -262,11 +277,12 @@ INLINE void add_grads(const float *padded, const layer *l, const real *grad, int
             const float *from = padded + h * l->window * length + w * l->window;
             int64_t out = h * l->out_width + w;
             ivec where = (ivec)widen(load_row(place + out * l->channels));
+            /* The place is 0 or 1 in the upper line, 2 or 3 in the lower line, or NOBODY = 4. */
             ivec right = all_bits(where, 0), lower = all_bits(where, 1), closed = all_bits(where, 2);
             vec g = (vec)((ivec)load(grad + out * stride) & ~closed);
             sum += g;
             for (int j = 0; j < SIDE; j++) {
-                vec seen[SIDE + 1]; /* what the winner has there, were it in the upper line */
+                vec seen[SIDE + 1]; /* column j of the taps in the winner's column, for both lines that it may be in */
                 for (int i = 0; i < SIDE + pooled; i++) {
                     seen[i] = fill(from[i * length + j]);
                     if (pooled) seen[i] = choose(right, fill(from[i * length + j + 1]), seen[i]);
@@ -294,8 +310,8 @@ static void add_image_grads(const float *padded, const layer *l, const real *gra
         }
 }
 
-/* Gradients of weight, gamma and beta from the one of y, whose pixels lie `stride` values apart. Returns 0, with
- * nothing done, when memory is short. */
+/* Gradients of weight, gamma and beta, from the gradient of y, whose pixels are `stride` values apart. The formulas of
+ * the last loop are in first_layer.py. Returns 0, with nothing done, if there is no memory. */
 int first_layer_grad(const float *padded, int64_t images, int64_t in_channels, int64_t height, int64_t width,
                      int64_t channels, int64_t out_height, int64_t out_width, int64_t window, const real *grad,
                      int64_t stride, const bits *place, const float *weight, const float *gamma,
@@ -315,7 +331,7 @@ int first_layer_grad(const float *padded, int64_t images, int64_t in_channels, i
         add_blocks(parts, blocks, count, sums);
         for (int64_t c = 0; c < channels; c++) {
             const float *w = weight + c * taps;
-            double products = 0, slope; /* sum of g * (weight . (taps - mean)) */
+            double products = 0, slope; /* products: w.G; the loop turns sum g p into G = sum g (p - m) */
             for (int64_t t = 0; t < taps; t++)
                 products += w[t] * (sums[(1 + t) * channels + c] -= sums[c] * moments[t]);
             dbeta[c] = (float)sums[c];

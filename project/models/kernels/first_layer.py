@@ -1,23 +1,27 @@
 """A net's first layer as one operation, for training on a CPU: convolution, batch norm, ReLU and max pooling of images.
 
-Ioffe & Szegedy 2015 (arXiv:1502.03167, Alg. 1 and the gradients of sec. 3). Ours: the convolution's map is never
-written. It is the largest of a net, made of few numbers, and its statistics and gradients follow from theirs. Let ``p``
-be the ``k = 9 in_channels`` pixels under a window (its taps), of which there are ``R``, with mean ``m`` and covariance
-``S``, and ``w`` a channel's weight. Then ``x = w.p`` has the
+Ioffe & Szegedy 2015 (arXiv:1502.03167, Alg. 1 and the gradients of sec. 3). Our addition: the output ``x`` of the
+convolution is never written to memory. It is the largest map of a net, but it is computed of few numbers, the images.
+So its statistics and gradients can be computed from statistics of the images.
 
-    mean      w.m                  and      variance  v = w.S w,
+The convolution has ``R`` output pixels. Under each lie ``k = 9 in_channels`` numbers of the image, its taps ``p``. Let
+``m`` be the mean and ``S`` the covariance of the taps over all output pixels, and ``w`` the weight of a channel. Then
+``x = w.p`` has exactly the
 
-exactly. With ``i = 1 / sqrt(v + eps)`` and ``x' = i w.(p - m)``, a channel's output is the maximum over a window of
-``max(0, gamma x' + beta)``. Let ``g`` be the output's gradient at the pixel that won its window with a value above 0,
-and 0 at the others, and ``G = sum g (p - m)``, which needs the winners alone. Then
+    mean      w.m                  and the      variance  v = w.S w.
+
+With ``i = 1 / sqrt(v + eps)`` and ``x' = i w.(p - m)``, a channel's output is the maximum of
+``max(0, gamma x' + beta)`` over a window of the pooling. For the backward pass, let ``g`` be the output's gradient at
+each pixel that won its window with a value above 0, and 0 at all other pixels. ``G = sum g (p - m)`` needs the winners
+only. Then
 
     dbeta   = sum g
     dgamma  = sum g x' = i w.G
     dx      = gamma i (g - dbeta / R - x' dgamma / R)
     dweight = sum dx p = sum dx (p - m) = gamma i (G - dgamma i S w),
 
-as ``dx`` sums up to 0, ``p - m`` does too, and ``sum x' (p - m) = i R S w``. Images get no gradient. A second
-derivative (``create_graph``) is computed by torch's operators.
+because the sum of ``dx`` is 0, the sum of ``p - m`` is 0, and ``sum x' (p - m) = i R S w``. Images get no gradient. If
+a second derivative is wanted (``create_graph``), torch's operators compute the gradients.
 """
 
 import ctypes
@@ -36,22 +40,26 @@ from project.models.kernels.max_pool import PLACES, halved_sides
 
 LAST = torch.channels_last
 MAX_IN_CHANNELS = 3
-"""The covariance of the taps costs the square of their number."""
+"""Largest number of the images' channels: the cost of the taps' covariance grows with the square of this number."""
 
 
 def first_layer(
     images: Tensor, conv: nn.Module, norm: nn.Module, activation: nn.Module, pool: nn.Module | None
 ) -> Tensor | None:
-    """``pool(activation(norm(conv(images))))`` of float32 images ``[N, C, H, W]``, the running statistics updated.
+    """``pool(activation(norm(conv(images))))`` of float32 images ``[N, C, H, W]``. The running statistics are updated.
 
-    ``None`` where that is not a plain 3x3 convolution of at most 3 channels that need no gradient, to a multiple of 8,
-    with stride and padding 1 and no bias, then batch norm in training, ReLU, and max pooling 2x2 or nothing; or where
-    there is no kernel (see :func:`project.models.kernels.maps.is_plain` and
-    :func:`project.models.kernels.known.is_known`).
+    The result is ``None``, and nothing is done, unless all of this holds:
 
-    Errors relative to float64, in norms: 1e-7 of the output, 4e-7 of the gradients; 2e-4 where two pixels of a window
-    are so near that rounding swaps them, in torch's float32 too. Under autocast the output has its type, but images,
-    weights and sums are not rounded to it: 2e-3 and 4e-7, torch's 2e-3 and 1e-2 to 9e-2.
+    - ``conv`` is a plain 3x3 convolution with stride 1, padding 1 and no bias. It has at most 3 input channels, and a
+      multiple of 8 output channels. The images need no gradient.
+    - Batch norm in training, ReLU, and max pooling 2x2 or no pooling follow.
+    - There is a kernel (see :func:`project.models.kernels.maps.is_plain` and
+      :func:`project.models.kernels.known.is_known`).
+
+    Relative errors against float64, in norms: 1e-7 of the output and 4e-7 of the gradients. The gradients' error is
+    2e-4 if two pixels of a window are so close that rounding swaps their order; the same holds for torch's float32.
+    Under autocast the output has autocast's type, but images, weights and sums are not rounded to it. The errors are
+    then 2e-3 of the output and 4e-7 of the gradients; torch's are 2e-3, and 1e-2 to 9e-2.
     """
     if not is_plain(images) or images.requires_grad or not _is_first(conv, images):
         return None
@@ -59,7 +67,7 @@ def first_layer(
     weight = conv.weight
     own = None if sides is None else training_norm(norm, activation, len(weight))
     dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else torch.float32
-    if images.numel() == images.shape[1]:  # of one value per channel torch makes an error
+    if images.numel() == images.shape[1]:  # one value per channel: torch raises its own error
         return None
     if own is None or library(dtype) is None:
         return None
@@ -68,6 +76,7 @@ def first_layer(
 
 
 def _is_first(conv: nn.Module, images: Tensor) -> TypeGuard[nn.Conv2d]:
+    """Whether ``conv`` is a convolution of images that the kernel can compute (see :func:`first_layer`)."""
     channels = images.shape[1]
     return (
         is_known(conv, nn.Conv2d)
@@ -86,6 +95,7 @@ def _is_first(conv: nn.Module, images: Tensor) -> TypeGuard[nn.Conv2d]:
 def _by_torch(
     images: Tensor, weight: Tensor, gamma: Tensor, beta: Tensor, eps: float, window: int, sides: Sequence[int]
 ) -> Tensor:
+    """The first layer by torch's operators."""
     x = functional.conv2d(images, weight, padding=1)
     y = functional.batch_norm(x, None, None, gamma, beta, training=True, eps=eps).relu()
     ceil_mode = list(sides) != [side // 2 for side in x.shape[2:]]
@@ -93,6 +103,12 @@ def _by_torch(
 
 
 class _FirstLayer(torch.autograd.Function):
+    """The first layer. ``window`` is 2 with pooling, else 1; ``sides`` are the output's height and width.
+
+    For the gradient it keeps the padded copy of the images, mean and covariance of the taps, 1 / standard deviation of
+    each channel, and the place of each window's winner.
+    """
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -108,9 +124,10 @@ class _FirstLayer(torch.autograd.Function):
         (num_images, in_channels, height, width), channels, single = images.shape, len(weight), torch.float32
         y = torch.empty((num_images, channels, *sides), dtype=dtype, device=images.device, memory_format=LAST)
         place = torch.empty_like(y, dtype=PLACES[dtype])
+        # A border of one pixel around the image. Odd sides get one pixel more, so that all windows are whole.
         padded = images.new_empty(num_images, in_channels, height + height % 2 + 2, width + width % 2 + 2)
         taps = 9 * in_channels
-        moments = images.new_empty(taps * (1 + taps), dtype=torch.float64)
+        moments = images.new_empty(taps * (1 + taps), dtype=torch.float64)  # m [taps] and S [taps, taps]
         inverse = images.new_empty(channels)
         filters = weight.contiguous()
         ctx.dtype, ctx.eps, ctx.geometry = dtype, norm.arguments[2], (*images.shape, channels, *sides, window)
@@ -129,7 +146,7 @@ class _FirstLayer(torch.autograd.Function):
             pointer(place, PLACES[dtype], y.numel(), LAST),
         )
         if not done:
-            raise MemoryError("no memory for the sums of a first layer")
+            raise MemoryError("there is no memory for the sums of the first layer: choose a smaller batch_size")
         ctx.save_for_backward(images, weight, gamma, beta, padded, moments, inverse, place)
         return y
 
@@ -143,7 +160,7 @@ class _FirstLayer(torch.autograd.Function):
                 return _by_torch(images, weight, gamma, beta, ctx.eps, window, sides)
 
             return None, *gradients_by_torch(layer, (weight, gamma, beta), grad), None, None, None, None
-        place = place.contiguous(memory_format=LAST)  # hooks on saved tensors may have moved it
+        place = place.contiguous(memory_format=LAST)  # a hook on saved tensors may have changed its layout
         grad, stride = as_rows(grad.to(ctx.dtype))
         filters, taps = weight.contiguous(), 9 * in_channels
         dweight, dgamma, dbeta = torch.empty_like(filters), torch.empty_like(gamma), torch.empty_like(beta)
@@ -165,5 +182,5 @@ class _FirstLayer(torch.autograd.Function):
             pointer(dbeta, single, channels),
         )
         if not done:
-            raise MemoryError("no memory for the sums of a first layer's gradient")
+            raise MemoryError("there is no memory for the gradient of the first layer: choose a smaller batch_size")
         return None, dweight, dgamma, dbeta, None, None, None, None

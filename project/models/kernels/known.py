@@ -1,7 +1,7 @@
-"""The layers that the kernels know. For any other layer torch's own operators run.
+"""The layers that kernels can replace. For any other layer torch's own operators run.
 
-A kernel reads a layer's attributes and does not call the layer. A subclass can compute anything, so a class counts as
-known only if it is itself in the tables below: to inherit from a known class is not enough.
+A kernel reads a layer's attributes and does not call the layer. A subclass can compute anything. So a class is known
+only if it is itself in the tables below; a subclass of a known class is not known.
 """
 
 from collections.abc import Callable
@@ -23,38 +23,38 @@ _KINDS: dict[type[nn.Module], type[nn.Module]] = {
     nn.MaxPool2d: nn.MaxPool2d,
     MaxPool: nn.MaxPool2d,
 }
-"""The known classes. For each: the class of torch that computes the same from the same attributes."""
+"""The known classes, each with the class of torch that computes the same from the same attributes."""
 _FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _KINDS}
-"""The ``forward`` that each class is known by: somebody may put another in its place."""
+"""The original ``forward`` of each class, to detect that other code has replaced it."""
 
 _METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
 _TENSORS = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
 _HIDDEN = (*_METHODS, *_TENSORS)
-"""The methods that a call of a known layer runs, and the tensors that it reads. Neither lies in the instance's own
-dictionary: what somebody puts there under such a name hides it.
+"""The methods that a call of a known layer runs, and the tensors that it reads. None of these names is in the
+instance's own dictionary. If other code puts an object there under such a name, the object hides the original.
 """
 
 
 def has_known_class(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
-    """Whether the class of ``layer`` is known to compute what torch's class ``kind`` does, and kept its ``forward``.
+    """Whether the class of ``layer`` is known to compute the same as torch's class ``kind``, by its own ``forward``.
 
-    Only a layer's ``forward`` should ask this. Others, who do not call the layer, ask :func:`is_known`.
+    Only a layer's ``forward`` should use this function. Code that does not call the layer uses :func:`is_known`.
     """
     cls = type(layer)
     return _KINDS.get(cls) is kind and cls.forward is _FORWARDS[cls] and kind.forward is _FORWARDS[kind]
 
 
 def is_known(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
-    """Whether a call of ``layer`` does exactly what torch's class ``kind`` does, and nothing else sees the call.
+    """Whether a call of ``layer`` does exactly the same as torch's class ``kind``, and no hook sees the call.
 
-    False if the class is not known, if a method or a tensor was replaced on the class or on the instance, and if a hook
-    of the layer or a global hook waits for the call.
+    False if the class is not known, if a method or a tensor was replaced on the class or on the instance, or if the
+    layer has a hook, or if there is a global hook.
     """
     return has_known_class(layer, kind) and not has_hooks(layer) and vars(layer).keys().isdisjoint(_HIDDEN)
 
 
 def has_hooks(layer: nn.Module) -> bool:
-    """Whether a call of ``layer`` runs hooks: the layer's own or those of all modules."""
+    """Whether a call of ``layer`` runs hooks: hooks of the layer or global hooks of all modules."""
     return bool(
         layer._forward_hooks
         or layer._forward_pre_hooks

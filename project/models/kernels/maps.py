@@ -1,4 +1,4 @@
-"""The tensors that the kernels can read and write, and the addresses that they get."""
+"""Checks of the tensors that the kernels read and write, and the addresses that the kernels get."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,8 +12,10 @@ _TYPES = (Tensor, nn.Parameter)
 
 
 def can_run(x: Tensor) -> bool:
-    """A map ``[N, C, H, W]`` that the kernels can take: as in :func:`is_plain`, channels-last, float32 or bfloat16, the
-    number of channels a multiple of 8. False where the kernels could not be built.
+    """Whether the kernels can take a map ``[N, C, H, W]``.
+
+    It must be plain (see :func:`is_plain`), channels-last, float32 or bfloat16, with a multiple of 8 channels. False
+    if the kernels could not be built.
     """
     return (
         is_plain(x)
@@ -24,8 +26,9 @@ def can_run(x: Tensor) -> bool:
 
 
 def is_plain(x: Tensor) -> bool:
-    """Images or maps ``[N, C, H, W]`` in a CPU's memory, not empty, while gradients are recorded and torch runs each
-    operation as it is called.
+    """Whether ``x`` is an ordinary tensor ``[N, C, H, W]`` in a CPU's memory, not empty.
+
+    False if gradients are not recorded, or if torch does not run each operation at once when it is called.
     """
     return (
         not is_transformed()
@@ -41,8 +44,10 @@ def is_plain(x: Tensor) -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether torch makes something else of the operations than their results: it compiles or traces them, maps over
-    them (``torch.func``) or takes derivatives forward. It can not look into a kernel.
+    """Whether torch transforms the operations instead of only running them.
+
+    It may compile or trace them, map over them (``torch.func``), or compute forward derivatives. Torch cannot look into
+    a kernel, so a kernel must not run then.
     """
     return (
         torch.compiler.is_compiling()
@@ -53,13 +58,15 @@ def is_transformed() -> bool:
 
 
 def is_watched() -> bool:
-    """Whether a mode (``TorchDispatchMode``, ``TorchFunctionMode``) wants to see each operator of torch."""
+    """Whether a mode (``TorchDispatchMode``, ``TorchFunctionMode``) is active, which must see each torch operator."""
     return torch._C._len_torch_dispatch_stack() > 0 or torch._C._len_torch_function_stack() > 0
 
 
 def is_plain_gradient(grad: Tensor) -> bool:
-    """Whether a kernel can take the gradient of its output: no graph of the backward pass is wanted (``create_graph``),
-    torch runs each operation as it is called, and the gradient is an ordinary tensor in a CPU's memory.
+    """Whether a kernel can take ``grad``, the gradient of its output.
+
+    It must be an ordinary tensor in a CPU's memory, and torch must run each operation at once when it is called. False
+    if a graph of the backward pass is wanted (``create_graph``).
     """
     return (
         not torch.is_grad_enabled()
@@ -77,17 +84,19 @@ def is_plain_gradient(grad: Tensor) -> bool:
 def gradients_by_torch(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of ``function(*inputs)`` by torch's operators, for a backward pass that no kernel can do. They can be
-    differentiated again if torch records gradients (``create_graph``).
+    """Gradients of ``function(*inputs)`` by torch's operators, for a backward pass that no kernel can do.
+
+    They can be differentiated again if torch records gradients (``create_graph``).
 
     Args:
-        function: what the kernel computes, in torch's operators.
-        inputs: its arguments.
-        grad: gradient of its output.
+        function: function that computes the same as the kernel, with torch's operators.
+        inputs: the arguments of ``function``, all of them tensors.
+        grad: gradient of the output of ``function``.
     """
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad():
-        own = [x.view_as(x) for x in inputs]  # one argument may be computed from another, or be the same tensor
+        # Views are distinct tensors. Among the inputs, one may be computed from another, or two may be the same tensor.
+        own = [x.view_as(x) for x in inputs]
         wanted = [x for x in own if x.requires_grad]
         y = function(*own)
         found = iter(torch.autograd.grad(y, wanted, grad.to(y.dtype), create_graph=create_graph))
@@ -100,14 +109,15 @@ def address(
     numel: int,
     order: torch.memory_format | None = torch.contiguous_format,
 ) -> int:
-    """The address at which C finds exactly ``numel`` values of ``dtype``, without gaps, in this ``order``; 0 if the
-    tensor's memory is not so. All addresses that C gets come from here.
+    """The address of a tensor of exactly ``numel`` values of ``dtype``, without gaps, in the memory format ``order``.
+
+    The result is 0 if the tensor's memory is not like this. All addresses that C gets come from this function.
 
     Args:
-        tensor: ``None`` is in no memory.
-        dtype: type of the values.
-        numel: number of values, at least 1.
-        order: memory format; ``None`` if C is told the strides.
+        tensor: tensor that C reads or writes. ``None`` gives the address 0.
+        dtype: type of the tensor's values.
+        numel: number of values that C expects, at least 1.
+        order: memory format that C expects; ``None`` allows any strides, if C gets the strides too.
     """
     if (
         tensor is not None
@@ -126,10 +136,10 @@ def address(
 def pointer(
     tensor: Tensor, dtype: torch.dtype, numel: int, order: torch.memory_format | None = torch.contiguous_format
 ) -> int:
-    """The :func:`address` of a tensor that has one.
+    """The :func:`address` of a tensor whose memory must be as C expects it.
 
     Raises:
-        AssertionError: if the tensor's memory is not what C reads or writes there.
+        AssertionError: if the tensor's memory is not as C expects it.
     """
     if place := address(tensor, dtype, numel, order):
         return place
@@ -140,9 +150,12 @@ def pointer(
 
 
 def as_rows(x: Tensor) -> tuple[Tensor, int]:
-    """The map as rows of pixels with the channels side by side, and the distance of two rows: a slice of a
-    concatenated gradient stays where it is, another layout is copied.
+    """The map as rows of pixels, each row with its channels side by side, and the distance between two rows in values.
+
+    A slice of channels of a larger channels-last map (such as the gradient of one part of a concatenation) is such a
+    map already and is not copied. Any other layout is copied.
     """
+    # The distance of two pixels. A side of length 1 has no meaningful stride, so the first longer side gives it.
     _, channels, height, width = x.shape
     row = x.stride(3) if width > 1 else x.stride(2) if height > 1 else x.stride(0) if len(x) > 1 else channels
     if x.stride(1) == 1 and row >= channels and _matches(x, row):
@@ -151,7 +164,7 @@ def as_rows(x: Tensor) -> tuple[Tensor, int]:
 
 
 def _matches(x: Tensor, row: int) -> bool:
-    """Whether pixel after pixel lies ``row`` values apart."""
+    """Whether each pixel of the map is ``row`` values behind the one before, over lines and images too."""
     images, _, height, width = x.shape
     return (
         (width == 1 or x.stride(3) == row)

@@ -1,26 +1,30 @@
-/* Max pooling forward and backward, for training on CPUs. What it computes: max_pool.py here. */
+/* Max pooling, forward and backward, for training on CPUs. max_pool.py in this folder says what it computes. */
 #ifdef __AVX512BW__
 #define LANES 16
 #endif
 #include "vectors.h"
 
-#define TILE 4 /* vectors of channels at once */
+#define TILE 4 /* vectors of channels that are handled at once */
 #define MAX_KERNEL 15
 
-/* Numbers as integers of the same order, NaN above all; the way back is `reorder`. */
+/* Integers that have the order of the numbers, with NaN above all numbers. `reorder` turns them back into numbers.
+ *
+ * The bits of a positive float, read as an integer, have the order of the numbers. Those of a negative float have the
+ * opposite order, so all bits but the sign are inverted. */
 INLINE row reorder(row h) { return h ^ ((h >> SIGN_SHIFT) & ALL_BUT_SIGN); }
 INLINE row ordered(row h) {
     row nan = (h & ALL_BUT_SIGN) > INFINITE;
     return (reorder(h) & ~nan) | (nan & ALL_BUT_SIGN);
 }
 
-/* One pixel of a window: where it lies, and its number in the window, counted line by line. */
+/* One pixel of a window: its place in memory, and its number in the window, counted line by line. */
 typedef struct {
     int64_t at;
     bits number;
 } tap;
 
-/* The greatest value of the window and its number, for `tile` vectors of channels: the first of equals; NaN wins. */
+/* The greatest value of a window and its number in the window, for `tile` vectors of channels. The first of equal
+ * values wins; NaN wins over all numbers. */
 INLINE void choose_tap(const real *x, const tap *taps, int count, real *y, bits *place, const int tile,
                        const int lanes) {
     row best[TILE], where[TILE];
@@ -43,7 +47,7 @@ INLINE void choose_tap(const real *x, const tap *taps, int count, real *y, bits 
     }
 }
 
-/* The greatest value of each window, and the number of the pixel in it that holds it. */
+/* y: the greatest value of each window. place: the number, in the window, of the pixel that has it. */
 void max_pool(const real *x, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t out_height,
               int64_t out_width, int64_t kernel, int64_t stride, int64_t padding, real *y, bits *place) {
 #pragma omp parallel for schedule(static)
@@ -68,10 +72,10 @@ void max_pool(const real *x, int64_t images, int64_t height, int64_t width, int6
     }
 }
 
-/* The gradients of the windows that chose a pixel, added up, for `tile` vectors of channels. */
+/* The gradient of one pixel, for `tile` vectors of channels: the sum of the gradients of the windows that it won. */
 INLINE void collect(const real *grad, const bits *place, const tap *windows, int count, real *dx, const int tile,
                     const int lanes) {
-    if (count == 1) { /* nothing to add up, nothing to round */
+    if (count == 1) { /* only one window: nothing is added, so nothing is rounded */
         for (int k = 0; k < tile; k++) {
             int64_t at = windows[0].at + k * LANES;
             row chosen = load_bits(place + at, lanes) == windows[0].number;
@@ -90,7 +94,8 @@ INLINE void collect(const real *grad, const bits *place, const tap *windows, int
     for (int k = 0; k < tile; k++) store_some(dx + k * LANES, sums[k], lanes);
 }
 
-/* Each pixel collects the gradients of the windows that chose it. */
+/* dx: each pixel collects the gradients of the windows that it won. `windows` are all windows that contain the pixel,
+ * each with the number that the pixel has in it. */
 void max_pool_grad(const real *grad, const bits *place, int64_t images, int64_t height, int64_t width, int64_t channels,
                    int64_t out_height, int64_t out_width, int64_t kernel, int64_t stride, int64_t padding, real *dx) {
 #pragma omp parallel for schedule(static)

@@ -1,7 +1,8 @@
-"""Max pooling that remembers a window's winner in as many bytes as a value has, for training on a CPU.
+"""Max pooling that stores the place of a window's winner in as many bytes as a value has, for training on a CPU.
 
-Torch keeps its position in eight bytes, four times a bfloat16 value. Forward takes the first of equal values and lets
-NaN win, as torch does; backward lets each pixel collect from the windows that chose it, in float32.
+Torch stores the place in eight bytes, four times as many as a bfloat16 value. The winner of a window is the pixel with
+its maximum. In forward the first of equal values wins, and NaN wins over all numbers, as in torch. In backward each
+pixel collects the gradients of the windows that it won, in float32.
 """
 
 from typing import Any
@@ -15,13 +16,14 @@ from project.models.kernels.maps import can_run, is_plain_gradient, pointer
 
 LAST = torch.channels_last
 PLACES = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
-"""By the type of a map: the type of the winners' numbers, of as many bytes."""
+"""For each type of a map, the integer type of as many bytes, in which the places of the winners are stored."""
 
 
 def max_pool(x: Tensor, pool: nn.Module) -> Tensor | None:
-    """``pool(x)`` of a map ``[N, C, H, W]``; ``None`` where there is no kernel for it: see
-    :func:`project.models.kernels.maps.can_run`; windows are squares of up to 15 pixels a side, without dilation. To be
-    called by ``pool`` itself: the hooks of ``pool`` are its caller's.
+    """``pool(x)`` of a map ``[N, C, H, W]``; ``None`` if there is no kernel for it.
+
+    There is one if :func:`project.models.kernels.maps.can_run` is true and the windows are squares of up to 15 pixels a
+    side, without dilation. The ``forward`` of ``pool`` itself calls this function, so hooks of ``pool`` run as usual.
     """
     if not can_run(x) or not has_known_class(pool, nn.MaxPool2d):
         return None
@@ -41,7 +43,7 @@ def max_pool(x: Tensor, pool: nn.Module) -> Tensor | None:
 
 
 def halved_sides(x: Tensor, pool: nn.Module) -> list[int] | None:
-    """The sides of ``pool(x)``; ``None`` where ``pool`` is not known as max pooling 2x2, or nothing is left."""
+    """Height and width of ``pool(x)``; ``None`` if ``pool`` is not max pooling 2x2, or if the output is empty."""
     if not is_known(pool, nn.MaxPool2d) or pool.return_indices:
         return None
     if (pool.kernel_size, pool.stride, pool.padding, pool.dilation) != (2, 2, 0, 1):
@@ -51,12 +53,14 @@ def halved_sides(x: Tensor, pool: nn.Module) -> list[int] | None:
 
 
 def _side(side: int, kernel: int, stride: int, padding: int, ceil_mode: bool) -> int:
-    """Torch's rule: with ``ceil_mode`` a last window that begins in the right padding is left out."""
+    """A side of the output. As in torch, ``ceil_mode`` leaves out a last window that begins in the right padding."""
     out = (side + 2 * padding - kernel + (stride - 1 if ceil_mode else 0)) // stride + 1
     return out - 1 if ceil_mode and (out - 1) * stride >= side + padding else out
 
 
 class _MaxPool(torch.autograd.Function):
+    """Max pooling. For the gradient it keeps only the places of the winners, counted in the window line by line."""
+
     @staticmethod
     def forward(ctx: Any, x: Tensor, sides: list[int], kernel: int, stride: int, padding: int) -> Tensor:
         (images, channels, height, width), dtype = x.shape, x.dtype
@@ -87,8 +91,9 @@ class _MaxPool(torch.autograd.Function):
 
 
 def _spread(grad: Tensor, place: Tensor, geometry: tuple[int, ...]) -> Tensor:
-    """What ``max_pool_grad`` computes, by torch's operators, which can be differentiated again."""
+    """The gradient that ``max_pool_grad`` in C computes, by torch's operators, which can be differentiated again."""
     images, height, width, channels, out_height, out_width, kernel, stride, padding = geometry
+    # The number of each window's winner in its image, line by line: [N, C, out_height, out_width].
     top = torch.arange(out_height, device=place.device)[:, None] * stride - padding
     left = torch.arange(out_width, device=place.device) * stride - padding
     pixel = (top + place // kernel) * width + left + place % kernel

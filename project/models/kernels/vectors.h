@@ -1,9 +1,11 @@
-/* Maps and vectors: what the kernels share.
+/* Maps and vectors, which all kernels use.
  *
- * Compiled once for each type of the maps: float, or with -DBFLOAT16. Maps are channels-last: pixels (images, lines and
- * columns together) of `channels` values, a multiple of 8. Vectors are GCC's and Clang's own, of LANES lanes: eight, or
- * what a file defines beforehand. Of sixteen lanes the last ones of a pixel may be empty: `lanes`, sixteen or eight,
- * says how many are in use.
+ * The C files are compiled once for each type of the maps: for float, and with -DBFLOAT16 for bfloat16. Maps are
+ * channels-last: a list of pixels (images, lines and columns together) of `channels` values each, a multiple of 8.
+ *
+ * Vectors are the vector extension of GCC and Clang. They have LANES lanes: eight, or the number that a file defines
+ * before it includes this one. With sixteen lanes, the last vector of a pixel may be half full. The argument `lanes`,
+ * sixteen or eight, says how many lanes are used.
  */
 #pragma once
 #include <math.h>
@@ -19,7 +21,7 @@
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int32_t ivec __attribute__((vector_size(4 * LANES)));
 
-/* A half is loaded and stored by shuffles: GCC takes the other ways through memory. */
+/* Half vectors are loaded and stored by shuffles, because GCC compiles other ways to code that goes through memory. */
 #if LANES == 8
 #define HALF 0, 1, 2, 3
 #define REST 4, 5, 6, 7
@@ -44,10 +46,14 @@ INLINE void store_floats(float *p, vec v, const int lanes) {
     else
         memcpy(p, &v, sizeof v);
 }
+/* `yes` where the mask is all ones, `no` where it is 0. */
 INLINE vec choose(ivec mask, vec yes, vec no) { return (vec)(((ivec)yes & mask) | ((ivec)no & ~mask)); }
 
-/* real: a value of a map; bits: an integer of its size; row: a vector of them; widen: their values as floats;
- * narrow: integers of few bits; to_bits: floats rounded to nearest, ties to even. */
+/* real: the type of a value of a map. bits: an integer type of the same size. row: a vector of bits.
+ * widen: the values of a row as floats. narrow: a vector of int32 as a row; their values must fit into `bits`.
+ * to_bits: floats as a row of values, rounded to nearest, ties to even.
+ *
+ * A bfloat16 value is the upper half of a float. So widen puts zeros below it, and to_bits takes the upper half. */
 #ifdef BFLOAT16
 typedef uint16_t real;
 typedef int16_t bits;
@@ -104,7 +110,7 @@ INLINE row choose_bits(row mask, row yes, row no) { return (yes & mask) | (no & 
 INLINE vec load_some(const real *p, const int lanes) { return widen(load_bits(p, lanes)); }
 INLINE void store_some(real *p, vec v, const int lanes) { store_bits(p, to_bits(v), lanes); }
 
-/* Whole vectors. */
+/* The same for whole vectors. */
 INLINE vec load_float(const float *p) { return load_floats(p, LANES); }
 INLINE row load_row(const void *p) { return load_bits(p, LANES); }
 INLINE vec load(const real *p) { return load_some(p, LANES); }

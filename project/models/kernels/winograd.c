@@ -1,33 +1,36 @@
-/* Winograd's convolution F(2x2, 3x3) and F(4x4, 3x3), fused tile block by tile block. Paper and matrices: winograd.py in
- * project/compression; what is done here beside them: winograd.py here.
+/* Winograd's convolution F(2x2, 3x3) and F(4x4, 3x3), one block of tiles after another. The paper and the matrices are
+ * in project/compression/winograd/convolution.py; winograd.py in this folder says why blocks are used.
  *
- * A block of tiles goes through all three steps while it is in the second-level cache: the transformed input
- * `v` [position][tile][channel], the products `m` [tile][position][out channel] for one panel of output channels after
- * the other, and the output. A product keeps ROWS tiles times two vectors of output channels in registers. Nothing is
- * summed across blocks: the result does not depend on how many there are, nor on the number of threads.
+ * A block of tiles goes through three steps while it is in the second-level cache. The first step makes the transformed
+ * input `v` [position][tile][channel]. The second step makes the products `m` [tile][position][out channel], for one
+ * panel of output channels at a time. The third step makes the output. A product keeps ROWS tiles times two vectors of
+ * output channels in registers. Nothing is summed across blocks, so the result depends neither on the number of blocks
+ * nor on the number of threads.
+ *
+ * A tile of the input is `side` = tile + 2 pixels wide; a position is one of its side * side elements.
  */
 #ifndef BFLOAT16
 #ifdef __AVX512F__
 #define LANES 16
-#define ROWS 14
+#define ROWS 14 /* tiles of a product: 14 * 2 sums and 2 weights fit into 32 registers */
 #else
-#define ROWS 6
+#define ROWS 6 /* 6 * 2 sums and 2 weights fit into 16 registers */
 #endif
 #include <omp.h>
 
 #include "vectors.h"
 
-#define PANEL (2 * LANES) /* output channels of a panel; the last one may be of one vector */
+#define PANEL (2 * LANES) /* output channels of a panel; the last panel may have only one vector */
 #define MAX_SIDE 6
 #define MAX_POSITIONS (MAX_SIDE * MAX_SIDE)
-#define CACHE (640 * 1024) /* bytes of v and m together, in a second-level cache of a megabyte */
+#define CACHE (640 * 1024) /* bytes of v and m together; they fit into a second-level cache of a megabyte */
 #define ALIGNED 64
 #define UNROLL _Pragma("GCC unroll 36")
 
 typedef struct {
     int64_t images, height, width, channels, out_channels, pad_height, pad_width;
     int64_t tile; /* side of a tile of the output: 2 or 4 */
-    int64_t out_height, out_width, down, across; /* down, across: tiles of an image */
+    int64_t out_height, out_width, down, across; /* down, across: number of tiles of an image in each direction */
 } layer;
 
 INLINE int64_t round_up(int64_t x, int64_t to) { return (x + to - 1) / to * to; }
@@ -35,7 +38,7 @@ INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 int64_t winograd_lanes(void) { return LANES; }
 
-/* B^T, a column of the input's tile. */
+/* B^T times one column (or row) of a tile of the input (Lavin & Gray 2016, sec. 4). */
 INLINE void transform_in(const vec *d, vec *t, const int step, const int side) {
     if (side == 4) {
         vec d0 = d[0], d1 = d[step], d2 = d[2 * step], d3 = d[3 * step];
@@ -55,7 +58,7 @@ INLINE void transform_in(const vec *d, vec *t, const int step, const int side) {
     }
 }
 
-/* A^T, a column of the products. */
+/* A^T times one column (or row) of the products. */
 INLINE void transform_out(const vec *m, vec *y, const int step, const int side) {
     vec s = m[step] + m[2 * step], d = m[step] - m[2 * step];
     if (side == 4) {
@@ -70,13 +73,15 @@ INLINE void transform_out(const vec *m, vec *y, const int step, const int side) 
     }
 }
 
+/* A vector of `count` values, filled with zeros, which reads nothing behind the last value. */
 INLINE vec load_tail(const float *p, int64_t count) {
     float values[LANES] = {0};
     memcpy(values, p, count * sizeof *p);
     return load_float(values);
 }
 
-/* The pixels of a tile: `nothing` where the tile reaches into the padding or beyond the last line or column. */
+/* The address of each pixel of a tile. It is that of `nothing`, which holds zeros, if the pixel is in the padding or
+ * beyond the last line or column. */
 INLINE void find_pixels(const float *x, const layer *l, int64_t number, const float *nothing, const float **at) {
     int64_t tiles = l->down * l->across, image = number / tiles, side = l->tile + 2;
     int64_t top = number % tiles / l->across * l->tile - l->pad_height;
@@ -89,8 +94,8 @@ INLINE void find_pixels(const float *x, const layer *l, int64_t number, const fl
         }
 }
 
-/* One vector of channels of a tile: B^T d B. Behind the last channel are the next pixel's, which nobody multiplies, up
- * to the `end` of the map. */
+/* B^T d B for one vector of channels of a tile. If the last vector is not full, its end holds channels of the next
+ * pixel, which are never multiplied. Nothing is read behind the `end` of the map. */
 INLINE void transform_vector(const float **at, int64_t c, int64_t count, const float *end, float *v, int64_t plane,
                              const int side) {
     vec d[MAX_POSITIONS], t[MAX_POSITIONS];
@@ -103,6 +108,7 @@ INLINE void transform_vector(const float **at, int64_t c, int64_t count, const f
     UNROLL for (int i = 0; i < side * side; i++) store_float(v + i * plane + c, d[i]);
 }
 
+/* B^T d B for all channels of a tile. */
 INLINE void transform_tile(const float **at, int64_t channels, const float *end, float *v, int64_t plane,
                            const int side) {
     int64_t c = 0;
@@ -110,7 +116,7 @@ INLINE void transform_tile(const float **at, int64_t channels, const float *end,
     if (c < channels) transform_vector(at, c, channels - c, end, v, plane, side);
 }
 
-/* `rows` tiles times `vecs` vectors of output channels, summed over the channels. */
+/* The product of `rows` tiles and `vecs` vectors of output channels at one position, summed over the channels. */
 INLINE void multiply_rows(const float *v, int64_t row, const float *u, int64_t channels, float *m, int64_t m_row,
                           const int rows, const int vecs) {
     vec sums[ROWS][2] = {{{0}}};
@@ -124,6 +130,7 @@ INLINE void multiply_rows(const float *v, int64_t row, const float *u, int64_t c
         UNROLL for (int k = 0; k < vecs; k++) store_float(m + r * m_row + k * LANES, sums[r][k]);
 }
 
+/* A constant number of rows lets the compiler keep all sums in registers. */
 #define CASE(n) \
     case n: return multiply_rows(v, row, u, channels, m, m_row, n, vecs)
 INLINE void multiply_some(const float *v, int64_t row, const float *u, int64_t channels, float *m, int64_t m_row,
@@ -136,7 +143,7 @@ INLINE void multiply_some(const float *v, int64_t row, const float *u, int64_t c
     }
 }
 
-/* All tiles of a block, in pieces of nearly the same number of rows. */
+/* The products of all tiles of a block at one position, in pieces of nearly equal numbers of tiles, at most ROWS. */
 static void multiply(const float *v, int64_t row, const float *u, int64_t channels, float *m, int64_t m_row,
                      int64_t tiles, int64_t vecs) {
     int64_t pieces = (tiles + ROWS - 1) / ROWS;
@@ -151,7 +158,7 @@ static void multiply(const float *v, int64_t row, const float *u, int64_t channe
     }
 }
 
-/* One vector of output channels of a tile: A^T m A + bias, where the output has pixels. */
+/* A^T m A + bias for one vector of output channels of a tile. Pixels outside the output are not written. */
 INLINE void write_vector(const float *m, int64_t vecs, vec bias, float *y, const layer *l, int64_t lines,
                          int64_t columns, int64_t count, const int side) {
     const int tile = side - 2;
@@ -173,6 +180,7 @@ INLINE void write_vector(const float *m, int64_t vecs, vec bias, float *y, const
             }
 }
 
+/* The output of one tile, for the channels of one panel from channel k on. */
 INLINE void write_tile(const float *m, int64_t vecs, const float *bias, int64_t k, float *y, const layer *l,
                        int64_t number, const int side) {
     int64_t tiles = l->down * l->across, image = number / tiles, tile = side - 2;
@@ -186,7 +194,7 @@ INLINE void write_tile(const float *m, int64_t vecs, const float *bias, int64_t 
     }
 }
 
-/* Tiles first to last - 1, all output channels. */
+/* All three steps for the tiles first to last - 1 and all output channels. */
 INLINE void run_block(const float *x, const float *panels, const float *bias, float *y, const layer *l, int64_t first,
                       int64_t last, const float *nothing, float *v, float *m, const int side) {
     const int positions = side * side;
@@ -207,15 +215,16 @@ INLINE void run_block(const float *x, const float *panels, const float *bias, fl
     }
 }
 
-/* Tiles of a block: whole pieces of ROWS that fit the cache. */
+/* The number of tiles of a block: one to eight pieces of ROWS tiles, as many as fit into the cache. */
 static int64_t tiles_of_block(const layer *l) {
     int64_t side = l->tile + 2, bytes = side * side * (round_up(l->channels, LANES) + LANES + PANEL) * sizeof(float);
     int64_t pieces = CACHE / (bytes * ROWS);
     return (pieces < 1 ? 1 : pieces > 8 ? 8 : pieces) * ROWS;
 }
 
-/* x: [images][height][width][channels]; panels: the transformed weights, [panel][position][channel][PANEL]; bias:
- * out_channels numbers, or null. Returns 0 without memory. */
+/* The whole convolution. x: [images][height][width][channels]. panels: the transformed weights,
+ * [panel][position][channel][PANEL]. bias: out_channels numbers, or null. y: [images][out_height][out_width]
+ * [out_channels]. Returns 0 if there is no memory; y is then not complete. */
 int winograd(const float *x, int64_t images, int64_t height, int64_t width, int64_t channels, int64_t out_channels,
              int64_t pad_height, int64_t pad_width, int64_t tile, const float *panels, const float *bias, float *y) {
     int64_t out_height = height + 2 * pad_height - 2, out_width = width + 2 * pad_width - 2;

@@ -1,13 +1,13 @@
 """Winograd's convolution of channels-last maps in one pass, for inference on a CPU.
 
 Lavin & Gray 2016 (arXiv:1509.09308, sec. 4); the mathematics is in :mod:`project.compression.winograd.convolution`.
-Written step by step (transform, 36 small matrix products, transform) the transformed maps, 2.25 times the input and as
-much again of products for F(4x4, 3x3), go through memory, which takes longer than what is saved. Here a few dozen tiles
-at a time go through all steps in the second-level cache, and the products keep 14 tiles times 32 output channels in
-registers.
+The algorithm has three steps: a transform of the input's tiles, 36 small matrix products for F(4x4, 3x3), and a
+transform of the products. If each step runs over the whole map, the transformed maps go through memory: 2.25 times the
+input, and as much again of products. This takes longer than the saved multiplications. Here a few dozen tiles at a time
+go through all three steps in the second-level cache. The products keep 14 tiles times 32 output channels in registers.
 
-The operation is ``torch.ops.project.winograd``, so that what counts operations sees it
-(:mod:`project.metrics.complexity`); counted are the multiplications of the products.
+The operation is ``torch.ops.project.winograd``, so that counters of operations see it
+(:mod:`project.metrics.complexity`). They count the multiplications of the matrix products.
 """
 
 from collections.abc import Sequence
@@ -22,9 +22,12 @@ from project.models.kernels.maps import address, is_transformed, pointer
 
 
 def can_run_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Sequence[int]) -> bool:
-    """A map ``[N, C, H, W]``, a weight and a bias that fit it, in a CPU's memory, float32, map or weight channels-last
-    (torch's convolution makes a channels-last map of either), nothing traced, compiled or cast by autocast, no gradient
-    wanted; and the kernels could be built.
+    """Whether the kernel can compute a convolution of the map ``x`` ``[N, C, H, W]``. All of this must hold:
+
+    - The map, the weight and the bias fit together and are in a CPU's memory, in float32.
+    - The map or the weight is channels-last. Torch's convolution gives a channels-last map in both cases.
+    - Nothing is traced, compiled or cast by autocast, and no gradient is wanted.
+    - The kernels could be built.
     """
     return (
         not is_transformed()
@@ -46,7 +49,7 @@ def can_run_winograd(x: Tensor, weight: Tensor, bias: Tensor | None, padding: Se
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether the values lie in a CPU's memory in float32, in any order, and no gradient is wanted."""
+    """Whether the values are in a CPU's memory in float32, with any strides, and no gradient is wanted."""
     in_any_order = address(tensor, torch.float32, tensor.numel(), None)
     return bool(in_any_order) and not (tensor.requires_grad and torch.is_grad_enabled())
 
@@ -57,19 +60,20 @@ def winograd(
     """Convolution 3x3 with stride 1 by F(tile x tile, 3x3).
 
     Args:
-        x: see :func:`can_run_winograd`.
-        panels: the weight's, of :func:`pack_panels`.
-        bias: ``[out_channels]``.
-        out_channels: of the weight.
-        tile: side of a tile of the output, 2 or 4.
-        padding: zeros above and below, left and right.
+        x: map ``[N, C, H, W]`` for which :func:`can_run_winograd` is true.
+        panels: transformed weight in the order of :func:`pack_panels`.
+        bias: bias ``[out_channels]``; ``None`` means no bias.
+        out_channels: number of output channels of the weight, at least 1.
+        tile: side of a tile of the output in pixels, 2 or 4.
+        padding: number of zeros above and below, and number of zeros left and right, 0 or more.
     """
     return _OPERATION(x, panels, bias, out_channels, tile, padding)
 
 
 def pack_panels(transformed: Tensor) -> Tensor:
-    """A transformed weight ``[side, side, C, K]`` in the order in which the kernel reads it: panels of as many output
-    channels as two vectors hold, of which the last is filled up with zeros to one or two.
+    """A transformed weight ``[side, side, C, K]`` in the order in which the kernel reads it.
+
+    The output channels are cut into panels of two vectors. The last panel is filled with zeros to one or two vectors.
     """
     lanes, out_channels = _kernels().winograd_lanes(), transformed.shape[3]
     padded = torch.nn.functional.pad(transformed.flatten(0, 1), (0, _whole_vectors(out_channels) - out_channels))
@@ -82,8 +86,9 @@ def _whole_vectors(out_channels: int) -> int:
 
 
 def same_bits(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors in a CPU's memory are equal in shape, order and every bit; ``torch.equal`` takes ten times as
-    long. False for tensors with gaps in memory.
+    """Whether two tensors in a CPU's memory have the same shape, strides and bits; False if they have gaps in memory.
+
+    ``torch.equal`` takes ten times as long.
     """
     if one.shape != other.shape or one.stride() != other.stride() or one.dtype != other.dtype or not _is_dense(one):
         return False
@@ -92,25 +97,26 @@ def same_bits(one: Tensor, other: Tensor) -> bool:
 
 
 def _is_dense(tensor: Tensor) -> bool:
-    """Whether from the first to the last value there are as many places in memory as values."""
+    """Whether a tensor has no gaps in memory: from the first to the last value there are as many places as values."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     return 1 + sum((size - 1) * stride for size, stride in steps) == tensor.numel()
 
 
 def count_tiles(side: int, tile: int) -> int:
-    """Tiles along a side of the output: a last one that reaches beyond it costs as much as a whole one."""
+    """Number of tiles along a side of the output. A last tile that reaches beyond the output costs the same."""
     return -(-side // tile)
 
 
 def _kernels() -> Any:
     kernels = library(torch.float32)
-    assert kernels is not None, "there is no kernel: ask can_run_winograd first"
+    assert kernels is not None, "there is no kernel: call can_run_winograd first"
     return kernels
 
 
 def _run(
     x: Tensor, panels: Tensor, bias: Tensor | None, out_channels: int, tile: int, padding: Sequence[int]
 ) -> Tensor:
+    """The implementation of ``torch.ops.project.winograd`` on a CPU; for the arguments see :func:`winograd`."""
     images, channels, height, width = x.shape
     x = x.contiguous(memory_format=torch.channels_last)
     sides = height + 2 * padding[0] - 2, width + 2 * padding[1] - 2
@@ -125,7 +131,7 @@ def _run(
         pointer(y, single, y.numel(), torch.channels_last),
     )
     if not done:
-        raise MemoryError("no memory for the tiles of a convolution")
+        raise MemoryError("there is no memory for the tiles of a Winograd convolution: choose a smaller batch_size")
     return y
 
 
@@ -146,7 +152,7 @@ def _flops(
     out_shape: torch.Size | None = None,
     **_: Any,
 ) -> int:
-    """Two for each multiplication of the products, as for any other convolution."""
+    """Two FLOPs for each multiplication of the matrix products, as torch counts any other convolution."""
     images, channels, height, width = x
     down, across = (count_tiles(side + 2 * pad - 2, tile) for side, pad in zip((height, width), padding, strict=True))
     return 2 * images * down * across * (tile + 2) ** 2 * channels * out_channels

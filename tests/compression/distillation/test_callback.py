@@ -83,7 +83,7 @@ def test_others_teachers_are_refused(teacher: Run, tmp_path: Path) -> None:
 
 def test_a_smaller_net_learns_from_a_run_of_the_command_line(command, digits, logs) -> None:  # type: ignore[no-untyped-def]
     short = ["--trainer.max_epochs=1", "--trainer.test_after_fit=false", "--trainer.limit_train_batches=2"]
-    fragment = ["--config", str(ROOT / "configs/callbacks/distillation.yaml")]
+    fragment = ["--config", str(ROOT / "configs/compression/distillation.yaml")]
     assert command("fit", *digits, *short, "--trainer.experiment=teacher")[0] == 0
     teacher = f"--trainer.callbacks.teacher={logs / 'teacher'}"
     status, _, err = command("fit", *digits, *fragment, teacher, "--model.net.stages=[[64]]", *short)
