@@ -37,11 +37,6 @@ ROOT = Path(__file__).resolve().parent.parent
 QUIET = "--trainer.callbacks.latency=false"
 """Reports of single runs need no clock."""
 DENSE, INT8 = "dense", "int8"
-ROOMS = (
-    *("compression/pruning", "compression/low_rank", "compression/weight_sharing", "compression/low_bit"),
-    *("compression/winograd", "deployment/int8", "deployment/packed", "deployment/benchmark"),
-)
-"""What the page is about: scripts/rename.py deletes it with any of these rooms."""
 NOTES = """![accuracy against bytes](techniques_bytes.png) ![accuracy against latency](techniques_latency.png)
 
 Each row is a fragment of configs/compression, trained for the epochs in the table. The smallest file is `model.packed`,
@@ -226,7 +221,7 @@ def write(rows: Sequence[TechniqueRow], command: str, config: Path, finetune_epo
     }
     machine = describe_environment()
     versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "onnxruntime"))
-    text = f"""<!-- room: {", ".join(ROOMS)} -->
+    text = f"""<!-- room: compression, deployment -->
 # Techniques on one net
 
 `{command}`, {date.today()}, {machine["cpu"]}, one thread, {versions}.
