@@ -213,7 +213,7 @@ def shorter(args: list[str]) -> list[str]:
         return [word for option, values in options.items() if option not in args for word in (option, *values)]
     if args[0].startswith("find_"):
         return ["--num_steps=20"] if args[0] == "find_lr" else ["--largest=64"]
-    options = ["--trainer.limit_train_batches=1", "--trainer.observe=false"]
+    options = ["--trainer.limit_train_batches=1", "--data.batch_size=32", "--trainer.observe=false"]
     if not re.search(r"--resume|max_epochs|begin_epoch|pruning|low_rank|rounds|deep_compression|deploy_fast", line):
         options += ["--trainer.max_epochs=1"]
     return [*options, "--trials=1", "--workers=1"] if args[0] == "tune" else options
