@@ -4,7 +4,6 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 
@@ -17,7 +16,9 @@ def main() -> None:
         sys.path.insert(0, folder)  # as `python -m project` does: a class_path may name a file of one's own
     try:
         if sys.argv[1:2] == ["unpack"] or _names_model_file(sys.argv[1:]):
-            _use_model_file(sys.argv[1], sys.argv[2:])
+            from project.frame.rooms import needed
+
+            needed("deployment.model_verbs", "a model file").run(sys.argv[1], sys.argv[2:])
         else:
             from project.frame.cli import CLI
 
@@ -68,49 +69,6 @@ def _names_model_file(args: list[str]) -> bool:
     values = [value for option, value in itertools.pairwise([*args, ""]) if option == "--model"]
     values += [arg.removeprefix("--model=") for arg in args if arg.startswith("--model=")]
     return any(not value.endswith((".yaml", ".yml", ".json")) for value in values)
-
-
-def _use_model_file(verb: str, args: list[str]) -> None:
-    from jsonargparse import auto_cli
-
-    from project.frame.parser import Parser
-    from project.frame.rooms import needed
-
-    files = needed("deployment.model_file", "a model file")
-    verbs: dict[str, Callable[..., object]] = {"predict": files.predict, "test": files.test, "unpack": files.unpack}
-    if verb not in verbs:
-        raise ValueError(
-            f"{verb} does not take a model file, but {', '.join(verbs)} do: project test --model FILE --config FILE; "
-            "project benchmark --run DIR measures those in a run's folder."
-        )
-    args = _with_data_of_config(args) if verb == "test" else args
-    auto_cli(verbs[verb], args=args, parser_class=Parser, as_positional=False, prog=f"project {verb}")
-
-
-def _with_data_of_config(args: list[str]) -> list[str]:
-    """``--config FILE`` -> ``--data JSON`` of the file's data: the model file takes the place of the rest."""
-    import json
-
-    import yaml
-
-    done: list[str] = []
-    rest = list(args)
-    while rest:
-        option, equals, value = rest.pop(0).partition("=")
-        if option not in ("--config", "-c"):
-            done.append(option + equals + value)
-            continue
-        path = Path(value or (rest.pop(0) if rest else ""))
-        if not path.is_file():
-            raise ValueError(f"config is {str(path)!r}, but there is no such file.")
-        data = (yaml.safe_load(path.read_text()) or {}).get("data")
-        done += ["--data", json.dumps(data)] if data else []
-    if not any(option.partition("=")[0] in ("--data", "--help", "-h") for option in done):
-        raise ValueError(
-            "test --model FILE needs images and their labels: add --config FILE (a run's config.yaml, or one of "
-            "configs/) or --data CLASS."
-        )
-    return done
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ import pytest
 import torch
 from helpers.tiny_run import make_tiny
 
-from project.frame.rooms import MissingRoomError
+import project.callbacks
+from project.frame.rooms import MissingRoomError, optional
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,6 +59,16 @@ def is_missing_room(error: BaseException) -> bool:
     return isinstance(error, MissingRoomError) or (
         isinstance(error, ModuleNotFoundError) and name.startswith("project.")
     )
+
+
+def has_all_rooms() -> bool:
+    """Whether every file is there that defines a public class of a technique, and the other optional rooms."""
+    folder = Path(project.__file__).parent
+    compression = optional("compression")
+    homes = {**project.callbacks._HOMES, **(compression._HOMES if compression else {})}
+    files = [folder / f"{home.partition('.')[2].replace('.', '/')}.py" for home in homes.values()]
+    rooms = [folder / room for room in ("compression", "deployment/benchmark", "models/kernels", "tuning")]
+    return all(path.is_file() for path in files) and all(room.is_dir() for room in rooms)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -146,6 +157,9 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
         out, err = capsys.readouterr()
+        wants_missing = "this copy of the package does not have" in err or f"not exist: '{ROOT / 'configs'}" in err
+        if status and wants_missing and not has_all_rooms():
+            pytest.skip(err.strip())
         return status, out, err
 
     return run

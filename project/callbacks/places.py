@@ -2,8 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from project.frame.paths import Run, write_whole
@@ -26,19 +25,6 @@ def run_of(trainer: Trainer) -> Run | None:
     ``None`` if it has no run, as a plain Lightning trainer, or if this is not the first process.
     """
     return getattr(trainer, "run", None) if trainer.is_global_zero else None
-
-
-def is_complete(trainer: Trainer) -> bool:
-    """Whether a fit is complete: it has reached its last epoch or step, or EarlyStopping has ended it.
-
-    A fit that a time limit or a signal has ended is not complete: it can be resumed.
-    """
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if any(isinstance(callback, EarlyStopping) and callback.stopping_reason.value for callback in callbacks):
-        return True
-    if 0 <= trainer.max_steps <= trainer.global_step:
-        return True
-    return trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch
 
 
 def show_figure(trainer: Trainer, tag: str, figure: "Figure") -> None:

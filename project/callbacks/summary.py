@@ -1,18 +1,22 @@
 """Writes ``environment.json`` at the start of a run and ``summary.json`` at its end."""
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
 from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.clock import Clock
 from project.callbacks.places import run_of
-from project.frame.environment import describe_environment
-from project.frame.paths import write_whole
+from project.frame.environment import changes, describe_environment, describe_kernels
+from project.frame.paths import Run, write_whole
 from project.metrics.complexity import count_parameters
+
+log = logging.getLogger(__name__)
 
 
 class WriteSummary(Callback):
@@ -33,13 +37,15 @@ class WriteSummary(Callback):
     def __init__(self) -> None:
         self._train, self._fit = Clock(), Clock()
         self._num_images = 0
+        self._environment: dict[str, Any] = {}
+        self._now = self._environment
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._train, self._fit, self._num_images = Clock(), Clock(), 0
         if (run := run_of(trainer)) is not None:
-            _write_json(run.environment, describe_environment())
+            self._describe(trainer, run)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit.start()
@@ -60,10 +66,12 @@ class WriteSummary(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._train.stop()
+        self._describe_kernels(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._train.stop()
         self._fit.stop()
+        self._describe_kernels(trainer)
         if (run := run_of(trainer)) is not None:
             _write_json(run.summary, _metrics(trainer) | self._measured(trainer, pl_module))
 
@@ -79,6 +87,27 @@ class WriteSummary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._train, self._fit = Clock(state_dict["train_seconds"]), Clock(state_dict["fit_seconds"])
         self._num_images = state_dict["num_images"]
+
+    def _describe(self, trainer: Trainer, run: Run) -> None:
+        """Write ``environment.json``. If the fit goes on with a checkpoint, say what changes the bits since then."""
+        device = trainer.strategy.root_device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+        self._environment = self._now = describe_environment() | {"device": name, "precision": str(trainer.precision)}
+        origin: Run | None = getattr(trainer, "origin", None)
+        if origin is not None and origin.environment.is_file():
+            was = json.loads(origin.environment.read_text())
+            if found := changes(was, self._now):
+                log.warning("This resume cannot end in the bits of a run that never stopped: %s.", "; ".join(found))
+            if origin == run:
+                self._environment = was | {"resumes": [*was.get("resumes", []), self._now]}
+        _write_json(run.environment, self._environment)
+
+    def _describe_kernels(self, trainer: Trainer) -> None:
+        """Which kernels have run is known once the first epoch has ended."""
+        kernels, run = describe_kernels(), run_of(trainer)
+        if run is not None and kernels != self._now.get("kernels"):
+            self._now["kernels"] = kernels
+            _write_json(run.environment, self._environment)
 
     def _measured(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:
         net = getattr(module, "net", module)

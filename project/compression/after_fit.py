@@ -5,8 +5,9 @@ from abc import abstractmethod
 from pathlib import Path
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping
 
-from project.callbacks.places import is_complete, run_of
+from project.callbacks.places import run_of
 from project.data import ImageDataModule
 from project.frame.paths import Run
 from project.learning.classifier import Classifier
@@ -54,3 +55,16 @@ class AfterFit(Callback):
             run: folder of the run, for the results.
             source: checkpoint to process: the best one of the run, or the last one if there is no best.
         """
+
+
+def is_complete(trainer: Trainer) -> bool:
+    """Whether a fit is complete: it has reached its last epoch or step, or EarlyStopping has ended it.
+
+    A fit that a time limit or a signal has ended is not complete: it can be resumed.
+    """
+    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, EarlyStopping) and callback.stopping_reason.value for callback in callbacks):
+        return True
+    if 0 <= trainer.max_steps <= trainer.global_step:
+        return True
+    return trainer.max_epochs is not None and 0 <= trainer.max_epochs <= trainer.current_epoch

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import project.models as own
-from project.models.signature import find, parameters, returns_net
+from project.models.signature import find, parameters
 from project.models.surgery import replay_
 
 _TORCH = (nn.modules.activation, nn.modules.dropout, nn.modules.batchnorm, nn.modules.instancenorm)
@@ -109,7 +109,7 @@ def _make(value: Any, trust: tuple[str, ...], hint: Any = None) -> Any:
     if "class_path" not in value:
         return {key: _make(item, trust) for key, item in value.items()}
     maker = _find(value["class_path"], trust)
-    if not inspect.isclass(maker) and not returns_net(maker):
+    if not inspect.isclass(maker) and not _returns_net(maker):
         raise ValueError(f"{value['class_path']!r} is neither a class nor a function that says `-> nn.Module`")
     known = parameters(maker)
     given = {**value.get("init_args", {}), **value.get("dict_kwargs", {})}
@@ -178,3 +178,12 @@ def _size(value: Any) -> int:
     if isinstance(value, Mapping):
         return 1 + sum(map(_size, value.values()))
     return 1 + sum(map(_size, value)) if isinstance(value, list | tuple) else 1
+
+
+def _returns_net(maker: Callable[..., Any]) -> bool:
+    """Whether the annotation of a function says that it returns a module."""
+    try:
+        kind = typing.get_type_hints(maker).get("return")
+    except (NameError, TypeError):
+        return False
+    return inspect.isclass(kind) and issubclass(kind, nn.Module)

@@ -1,6 +1,6 @@
 """Figures of what a compression cost and bought: accuracy against weights left, bytes and latency.
 
-As in :mod:`project.frame.plots` nothing is kept in pyplot's state, and matplotlib is imported with the first figure.
+As in :mod:`project.frame.plots`, nothing is kept in pyplot's state, and matplotlib is imported with the first figure.
 """
 
 import math
@@ -25,8 +25,8 @@ def plot_levels(points: Sequence[tuple[float, float]], score: str) -> "Figure":
     """A score against the share of weights left, on a logarithmic axis that runs from dense to sparse.
 
     Args:
-        points: (share of weights left in (0, 1], score), level by level.
-        score: its name.
+        points: pairs of the share of weights left, in (0, 1], and the score, one for each level.
+        score: name of the score, for the axis.
     """
     from matplotlib.figure import Figure
 
@@ -44,14 +44,15 @@ def plot_levels(points: Sequence[tuple[float, float]], score: str) -> "Figure":
 
 
 def plot_benchmark(rows: "Sequence[BenchmarkRow]") -> "Figure":
-    """Accuracy against latency at batch 64, with the 5th to 95th percentile, and against bytes: left and up is better.
+    """Accuracy against latency at batch 64, and accuracy against bytes. Points further left and up are better.
 
-    Each engine or model file has its marker; with several runs, each run has its colour, and the legend explains
-    colours and markers apart. Points of the same bytes and accuracy stand side by side on a grey line. Rows without
-    values are left out.
+    A line through a point runs from the 5th to the 95th percentile of the latency. Each engine or model file has its
+    own marker. If there are several runs, each run has its own colour, and the legend explains colours and markers
+    separately. Points with the same bytes and accuracy are drawn side by side on a grey line. Rows without values are
+    left out.
 
     Args:
-        rows: of :func:`project.deployment.benchmark.measure.benchmark`.
+        rows: rows that :func:`project.deployment.benchmark.measure.benchmark` returns.
     """
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
@@ -93,10 +94,11 @@ def plot_benchmark(rows: "Sequence[BenchmarkRow]") -> "Figure":
 def plot_report(rows: "Sequence[ReportRow]") -> "Figure":
     """Test accuracy of each step of a compression against its bytes and, where measured, its latency at batch 64.
 
-    The bytes are a model file's; of a checkpoint, which also holds the optimizer, four for each parameter.
+    The bytes are the size of the model file. A checkpoint also holds the optimizer, so it counts four bytes for each
+    parameter instead.
 
     Args:
-        rows: of a run's report, in its order.
+        rows: rows of a run's report, in the order of the report.
     """
     from matplotlib.figure import Figure
 
@@ -131,8 +133,9 @@ def plot_report(rows: "Sequence[ReportRow]") -> "Figure":
 def _draw_points(
     axis: "Axes", x: Sequence[float], y: Sequence[float], styles: Sequence[dict[str, Any]], apart: bool = False
 ) -> None:
-    """Hollow markers over a logarithmic axis with round ticks; ``apart`` sets those side by side that would lie on each
-    other.
+    """Draw hollow markers over a logarithmic axis with round ticks.
+
+    With ``apart``, markers that would cover each other are drawn side by side.
     """
     from matplotlib.transforms import ScaledTranslation
 

@@ -1,4 +1,4 @@
-"""Tables of measured rows: CSV of a dataclass, Markdown, and how numbers are written in them."""
+"""Tables of measured rows, as CSV and as Markdown, and how numbers are written in them."""
 
 import csv
 import math
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def write_csv(rows: Sequence[Any], kind: type, path: Path) -> None:
-    """One line for each row, an instance of the dataclass ``kind``; ``None`` is written as nothing."""
+    """Write one line for each row, an instance of the dataclass ``kind``. ``None`` becomes an empty cell."""
     with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [field.name for field in fields(kind)], lineterminator="\n")
         writer.writeheader()

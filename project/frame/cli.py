@@ -1,12 +1,14 @@
 """The command line: ``project {fit,validate,test,predict,export,benchmark,tune,…} --config …``, on LightningCLI.
 
-A further verb is a method of a class ``Verbs`` in a room's ``verbs.py``: see :mod:`project.frame.verbs`.
+:mod:`project.frame.verbs` says how to add a verb.
 """
 
 import json
 import logging
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import yaml
@@ -18,36 +20,55 @@ from project.data import ImageDataModule
 from project.frame.net_arguments import give_
 from project.frame.parser import Parser
 from project.frame.paths import Run, as_argument, write_whole
-from project.frame.verbs import VERBS, Trainer
+from project.frame.verbs import VERBS, Trainer, with_verb
 from project.learning.checkpoints import check_checkpoint
 from project.learning.classifier import Classifier
 
 log = logging.getLogger(__name__)
 
 _FROM_DATA_TO_CLASSIFIER = ("num_classes", "image_shape", "class_names", "mean", "std")
-_ON_FILES = "On a model file alone: project {predict,test,unpack} --model FILE."
+_FURTHER = (
+    "On a model file alone: project {predict,test,unpack} --model FILE. A function of a file in the working directory: "
+    "project FILE.FUNCTION."
+)
 _OF_A_RUN = ("seed_everything", "trainer", "model", "net_arguments", "data")
 _RUN_OPTIONS = ("--run", "--resume")
+_DOTTED = re.compile(r"[^\W\d]\w*(\.\w+)+")
 _LIST_OPTIONS = ("--compare", "--engines")
 
 
 class CLI(LightningCLI):
     """Builds classifier, data module and trainer from YAML and options, and runs a verb.
 
+    Example::
+
+        >>> from project.frame import CLI
+        >>> options = ["--data=project.data.Digits", "--model.net=project.models.LeNet300100", "--trainer.max_epochs=5"]
+        >>> cli = CLI(options, run=False)
+        >>> cli.datamodule.num_classes, cli.trainer.max_epochs, type(cli.model.net).__name__
+        (10, 5, 'LeNet300100')
+
     Args:
-        args: command line; ``None`` takes the process's.
-        run: run the verb that ``args`` begin with. Without it ``args`` have no verb, and ``model``, ``datamodule`` and
-            ``trainer`` are there to be used: ``CLI(["--config", "configs/digits.yaml"], run=False)``.
+        args: words of the command line; ``None`` takes those of this process.
+        run: whether the verb runs that ``args`` begin with. If false, ``args`` have no verb, and the attributes
+            ``model``, ``datamodule`` and ``trainer`` are ready for your own code.
     """
 
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
+        args = sys.argv[1:] if args is None else args
+        self._verbs, trainer_class = VERBS, Trainer
+        self._outside: dict[str, str] = {}
+        if run and isinstance(args, list) and args and _DOTTED.fullmatch(args[0]):
+            verb, trainer_class = with_verb(args[0])
+            self._verbs, self._outside = {**VERBS, verb: False}, {verb: args[0]}
+            args = [verb, *args[1:]]
         super().__init__(
             Classifier,
             ImageDataModule,
             subclass_mode_data=True,
-            trainer_class=Trainer,
+            trainer_class=trainer_class,
             parser_class=Parser,
-            parser_kwargs={"description": "Train, shrink, measure and deploy image classifiers.", "epilog": _ON_FILES},
+            parser_kwargs={"description": "Train, shrink, measure and deploy image classifiers.", "epilog": _FURTHER},
             seed_everything_default=0,
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
@@ -56,33 +77,36 @@ class CLI(LightningCLI):
             run=run,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Verbs, and which of their arguments the command line itself provides."""
-        own = {"model", "datamodule"}
-        return {**LightningCLI.subcommands(), **dict.fromkeys(VERBS, own)}
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The verbs, and for each verb the arguments that the command line fills in itself."""
+        return {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in self._verbs}}
+
+    def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        for verb, name in self._outside.items():  # a dotted name cannot be a key
+            self._subcommand_parsers[verb].prog = f"{parser.prog} [options] {name}"
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         assert isinstance(parser, Parser)
         parser.add_net_arguments("model.net")
+        parser.name_items_of("trainer.callbacks")
         for key in _FROM_DATA_TO_CLASSIFIER:
             parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        if args is None or isinstance(args, list):
-            args = _with_config_of_run(sys.argv[1:] if args is None else args)
-            self.config = parser.parse_args(_with_lists(args))
+        if isinstance(args, list):
+            self.config = parser.parse_args(_with_lists(_with_config_of_run(args)))
         else:
             self.config = parser.parse_object(args)
 
     def _parse_ckpt_path(self) -> None:
-        """Configuration comes from YAML and options alone; of a checkpoint only that it is one is looked at here."""
+        """Check that ``ckpt_path`` is a checkpoint. Unlike Lightning, take no values of the configuration from it."""
         if "subcommand" not in self.config:
             return
         config = self.config[self.config.subcommand]
         check_checkpoint(config.get("ckpt_path"))
         weights = config.get("ckpt_path") or config.get("run")
-        if self.config.subcommand != "fit" and VERBS.get(self.config.subcommand, True) and not weights:
+        if self.config.subcommand != "fit" and self._verbs.get(self.config.subcommand, True) and not weights:
             raise ValueError(
                 f"{self.config.subcommand} needs trained weights: give --run DIR (a run's folder below logs/) "
                 "or --ckpt_path FILE."
@@ -95,7 +119,7 @@ class CLI(LightningCLI):
             config.trainer.experiment = "_".join(Path(str(file)).stem for file in files)
 
     def instantiate_classes(self) -> None:
-        """Predicting on image files needs the checkpoint alone: the data set need not be there."""
+        """Build the parts of a verb. To predict on image files only the checkpoint is needed, not the data set."""
         config = self.config[self.subcommand] if self.subcommand else self.config
         if self.subcommand != "predict" or config.images is None:
             self._instantiate_data_first(config)
@@ -105,15 +129,16 @@ class CLI(LightningCLI):
         self.config_init = self.config
         self.datamodule = None
         self.model = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-        self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False)
+        kernels = config.trainer.kernels
+        self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False, kernels=kernels)
 
     def _instantiate_data_first(self, config: Namespace) -> None:
-        """The data say what the net is built with, and the whole configuration is written down before it is built."""
+        """Build the data first, which give arguments of the net. Record the configuration before the net is built."""
         data = self._instantiate_only(Namespace(data=config.data)).data
         described = config.model.net, config.data
         if isinstance(config.model.net, Namespace):
             give_(config.model.net, config.net_arguments, data)
-        vars(self).pop("config_dump", None)  # Lightning's, from before
+        vars(self).pop("config_dump", None)  # Lightning's copy lacks the arguments that the data give
         self._dump_config()
         try:
             config.data = data
@@ -139,12 +164,17 @@ class CLI(LightningCLI):
         whole = Namespace({"subcommand": self.subcommand, self.subcommand: part})
         return self.parser.instantiate_classes(whole, instantiate_groups=False)[self.subcommand]
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        assert isinstance(self.trainer, Trainer)
+        with self.trainer.own_kernels():
+            super()._run_subcommand(subcommand)
+
     def before_tune(self) -> None:
         assert isinstance(self.trainer, Trainer)
         self.trainer.configuration = yaml.safe_load(whole_config(self._parser("tune"), self.config["tune"]))
 
     def after_fit(self) -> None:
-        """Say what came out, where it is, and what to type next."""
+        """Log the result, the folder of the run, and the next commands."""
         trainer = self.trainer
         assert isinstance(trainer, Trainer)
         if not trainer.is_global_zero or trainer.run is None:
@@ -168,7 +198,7 @@ class CLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the whole resolved configuration to the run's ``config.yaml`` when a fit begins."""
+    """Writes the whole configuration with all defaults to the run's ``config.yaml`` when a fit begins."""
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         run = getattr(trainer, "run", None)
@@ -179,17 +209,15 @@ class SaveConfig(SaveConfigCallback):
 
 
 def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:
-    """A run's configuration as YAML, defaults included, without the verb's own arguments."""
+    """The configuration of a run as YAML, with all defaults and without the arguments of the verb."""
     config = config.clone()
-    for key in [
-        key for key in config.__dict__ if key not in ("seed_everything", "trainer", "model", "data", "net_arguments")
-    ]:
+    for key in [key for key in config.__dict__ if key not in _OF_A_RUN]:
         del config[key]
     return parser.dump(config, skip_none=False, skip_validation=True)
 
 
 def _with_config_of_run(args: list[str]) -> list[str]:
-    """``verb --run DIR …`` -> ``verb --config DIR/config.yaml --run DIR …``; options after it still win."""
+    """``verb --run DIR …`` -> ``verb --config DIR/config.yaml --run DIR …``. Options after it override its values."""
     for index, arg in enumerate(args):
         option, _, value = arg.partition("=")
         if index > 0 and option in _RUN_OPTIONS:
@@ -200,7 +228,7 @@ def _with_config_of_run(args: list[str]) -> list[str]:
 
 
 def _with_lists(args: list[str]) -> list[str]:
-    """``--compare DIR DIR`` -> ``--compare ["DIR", "DIR"]``, the form that jsonargparse reads; that form stays."""
+    """``--compare DIR DIR`` -> ``--compare ["DIR", "DIR"]``, which jsonargparse reads. Lists in brackets stay."""
     done: list[str] = []
     rest = list(args)
     while rest:

@@ -1,4 +1,4 @@
-"""Where metrics go besides TensorBoard: one CSV file in the run's folder, and log lines on the terminal."""
+"""The loggers beside TensorBoard: a CSV file in the run's folder, and lines on the terminal."""
 
 import csv
 import logging
@@ -14,10 +14,10 @@ from project.frame.paths import write_whole
 
 
 class MetricsCSV(Logger):
-    """Appends every logged row to ``metrics.csv``; a new metric's column rewrites the file.
+    """Appends each logged row to ``metrics.csv``. For a new metric it adds a column and writes the file again.
 
     Args:
-        path: the file; rows already in it are kept (a resumed run goes on in it).
+        path: path of the file; rows that it has already are kept, because a resumed run continues it.
     """
 
     def __init__(self, path: Path) -> None:
@@ -41,7 +41,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
-        """Nothing: hyperparameters stand in ``config.yaml``."""
+        """Do nothing: ``config.yaml`` has the hyperparameters."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -57,7 +57,7 @@ class MetricsCSV(Logger):
 
     @rank_zero_only
     def forget_after(self, step: int) -> None:
-        """Drop the rows after ``step``: a resumed run logs them again."""
+        """Delete the rows after ``step``, because a resumed run logs them again."""
         if self.rows:
             self.rows = [row for row in self.rows if int(row["step"]) <= step]
             self._rewrite()
@@ -73,7 +73,7 @@ class MetricsCSV(Logger):
 
 
 class _Stdout(logging.StreamHandler[Any]):
-    """Writes to what ``sys.stdout`` is at that moment: progress bars put their own stream in its place."""
+    """Writes to the current ``sys.stdout``, because progress bars replace it by their own stream."""
 
     @property
     def stream(self) -> Any:
@@ -81,11 +81,15 @@ class _Stdout(logging.StreamHandler[Any]):
 
     @stream.setter
     def stream(self, stream: Any) -> None:
-        """Nothing: see above."""
+        """Do nothing: the stream is always ``sys.stdout``."""
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """The package's log lines to standard output, bare, of the first process alone; Lightning's from warnings on."""
+    """Print the log lines of this package without prefix, in the first process only. Of Lightning print warnings only.
+
+    Args:
+        level: lowest level of the package's lines that are printed, any level of :mod:`logging`.
+    """
     handler = _Stdout()
     handler.setFormatter(logging.Formatter("%(message)s"))
     logger = logging.getLogger("project")
@@ -94,4 +98,4 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger.propagate = False
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")  # Lightning's own call
+    warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")  # Lightning itself causes it

@@ -1,10 +1,9 @@
-"""What the net's constructor gets from the data: the number of classes, and more where it has an argument for it.
+"""The arguments of the net that the data give: the number of classes, and others that the net has an argument for.
 
 The command line writes these values into the net's part of the configuration before it builds the net. Checkpoints,
 ``config.yaml`` and packed files therefore hold every argument that the net was built with.
 """
 
-import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,10 +12,11 @@ from torch import nn
 
 from project.data import ImageDataModule
 from project.frame.parser import Parser
+from project.frame.rooms import nearest
 from project.models.signature import find, parameters, required, takes_any
 
 BY_NAME = ("num_classes", "image_shape")
-"""Values that a net gets without being asked, if it has an argument of that name."""
+"""The values that each net gets that has an argument of that name."""
 OF_THE_DATA = (*BY_NAME, "num_channels", "height", "width")
 
 
@@ -24,13 +24,14 @@ def give_(net: Namespace, names: Mapping[str, str | None] | None, data: ImageDat
     """Write values of the data into the net's arguments.
 
     Args:
-        net: ``class_path``, ``init_args`` and ``dict_kwargs`` of the net, as parsed.
-        names: argument of the net -> the value that it gets, one of :data:`OF_THE_DATA`; ``None`` gives it nothing.
-        data: the data module.
+        net: parsed configuration of the net, with ``class_path``, ``init_args`` and ``dict_kwargs``.
+        names: name of each argument of the net, with the value that it gets; one of :data:`OF_THE_DATA`, or ``None``
+            for no value.
+        data: data module that gives the values.
 
     Raises:
-        ValueError: for a value that data do not have, an argument that the net does not have, and when an argument
-            that the net needs is missing.
+        ValueError: if the data have no such value, if the net has no such argument, or if an argument that the net
+            needs is missing.
     """
     maker = find(net.class_path)
     known, any_name = parameters(maker), takes_any(maker)
@@ -53,7 +54,7 @@ def give_(net: Namespace, names: Mapping[str, str | None] | None, data: ImageDat
 
 
 def build_net(described: Mapping[str, Any]) -> nn.Module:
-    """The net that a checkpoint's hyperparameters describe, built as the command line builds it."""
+    """Build the net that the hyperparameters of a checkpoint describe, in the same way as the command line."""
     parser = Parser(exit_on_error=False)
     parser.add_argument("--net", type=nn.Module)
     parser.take_any_arguments_of("net")
@@ -70,8 +71,7 @@ def _checked(
                 "one of them, or put a value of your own into model.net.init_args."
             )
         if name not in known and not any_name:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"its arguments are {', '.join(known) or 'none'}."
+            hint = nearest(name, known, f"its arguments are {', '.join(known) or 'none'}.")
             raise ValueError(f"net_arguments names {name}, but {class_path} has no such argument: {hint}")
     return names
 

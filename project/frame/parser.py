@@ -5,11 +5,12 @@ import importlib
 import inspect
 import re
 import sys
-from argparse import SUPPRESS, ArgumentParser
+from argparse import SUPPRESS, ArgumentError, ArgumentParser
 from collections.abc import Iterable
 from typing import Any, NoReturn
 
 from jsonargparse import Namespace
+from jsonargparse._typehints import ActionTypeHint
 from lightning.pytorch.cli import LightningArgumentParser
 
 from project.models.signature import left_to_code, takes_any
@@ -25,17 +26,17 @@ _NO_MODULE = re.compile(r"No module named '(\w+)'")
 _BULLET = re.compile(r"^\s*- ", re.MULTILINE)
 _OTHER_KINDS = ("Expected a <class 'NoneType'>", "Expected a path but")
 _NESTED = ("Does not validate against any of the Union subtypes", "Not a valid subclass of")
-"""Branches that only say that those below them failed."""
+"""Branches that only say that the branches below them failed."""
 _BELOW = re.compile(r"Does not validate against any of the Union subtypes\s+Subtypes:.*Errors:\s*$", re.DOTALL)
-"""How a branch ends whose reason is in the next one."""
+"""The end of a branch whose reason is in the next branch."""
 _KEYS = re.compile(r'Parser key "([\w.]+)":\s*')
 _PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\s*")
 
 
 class Parser(LightningArgumentParser):
-    """LightningCLI's parser whose errors fit on a line or two.
+    """LightningCLI's parser, with errors of one or two lines.
 
-    Abbreviated options are refused: a typo in an option and the same typo in YAML get the same answer.
+    Abbreviated options are refused, so a typo in an option and the same typo in YAML get the same answer.
     """
 
     _takes_any = False
@@ -44,7 +45,7 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, allow_abbrev=False, **kwargs)
 
     def add_net_arguments(self, key: str) -> None:
-        """Let the data give arguments of the net at ``key``, and let ``net_arguments`` say which."""
+        """Let the data give arguments of the net at ``key``. The option ``net_arguments`` says which."""
         self.add_argument(
             "--net_arguments",
             type=dict[str, str | None] | None,
@@ -55,7 +56,7 @@ class Parser(LightningArgumentParser):
         self.take_any_arguments_of(key)
 
     def take_any_arguments_of(self, key: str) -> None:
-        """Require no argument of the net at ``key``, and take all that its ``**kwargs`` may take."""
+        """Require no argument of the net at ``key``, and accept any name if the net has ``**kwargs``."""
         action = next(action for action in self._actions if action.dest == key)
         action.sub_add_kwargs |= {"of_net": True, "fail_untyped": False}  # type: ignore[attr-defined]
 
@@ -70,7 +71,7 @@ class Parser(LightningArgumentParser):
         return added
 
     def _ask_no_more_than_data(self, maker: Any, of_net: bool) -> None:
-        """Of the net's own arguments none is required yet, for the data may give it, and ``**kwargs`` takes all."""
+        """Require none of the net's arguments yet, because the data may give it. Accept any name for ``**kwargs``."""
         if not of_net:
             return
         left_out = left_to_code(maker)
@@ -79,6 +80,14 @@ class Parser(LightningArgumentParser):
             if action.dest in left_out:
                 action.default = SUPPRESS
         self._takes_any = takes_any(maker)
+
+    def name_items_of(self, key: str) -> None:
+        """Let ``--KEY.CLASS.argument`` set an argument of the one object of this class in the list at ``key``.
+
+        Without a class, ``--KEY.argument`` sets an argument of the last object: jsonargparse does this.
+        """
+        action = next(action for action in self._actions if action.dest == key)
+        action.__class__ = _NamedItems
 
     def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Namespace:
         self._learn(dict(cfg_obj or {}))
@@ -90,7 +99,7 @@ class Parser(LightningArgumentParser):
         return super().parse_args(args, *further, **kwargs)
 
     def _learn(self, names: Iterable[str]) -> None:
-        """Make arguments of names that only a net's ``**kwargs`` takes."""
+        """Add an argument for each name that only the ``**kwargs`` of a net accept."""
         known = {action.dest for action in self._actions}
         for name in names if self._takes_any else ():
             if name not in known:
@@ -109,7 +118,7 @@ class Parser(LightningArgumentParser):
         sys.exit(2)
 
     def _nearest(self, message: str) -> str | None:
-        """The known key that is most like the one that ``message`` complains of."""
+        """The known key that is most similar to the unknown key in ``message``."""
         match = next((match for pattern in _UNKNOWN if (match := pattern.search(message))), None)
         if match is None:
             return None
@@ -129,8 +138,32 @@ class Parser(LightningArgumentParser):
         return next((found[name] for found in parsers if name in found), self)
 
 
+class _NamedItems(ActionTypeHint):
+    """jsonargparse's action of a list of objects, whose options may name the object by its class."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if len(args) != 4:
+            return super().__call__(*args, **kwargs)
+        parser, config, value, option = args
+        given = config.get(self.dest) or []
+        items = given if isinstance(given, list) else [given]
+        kinds = [item.class_path.rpartition(".")[2] for item in items]
+        name, _, rest = option.removeprefix(f"--{self.dest}.").partition(".")
+        if not rest or not (name in kinds or name[:1].isupper()):
+            return super().__call__(*args)
+        if kinds.count(name) != 1:
+            remedy = "leave one out" if name in kinds else "correct the name, or add one before this option"
+            found = f"but the list holds {', '.join(kinds) or 'nothing'}"
+            raise ArgumentError(None, f"{option} needs exactly one {name} in {self.dest}, {found}: {remedy}")
+        items.append(items.pop(kinds.index(name)))  # jsonargparse reaches the last one
+        super().__call__(parser, config, value, f"--{self.dest}.{rest}")
+        if isinstance(given, list):
+            changed = config[self.dest]
+            changed.insert(kinds.index(name), changed.pop())
+
+
 def one_sentence(message: str) -> str:
-    """One sentence for jsonargparse's tree of lines, which has a branch for each type a value could have had."""
+    """One sentence for an error of jsonargparse, which is a tree of lines with a branch for each type of the value."""
     branches = [branch.strip() for branch in _BULLET.split(message)]
     head, tried = branches[0], [branch for branch in branches[1:] if not branch.startswith(_OTHER_KINDS)]
     tried = [branch for branch in tried if not branch.startswith(_NESTED)] or tried
@@ -148,7 +181,7 @@ def _closest(key: str, known: list[str]) -> str | None:
 
 
 def _parameters(class_path: str) -> list[str]:
-    """Names of all keyword arguments of a class and its bases."""
+    """The names of all keyword arguments of a class and of its base classes."""
     module, _, name = class_path.rpartition(".")
     kind = getattr(importlib.import_module(module), name)
     classes = inspect.getmro(kind) if inspect.isclass(kind) else (kind,)

@@ -1,4 +1,4 @@
-"""Where things live: the data folder, the logs folder, and the folder of one run. Nothing else builds paths.
+"""The data folder, the logs folder, and the files in the folder of one run. All paths of the package are made here.
 
 ::
 
@@ -19,15 +19,24 @@ MODEL_FILES = {"onnx": "model.onnx", "onnx-int8": "model_int8.onnx", "pt2": "mod
 
 
 class Paths:
-    """The data and logs folders.
+    """The folders of data, logs and compiled kernels.
+
+    Example::
+
+        >>> from project.frame import Paths
+        >>> run = Paths(logs="runs").new_run("digits")
+        >>> run.folder.as_posix(), run.config.name
+        ('runs/digits/version_0', 'config.yaml')
 
     Args:
-        data: folder of the data sets; ``None`` takes ``PROJECT_DATA_DIR``, else ``data`` beside the package's checkout.
-        logs: folder of all runs; ``None`` takes ``PROJECT_LOGS_DIR``, else ``logs`` likewise.
+        data: folder of the data sets; ``None`` takes ``PROJECT_DATA_DIR``, or ``data`` beside the package if that is
+            not set.
+        logs: folder of all runs; ``None`` takes ``PROJECT_LOGS_DIR``, or ``logs`` beside the package if that is not
+            set.
     """
 
     system_datasets = Path("/usr/share/datasets")
-    """Where Linux distributions install data sets (Debian's dataset-fashion-mnist does)."""
+    """The folder in which Linux distributions install data sets, such as Debian's dataset-fashion-mnist."""
 
     def __init__(self, data: str | os.PathLike[str] | None = None, logs: str | os.PathLike[str] | None = None) -> None:
         self.data = Path(data or os.environ.get("PROJECT_DATA_DIR") or _root() / "data")
@@ -35,7 +44,11 @@ class Paths:
         self.cache = Path(os.environ.get("PROJECT_CACHE_DIR") or Path.home() / ".cache" / "project")
 
     def new_run(self, experiment: str) -> "Run":
-        """The next free folder ``<logs>/<experiment>/version_N``; made at once, so that two runs never share one."""
+        """Make the next free folder ``<logs>/<experiment>/version_N``. Two runs never get the same folder.
+
+        Args:
+            experiment: name of the folder that holds all runs of one experiment.
+        """
         parent = self.logs / experiment
         parent.mkdir(parents=True, exist_ok=True)
         number = 1 + max((run.number for run in _runs(parent)), default=-1)
@@ -50,16 +63,32 @@ class Paths:
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of one run and what lies in it."""
+    """The folder of one run, and the paths of the files in it.
+
+    Example::
+
+        >>> from pathlib import Path
+        >>> from project.frame import Run
+        >>> run = Run(Path("logs/digits/version_3"))
+        >>> run.number, run.best_checkpoint.as_posix()
+        (3, 'logs/digits/version_3/checkpoints/best.ckpt')
+
+    Args:
+        folder: path of the run's folder; it need not exist.
+    """
 
     folder: Path
 
     @classmethod
     def find(cls, folder: str | os.PathLike[str], argument: str = "run") -> "Run":
-        """The run in ``folder``, or the newest one below it when ``folder`` is an experiment.
+        """The run in ``folder``, or the newest run below it if ``folder`` is that of an experiment.
+
+        Args:
+            folder: path of a run's folder, or of an experiment's folder.
+            argument: name of the argument that gave the folder, for the error message.
 
         Raises:
-            ValueError: when there is no run; it names the ``argument`` that gave the folder.
+            ValueError: if there is no run in the folder.
         """
         path = Path(folder)
         if not path.is_dir():
@@ -78,7 +107,7 @@ class Run:
 
     @property
     def number(self) -> int:
-        """N of ``version_N``; -1 for another name."""
+        """The number N of a folder ``version_N``; -1 for another name."""
         suffix = self.folder.name.removeprefix("version_")
         return int(suffix) if suffix.isdigit() else -1
 
@@ -104,7 +133,7 @@ class Run:
 
     @property
     def result(self) -> Path:
-        """Which model file is the fastest of those that are accurate enough."""
+        """The file that names the fastest of the model files that are accurate enough."""
         return self.folder / "result.json"
 
     @property
@@ -112,16 +141,24 @@ class Run:
         return self.folder / "predictions.csv"
 
     def model_file(self, format: str) -> Path:
-        """Where ``project export`` writes the net in a format."""
+        """The path to which ``project export`` writes the net.
+
+        Args:
+            format: name of the file format: onnx, onnx-int8, pt2 or packed.
+        """
         return self.folder / MODEL_FILES[format]
 
     def benchmark(self, suffix: str) -> Path:
-        """Of ``project benchmark``: the table (``csv``, ``md``) and the picture (``png``)."""
+        """The path of a result of ``project benchmark``.
+
+        Args:
+            suffix: ending of the file name: csv and md are the table, png is the chart.
+        """
         return self.folder / f"benchmark.{suffix}"
 
     @property
     def model_files(self) -> list[Path]:
-        """Exported models that a benchmark runs, by name."""
+        """The exported models that a benchmark runs, sorted by name."""
         return sorted([*self.folder.glob("*.onnx"), *self.folder.glob("*.packed")])
 
     @property
@@ -134,17 +171,17 @@ class Run:
 
     @property
     def best_or_last(self) -> Path:
-        """The best checkpoint where there is one, else the last, which may be missing too."""
+        """The best checkpoint if there is one, otherwise the last one, which may be missing too."""
         return self.best_checkpoint if self.best_checkpoint.is_file() else self.last_checkpoint
 
     def weights(self, argument: str = "run") -> Path:
-        """The best checkpoint, else the last.
+        """The best checkpoint if there is one, otherwise the last one.
 
         Args:
-            argument: that named the run, for the error.
+            argument: name of the argument that gave the run, for the error message.
 
         Raises:
-            ValueError: when there is neither.
+            ValueError: if the run has no checkpoint.
         """
         path = self.best_or_last
         if not path.is_file():
@@ -155,7 +192,11 @@ class Run:
         return path
 
     def level_checkpoint(self, number: int) -> Path:
-        """The best of one level of a compression run; level 0 is the net before it."""
+        """The best checkpoint of one level of a compression run.
+
+        Args:
+            number: level, 0 or more; level 0 is the net before the compression.
+        """
         return self.checkpoints / f"level_{number}.ckpt"
 
     @property
@@ -164,7 +205,7 @@ class Run:
 
 
 def _root() -> Path:
-    """The checkout that holds the package (editable install), else the working directory."""
+    """The checkout that holds the package (editable installation), otherwise the working directory."""
     checkout = Path(__file__).resolve().parent.parent
     return checkout if (checkout / "pyproject.toml").is_file() else Path.cwd()
 
@@ -174,17 +215,22 @@ def _runs(parent: Path) -> list[Run]:
 
 
 def as_argument(path: Path) -> str:
-    """``path`` as one types it in a shell: from the working directory if it lies below it, quoted if it must be."""
+    """``path`` as a user types it in a shell: relative to the working directory if it is below it, quoted if needed."""
     here = Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a file beside ``path``, then rename it: a reader sees the old file or the new one, never a
-    half.
+    """Write a file atomically: a reader sees the whole old file or the whole new one.
+
+    Args:
+        path: path of the file; its folder is made if it is missing.
+        write: function that fills a file beside ``path``, whose path it gets. That file is then renamed to ``path``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")  # the suffix stays last: image writers go by it
+    part = path.with_name(
+        f".{os.getpid()}.{path.name}"
+    )  # the suffix stays at the end, because image writers choose the format by it
     try:
         write(part)
         part.replace(path)

@@ -1,7 +1,7 @@
-"""Figures: images with titles, a confusion matrix, a run's curves.
+"""Figures: images with titles, and the curves of a run.
 
-They are built on :class:`matplotlib.figure.Figure` directly, so nothing is kept in pyplot's global state, no display
-is needed and threads may draw. matplotlib is imported when the first figure is drawn.
+They are built on :class:`matplotlib.figure.Figure` directly. So pyplot's global state stays empty, no display is
+needed, and threads may draw. matplotlib is imported when the first figure is drawn.
 """
 
 import csv
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 Curve = tuple[Sequence[float], Sequence[float]]
-"""x and y of one line."""
+"""The x and the y values of one line."""
 
 
 def plot_images(
@@ -29,10 +29,10 @@ def plot_images(
     """A grid of images, each with a title.
 
     Args:
-        images: ``[N, C, H, W]`` with C of 1 or 3, uint8 or floats in [0, 1]; floats outside are clipped.
-        titles: one for each image; of one or two short lines.
-        columns: images side by side.
-        heading: a line above all.
+        images: images ``[N, C, H, W]`` with 1 or 3 channels, uint8 or float in [0, 1]; other floats are clipped.
+        titles: text above each image, of one or two short lines.
+        columns: largest number of images side by side, 1 or more.
+        heading: line of text above the grid.
     """
     from matplotlib.figure import Figure
 
@@ -55,49 +55,14 @@ def plot_images(
     return figure
 
 
-def plot_confusion_matrix(matrix: Tensor, class_names: Sequence[str]) -> "Figure":
-    """True classes down, predicted ones across. Colour is the share of the true class, on a square-root scale, since
-    the few mistakes are what one looks for; up to 25 classes have their counts written in.
-
-    Args:
-        matrix: counts ``[K, K]``.
-        class_names: K names.
-    """
-    from matplotlib.colors import PowerNorm
-    from matplotlib.figure import Figure
-
-    counts = matrix.detach().cpu().double()
-    shares = counts / counts.sum(dim=1, keepdim=True).clamp(min=1)
-    num_classes, few = len(counts), len(counts) <= 25
-    side = 3 + 0.55 * num_classes if few else min(40.0, 4 + 0.16 * num_classes)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    axis = figure.subplots()
-    picture = axis.imshow(shares.numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
-    if few:
-        axis.set_xticks(range(num_classes), class_names, rotation=45, ha="right", rotation_mode="anchor", fontsize=9)
-        axis.set_yticks(range(num_classes), class_names, fontsize=9)
-        _write_counts(axis, counts, shares)
-    elif num_classes <= 200:  # more names than that would lie on each other
-        axis.set_xticks(range(num_classes), class_names, rotation=90, fontsize=7)
-        axis.set_yticks(range(num_classes), class_names, fontsize=7)
-    axis.set_xlabel("predicted")
-    axis.set_ylabel("true")
-    total = counts.sum().item()
-    if total:
-        correct = counts.trace().item()
-        axis.set_title(f"{correct:.0f} of {total:.0f} right: {correct / total:.2%}", fontsize=11)
-    figure.colorbar(picture, ax=axis, label="share of the true class", shrink=0.6, aspect=30)
-    return figure
-
-
 def plot_curves(metrics: "str | PathLike[str] | Mapping[str, Curve]") -> "Figure":
-    """One panel for each quantity (loss, accuracy, …), one line for each stage (train, val), over the epochs.
+    """Curves over the epochs: one panel for each quantity (loss, accuracy, …), one line for each stage (train, val).
 
     Args:
-        metrics: ``metrics.csv`` of a run, or ``{"train/loss": (epochs, values), …}``.
+        metrics: path of a run's ``metrics.csv``, or the curves as ``{"train/loss": (epochs, values), …}``.
 
     Raises:
-        ValueError: when there is nothing to draw.
+        ValueError: if there is no curve.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -130,7 +95,7 @@ def plot_curves(metrics: "str | PathLike[str] | Mapping[str, Curve]") -> "Figure
 
 
 def read_curves(path: str | PathLike[str]) -> dict[str, Curve]:
-    """The columns of a ``metrics.csv`` over its ``epoch`` column; empty cells, and what test wrote, are left out."""
+    """The columns of a ``metrics.csv`` over its column ``epoch``, without empty cells and without metrics of a test."""
     with Path(path).open(newline="") as file:
         rows = list(csv.DictReader(file))
     curves: dict[str, tuple[list[float], list[float]]] = {}
@@ -144,8 +109,11 @@ def read_curves(path: str | PathLike[str]) -> dict[str, Curve]:
 
 
 def figure_to_image(figure: "Figure", dpi: int = 100) -> Any:
-    """Pixels of a figure as a uint8 array ``[H, W, 3]``: what ``SummaryWriter.add_image(…, dataformats="HWC")``
-    takes.
+    """The pixels of a figure as a uint8 array ``[H, W, 3]``, for ``SummaryWriter.add_image(…, dataformats="HWC")``.
+
+    Args:
+        figure: figure of matplotlib to draw.
+        dpi: pixels per inch of the figure's size, 1 or more.
     """
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -157,7 +125,7 @@ def figure_to_image(figure: "Figure", dpi: int = 100) -> Any:
 
 
 def _pixels(images: Tensor) -> Any:
-    """uint8 array ``[N, H, W]`` or ``[N, H, W, 3]``."""
+    """The images as a uint8 array ``[N, H, W]`` or ``[N, H, W, 3]``."""
     images = images.detach().cpu()
     if images.is_floating_point():
         images = images.float().clamp(0, 1).mul(255).round().to(torch.uint8)
@@ -165,30 +133,16 @@ def _pixels(images: Tensor) -> Any:
 
 
 def _short(line: str, length: int = 21) -> str:
-    """What fits above one image."""
+    """A line cut to the length that fits above one image."""
     return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
-def _write_counts(axis: "Axes", counts: Tensor, shares: Tensor) -> None:
-    """Counts in the cells, white on dark; zeros stay empty."""
-    for true, predicted in counts.nonzero().tolist():
-        axis.text(
-            predicted,
-            true,
-            f"{counts[true, predicted]:.0f}",
-            ha="center",
-            va="center",
-            fontsize=8,
-            color="white" if shares[true, predicted] > 0.3 else "black",
-        )
-
-
 def round_ticks(axes: "Axes", span: float) -> None:
-    """Round numbers along a logarithmic x-axis, few enough not to lie on each other.
+    """Label a logarithmic x-axis with round numbers that do not overlap.
 
     Args:
-        axes: with a logarithmic x-axis.
-        span: the greatest value there over the smallest.
+        axes: axes of matplotlib with a logarithmic x-axis.
+        span: greatest value on the x-axis divided by the smallest, at least 1.
     """
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 

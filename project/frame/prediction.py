@@ -1,4 +1,4 @@
-"""Classify image files and write what the net says of them."""
+"""Classify image files, and write the predictions to a CSV file."""
 
 import csv
 import logging
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 def image_loader(
     path: str | os.PathLike[str], image_shape: tuple[int, int, int], batch_size: int = 256
 ) -> tuple[DataLoader[Any], list[str]]:
-    """A loader of raw batches (uint8 images ``[N, C, H, W]`` first) over the images at ``path``, and their names.
+    """A loader of the images at ``path``, and their file names. A batch begins with uint8 images ``[N, C, H, W]``.
 
     Raises:
-        ValueError: when there is no image, or (while loading) one cannot be decoded.
+        ValueError: if there is no image; and, while the images are loaded, if one cannot be decoded.
     """
     from project.data.array_dataset import pass_through
     from project.data.image_files import ImageFiles, find_images
@@ -32,7 +32,7 @@ def image_loader(
 
 
 def of_all_processes(part: Tensor) -> Tensor:
-    """The rows of all processes, of which process r of R has every R-th from the r-th."""
+    """The rows of all processes in their order. Of R processes, process r has the rows r, r + R, r + 2R, …"""
     if not distributed.is_initialized() or distributed.get_world_size() == 1:
         return part
     parts: list[Any] = [None] * distributed.get_world_size()
@@ -46,13 +46,13 @@ def of_all_processes(part: Tensor) -> Tensor:
 def write_predictions(
     path: Path, names: Sequence[str] | None, probabilities: Tensor, class_names: Sequence[str]
 ) -> None:
-    """Write ``file, class, confidence, <one probability per class>``.
+    """Write a CSV file with the columns ``file, class, confidence`` and one probability for each class.
 
     Args:
-        path: the CSV file.
-        names: of the images; ``None`` numbers them.
-        probabilities: ``[N, K]``.
-        class_names: K names.
+        path: path of the CSV file.
+        names: names of the N images; ``None`` numbers them.
+        probabilities: probability of each class for each image, ``[N, K]``.
+        class_names: names of the K classes.
     """
     confidences, classes = probabilities.max(dim=1)
     names = names if names is not None else [str(index) for index in range(len(probabilities))]

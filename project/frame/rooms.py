@@ -1,11 +1,11 @@
-"""Optional rooms: folders of the package that a fork may delete. What stays finds them here by their names.
+"""Optional rooms: folders of the package that a fork may delete. The rest of the package asks for them here by name.
 
 ``compression/<technique>``, ``deployment``, ``tuning`` and ``models/kernels`` are optional. The rest of the package,
 the core, imports none of them. It asks for a module by name and goes on without it where the folder is gone.
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ import project
 
 @cache
 def optional(name: str) -> ModuleType | None:
-    """The module of an optional room, imported; ``None`` where this copy of the package does not have it.
+    """Import the module of an optional room; ``None`` if this copy of the package does not have it.
 
     Args:
         name: dotted name below the package, such as ``"tuning.verbs"``.
@@ -31,18 +31,18 @@ def optional(name: str) -> ModuleType | None:
 
 
 class MissingRoomError(ValueError, AttributeError):
-    """Something needs a folder that was taken out of the package."""
+    """Something needs a folder that was deleted from the package."""
 
 
 def needed(name: str, what: str) -> ModuleType:
-    """The module of an optional room that something cannot do without.
+    """The module of an optional room, for something that cannot work without it.
 
     Args:
         name: dotted name below the package.
-        what: what needs it, as the subject of the error's sentence.
+        what: subject of the error's sentence: the thing that needs the module.
 
     Raises:
-        MissingRoomError: where this copy of the package does not have it.
+        MissingRoomError: if this copy of the package does not have the module.
     """
     module = optional(name)
     if module is None:
@@ -53,18 +53,29 @@ def needed(name: str, what: str) -> ModuleType:
     return module
 
 
-def lazily(homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """A package's ``__getattr__``: imports the module that a name is defined in when the name is first used.
+def nearest(name: str, known: Iterable[str], otherwise: str) -> str:
+    """The hint for an unknown name, such as ``did you mean width?``
 
     Args:
-        homes: name -> full name of the module that defines it.
+        name: unknown name that was given.
+        known: all names that exist.
+        otherwise: text that is returned if no existing name is similar.
+    """
+    near = difflib.get_close_matches(name, list(known), n=1)
+    return f"did you mean {near[0]}?" if near else otherwise
+
+
+def lazily(homes: Mapping[str, str]) -> Callable[[str], Any]:
+    """A package's ``__getattr__``, which imports the module of a name when the name is first used.
+
+    Args:
+        homes: public names, each with the full name of the module that defines it.
     """
 
     def get(name: str) -> Any:
         if name not in homes:
-            near = difflib.get_close_matches(name, homes, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the names are {', '.join(sorted(homes))}"
-            raise AttributeError(f"there is no {name}: {hint}")
+            names = f"the names are {', '.join(sorted(homes))}"
+            raise AttributeError(f"there is no {name}: {nearest(name, homes, names)}")
         return getattr(needed(homes[name].partition(".")[2], name), name)
 
     return get

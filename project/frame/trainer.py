@@ -5,8 +5,9 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -18,6 +19,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from project.callbacks.defaults import default_callbacks
 from project.frame.logger import MetricsCSV
 from project.frame.paths import Paths, Run
+from project.frame.rooms import optional
 from project.learning.checkpoints import check_checkpoint
 from project.learning.classifier import Classifier
 from project.learning.process import fastest_precision, tune_process
@@ -26,27 +28,40 @@ from project.learning.whole_batch import WholeBatch
 log = logging.getLogger(__name__)
 
 _RUN_FOLDER = "PROJECT_RUN_FOLDER"
-"""Names the run's folder to the processes that Lightning starts."""
+"""The environment variable that tells the run's folder to the processes that Lightning starts."""
 
 
 class RunTrainer(pl.Trainer):
-    """Lightning's Trainer; every run is a folder, whichever loggers are on.
+    """Lightning's Trainer. Each run has a folder of its own, with any loggers and without any.
+
+    Example::
+
+        >>> from project.frame import RunTrainer
+        >>> trainer = RunTrainer(experiment="digits", max_epochs=3, kernels="off", enable_progress_bar=False)
+        >>> trainer.max_epochs, trainer.kernels
+        (3, 'off')
 
     Args:
-        experiment: the run's folder is ``<logs>/<experiment>/version_N``; null is the first configuration file's name.
-        logs_dir: folder of all runs; null takes ``PROJECT_LOGS_DIR``, else ``logs``.
-        test_after_fit: end ``fit`` with a test of the best checkpoint.
-        observe: TensorBoard pictures of the first batch, the graph, histograms, mistakes, confusion; hyperparameters.
-        logger: null or true is TensorBoard; ``metrics.csv`` is always written.
-        callbacks: added to the defaults; one of a default's class takes its place.
-        enable_checkpointing: null and true keep the best and the last checkpoint.
-        enable_progress_bar: null and true show a bar on a terminal, lines elsewhere.
-        enable_model_summary: Lightning's table of layers.
-        precision: as Lightning's; auto is bf16-mixed where the processor has products of bfloat16, else 32-true.
-        accelerator: see Lightning.
-        sync_batchnorm: layers see the batch of all processes: batch norm's statistics, dropout's draws. A fit in R
-            processes is then that of one with R times the batch, up to rounding; see
-            :mod:`project.learning.whole_batch`.
+        experiment: name of the folder that holds the run's folder, as in ``<logs>/<experiment>/version_N``; null takes
+            the name of the first configuration file.
+        logs_dir: folder of all runs; null takes ``PROJECT_LOGS_DIR``, or ``logs`` if that is not set.
+        test_after_fit: whether ``fit`` ends with a test of the best checkpoint.
+        observe: whether TensorBoard gets pictures of the first batch, the graph, histograms of the weights, the
+            mistakes, the confusion matrix, and the hyperparameters.
+        logger: loggers beside ``metrics.csv``, which is always written; null or true is TensorBoard.
+        callbacks: callbacks that are added to the default ones; a callback of a default's class replaces that default.
+        enable_checkpointing: whether the best and the last checkpoint are kept; null is true.
+        enable_progress_bar: whether progress is shown, as a bar on a terminal and as lines elsewhere; null is true.
+        enable_model_summary: whether Lightning prints its table of layers.
+        precision: number formats of the training, such as 32-true or bf16-mixed; null is 32-true. ``auto`` is
+            bf16-mixed if the processor has instructions for products of bfloat16, otherwise 32-true.
+        accelerator: kind of device to train on, such as cpu, gpu or mps; auto takes the best one of this machine.
+        sync_batchnorm: whether layers see the batch of all processes, for the statistics of batch norm and for the
+            random numbers of dropout. A fit in R processes then equals, up to rounding, a fit in one process with R
+            times the batch size; see :mod:`project.learning.whole_batch`.
+        kernels: auto lets the C kernels of ``project/models/kernels`` run if they can be built; off uses PyTorch's own
+            operators in all verbs of this trainer. The environment variable ``PROJECT_KERNELS=0`` is stronger.
+        kwargs: further arguments of Lightning's Trainer, such as ``max_epochs``.
     """
 
     def __init__(
@@ -64,10 +79,11 @@ class RunTrainer(pl.Trainer):
         precision: str | int | None = None,
         accelerator: str | Accelerator = "auto",
         sync_batchnorm: bool = False,
+        kernels: Literal["auto", "off"] | Literal[False] = "auto",
         **kwargs: Any,
     ) -> None:
         own = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
-        # Lightning's own loggers would need a folder now; ours is made when a run begins.
+        # Lightning's own loggers would need a folder now. The folder of a run is made when the run begins.
         callbacks = default_callbacks(
             own,
             observe=observe,
@@ -89,18 +105,21 @@ class RunTrainer(pl.Trainer):
         )
         environment = getattr(self.strategy, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment):
-            # Its checkpoints are amid an epoch, whose images would begin anew, and in the working directory:
-            # scripts/train_slurm.sbatch puts the job back into the queue and goes on from the last epoch's.
+            # Lightning's requeue saves in the middle of an epoch, whose images would start again, and it saves in the
+            # working directory. scripts/train_slurm.sbatch requeues the job instead, from the last whole epoch.
             environment.auto_requeue = False
         self.sync_batchnorm = sync_batchnorm
+        self.kernels = kernels or "off"  # YAML reads a bare off as false
         self.experiment = experiment
         self.logs_dir = logs_dir
         self.test_after_fit = test_after_fit
         self.run: Run | None = None
+        self.origin: Run | None = None
+        """The run whose checkpoint the last fit has continued; ``None`` without one."""
         self.configuration: dict[str, Any] | None = None
-        """All of a run's values as in its config.yaml, where the command line has built the trainer to tune."""
+        """All values of a run, as in its config.yaml. Only the command line of ``tune`` sets them."""
         self.searched: dict[str, Any] = {}
-        """Values that a study has chosen for this run."""
+        """The values that a study has chosen for this run."""
         self._wanted_loggers = logger
         self._csv: MetricsCSV | None = None
         checkpoints = [c for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
@@ -122,13 +141,13 @@ class RunTrainer(pl.Trainer):
         """Train, then test the best checkpoint.
 
         Args:
-            model: the classifier.
-            train_dataloaders: images and labels; the data module's by default.
-            val_dataloaders: likewise.
-            datamodule: the data.
-            ckpt_path: checkpoint to start from, with its optimizer and epoch.
-            weights_only: load checkpoints of plain values alone; null is true.
-            resume: a run's folder (or an experiment's, for its newest run) to go on with, in the same folder.
+            model: classifier that is trained.
+            train_dataloaders: loader of training images and labels; null takes that of the data module.
+            val_dataloaders: loader of validation images and labels; null takes that of the data module.
+            datamodule: data module with the images.
+            ckpt_path: checkpoint to start from, with the state of its optimizer and its epoch.
+            weights_only: whether checkpoints may hold plain values only; null is true.
+            resume: folder of the run to continue, in the same folder; for the folder of an experiment, its newest run.
         """
         if isinstance(model, Classifier):
             model.check_fit(mixed=getattr(datamodule, "mix", None) is not None)
@@ -137,14 +156,15 @@ class RunTrainer(pl.Trainer):
             self.run = Run.find(resume)
             ckpt_path = ckpt_path or _last_checkpoint(self.run)
         checkpoint = check_checkpoint(ckpt_path)
+        self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parents[1]) if new else self.run
         if new and not self.fast_dev_run:  # type: ignore[attr-defined]
             self.run = self._new_run()
         self._open_loggers()
         if not new and self._csv is not None:
             self._csv.forget_after(-1 if checkpoint is None else checkpoint["global_step"] - 1)
-        # Epoch means are logged whatever the interval: no advice is needed on small data sets.
+        # Means of epochs are logged at any interval, so this warning about small data sets is not needed.
         warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
-        # A convolution of one channel has two layouts at once; its 72 gradients are no reason to look for one.
+        # A weight with one input channel fits two memory layouts at once, so this warning means nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
@@ -166,16 +186,16 @@ class RunTrainer(pl.Trainer):
         weights_only: bool | None = None,
         run: str | None = None,
     ) -> Any:
-        """Measure on the validation images.
+        """Measure accuracy and loss on the validation images.
 
         Args:
-            model: the classifier.
-            dataloaders: images and labels; the data module's by default.
-            ckpt_path: checkpoint to measure.
-            verbose: print the metrics.
-            datamodule: the data.
-            weights_only: load checkpoints of plain values alone; null is true.
-            run: a run's folder, for its configuration and best checkpoint.
+            model: classifier that is measured.
+            dataloaders: loader of images and labels; null takes that of the data module.
+            ckpt_path: checkpoint whose weights are measured.
+            verbose: whether the metrics are printed.
+            datamodule: data module with the images.
+            weights_only: whether checkpoints may hold plain values only; null is true.
+            run: folder of a run; its configuration and best checkpoint are taken.
         """
         ckpt_path = self._weights_of(run, ckpt_path)
         return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
@@ -190,16 +210,16 @@ class RunTrainer(pl.Trainer):
         weights_only: bool | None = None,
         run: str | None = None,
     ) -> Any:
-        """Measure on the test images; accuracy per class, confusion matrix and worst mistakes go to the run's folder.
+        """Measure on the test images. Accuracy per class, confusion matrix and mistakes go to the run's folder.
 
         Args:
-            model: the classifier.
-            dataloaders: images and labels; the data module's by default.
-            ckpt_path: checkpoint to measure.
-            verbose: print the metrics.
-            datamodule: the data.
-            weights_only: load checkpoints of plain values alone; null is true.
-            run: a run's folder, for its configuration and best checkpoint.
+            model: classifier that is measured.
+            dataloaders: loader of images and labels; null takes that of the data module.
+            ckpt_path: checkpoint whose weights are measured.
+            verbose: whether the metrics are printed.
+            datamodule: data module with the images.
+            weights_only: whether checkpoints may hold plain values only; null is true.
+            run: folder of a run; its configuration and best checkpoint are taken.
         """
         ckpt_path = self._weights_of(run, ckpt_path)
         return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
@@ -219,15 +239,17 @@ class RunTrainer(pl.Trainer):
         """Classify images and write a CSV of class names and probabilities.
 
         Args:
-            model: the classifier.
-            dataloaders: images; the data module's test images by default.
-            datamodule: the data.
-            return_predictions: see Lightning.
-            ckpt_path: checkpoint to predict with.
-            weights_only: load checkpoints of plain values alone; null is true.
-            run: a run's folder, for its configuration and best checkpoint.
-            images: an image file, or a folder of them (searched through); null takes the test images.
-            output: the CSV file; null is ``predictions.csv`` in the run's folder, else in the working directory.
+            model: classifier that makes the predictions.
+            dataloaders: loader of images; null takes the test images of the data module.
+            datamodule: data module with the images.
+            return_predictions: argument of Lightning that is not used, because predictions are always returned.
+            ckpt_path: checkpoint whose weights predict.
+            weights_only: whether checkpoints may hold plain values only; null is true.
+            run: folder of a run; its configuration and best checkpoint are taken.
+            images: path of an image file, or of a folder that is searched with its subfolders; null takes the test
+                images.
+            output: path of the CSV file; null is ``predictions.csv`` in the run's folder, or in the working directory
+                if there is no run.
         """
         from project.frame.prediction import image_loader, of_all_processes, write_predictions
 
@@ -245,11 +267,23 @@ class RunTrainer(pl.Trainer):
             write_predictions(path, names, probabilities, classes)  # type: ignore[arg-type]
         return predictions
 
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        """Lightning calls this for each of its verbs, in each process."""
+        with self.own_kernels():
+            return super()._run(*args, **kwargs)
+
+    def own_kernels(self) -> AbstractContextManager[None]:
+        """A context in which the C kernels of this process are on or off, as this trainer's ``kernels`` says."""
+        room = optional("models.kernels")
+        return nullcontext() if room is None else room.switched(self.kernels == "auto")
+
     # -- the run's folder ----------------------------------------------------------------------------------------
 
     def _new_run(self) -> Run:
-        """A fresh folder from the first process. Those that it starts find it in the environment; where all are there
-        (torchrun, SLURM, a second fit) it tells them.
+        """A new folder, which the first process makes.
+
+        The processes that it starts later read the folder's name in the environment. If all processes are there already
+        (torchrun, SLURM, a second fit), the first one sends the name to the others.
         """
         if (folder := os.environ.pop(_RUN_FOLDER, None)) is not None:
             return Run(Path(folder))
@@ -264,7 +298,7 @@ class RunTrainer(pl.Trainer):
         return run
 
     def _open_loggers(self) -> None:
-        """Point loggers and checkpoints at the run's folder."""
+        """Let loggers and checkpoints write to the run's folder."""
         if self.run is None:
             return
         folder = self.run.folder
@@ -282,19 +316,19 @@ class RunTrainer(pl.Trainer):
             callback.dirpath = str(self.run.checkpoints)
 
     def _discard_run(self, new: bool) -> None:
-        """A new run that failed before its first step leaves no folder behind."""
+        """Delete the folder of a new run that failed before its first step."""
         if new and self.run is not None and self.is_global_zero and self.global_step == 0:
             for logger in self.loggers:
                 logger.finalize("failed")
             shutil.rmtree(self.run.folder, ignore_errors=True)
 
     def _weights_of(self, run: str | None, ckpt_path: str | None) -> str | None:
-        """The checkpoint to load: the given one, else the run's best."""
+        """The checkpoint to load: ``ckpt_path`` if it is given, otherwise the best one of the run."""
         if run is not None:
             self.run = Run.find(run)
             ckpt_path = ckpt_path or str(self.run.weights())
             self._open_loggers()
-        # Measuring needs the weights alone, not the state of the callbacks that were there when they were trained.
+        # Only the weights are needed here, not the state of the callbacks of the training.
         warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")
         check_checkpoint(ckpt_path)
         return ckpt_path

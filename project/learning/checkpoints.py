@@ -9,8 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from project.frame.paths import write_whole
-
 if TYPE_CHECKING:
     from project.learning.classifier import Classifier
 
@@ -52,12 +50,6 @@ def load_net(module: "Classifier", path: Path) -> nn.Module:
 
 
 _TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
-
-
-def write_fresh(module: "Classifier", source: Path, target: Path) -> None:
-    """Write a checkpoint to ``target`` that has the net of ``source`` but not the state of its training."""
-    same, checkpoint = load_with_weights(module, source)
-    write_whole(target, lambda part: torch.save(fresh_checkpoint(same, checkpoint), part))
 
 
 def load_with_weights(module: "Classifier", source: Path) -> tuple["Classifier", dict[str, Any]]:

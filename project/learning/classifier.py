@@ -23,7 +23,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 from project.learning.checkpoints import check_checkpoint, mismatch
 from project.learning.schedules import Schedule
 from project.losses import CrossEntropy, MaxNorm, Penalties
-from project.models.net_check import build_lazy_, check_loss, check_net
+from project.models.net_check import build_lazy_, check_loss, check_net, check_on_net
 from project.models.surgery import Surgery, replay_, to_plain
 
 log = logging.getLogger(__name__)
@@ -160,18 +160,21 @@ class Classifier(LightningModule):
         return self.net(images)
 
     def check_fit(self, mixed: bool = False) -> None:
-        """Try the net and the loss on two images. Later calls do nothing.
+        """Try the net, the loss, the penalties and the max-norm. Later calls do nothing.
 
         Args:
             mixed: whether targets are distributions ``[N, K]`` instead of class numbers ``[N]``.
 
         Raises:
-            ValueError: if the net cannot take the data's images, if it does not give one logit for each class, or if
-                the loss cannot take the logits and targets.
+            ValueError: if the net cannot take the data's images, if it does not give one logit for each class, if the
+                loss cannot take the logits and targets, or if penalties or max-norm cannot take the net.
         """
         if not self._is_checked:
             check_net(self.net, self.image_shape, self.num_classes, self.hparams.get("net"))
             check_loss(self.loss, self.num_classes, mixed)
+            for argument, ours in (("penalties", Penalties), ("max_norm", MaxNorm)):
+                if type(module := getattr(self, argument)) is not ours:
+                    check_on_net(argument, module, self.net)
         self._is_checked = True
 
     def setup(self, stage: str) -> None:
@@ -195,7 +198,8 @@ class Classifier(LightningModule):
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self.max_norm(self.net)
+        with torch.no_grad():
+            self.max_norm(self.net)
 
     def on_train_epoch_start(self) -> None:
         self._train_sums = None

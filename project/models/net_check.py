@@ -95,6 +95,30 @@ def check_loss(loss: nn.Module, num_classes: int, mixed: bool) -> None:
         raise ValueError(f"model.loss is {name}, and it gives {shape}, not a scalar: {wanted}.")
 
 
+def check_on_net(argument: str, module: nn.Module, net: nn.Module) -> None:
+    """Try a copy of a penalty or of a constraint on a copy of the net.
+
+    Args:
+        argument: name of the classifier's argument, ``penalties`` or ``max_norm``.
+        module: penalty or constraint to try, a module of one argument.
+        net: net that the module is called with.
+
+    Raises:
+        ValueError: if the module cannot take the net, or if penalties give anything but a scalar or ``None``.
+    """
+    name = f"model.{argument} is {type(module).__name__}, and it"
+    result = "returns a scalar tensor or None" if argument == "penalties" else "changes its weights in place"
+    wanted = f"choose a module whose forward takes the net alone and {result}."
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            value = copy.deepcopy(module)(copy.deepcopy(net))
+    except Exception as error:
+        raise ValueError(f"{name} cannot be called with the net ({_first_line(error)}): {wanted}") from error
+    if argument == "penalties" and value is not None and not (isinstance(value, Tensor) and value.dim() == 0):
+        shape = f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise ValueError(f"{name} gives {shape}, not a scalar: {wanted}")
+
+
 def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")[:200]
 

@@ -4,13 +4,11 @@ import importlib
 import inspect
 import logging
 import pkgutil
-import typing
 from collections.abc import Callable
 from enum import Enum
 from typing import Any
 
 from jsonargparse._parameter_resolvers import get_signature_parameters
-from torch import nn
 
 _NO_LOG = logging.Logger("signature", logging.CRITICAL + 1)
 
@@ -81,12 +79,3 @@ def _is_text(default: Any) -> bool:
     if inspect.isfunction(default):
         return default.__name__ != "<lambda>"
     return isinstance(default, bool | int | float | str | list | tuple | dict | type | Enum | None)
-
-
-def returns_net(maker: Callable[..., Any]) -> bool:
-    """Whether the annotation of a function says that it returns a module."""
-    try:
-        kind = typing.get_type_hints(maker).get("return")
-    except (NameError, TypeError):
-        return False
-    return inspect.isclass(kind) and issubclass(kind, nn.Module)

@@ -39,6 +39,19 @@ class Branches(nn.Module):
         return torch.cat([branch(x) for branch in self.branches], 1)
 
 
+class Scale(nn.Module):
+    """A convolution whose outputs are some times as large as its inputs."""
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(16, 16, 1)
+        with torch.no_grad():
+            self.conv.weight.mul_(factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
 class SqueezeExcite(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -133,6 +146,14 @@ NETS: dict[str, Callable[[], nn.Module]] = {
         normed(3, 16),
         Branches(normed(16, 8, 1), normed(16, 16), nn.Sequential(nn.MaxPool2d(3, 1, 1), normed(16, 8, 1))),
         nn.MaxPool2d(2), normed(32, 32), head(32),
+    ),
+    "pool into a concatenation": lambda: nn.Sequential(
+        normed(3, 16), Branches(nn.Sequential(normed(16, 16, 3, stride=2), Scale(4), nn.ReLU()), nn.MaxPool2d(2)),
+        normed(32, 32), head(32),
+    ),
+    "signed values": lambda: nn.Sequential(
+        conv(3, 16), Branches(Scale(3), nn.MaxPool2d(3, 1, 1)), nn.MaxPool2d(2),
+        Branches(conv(32, 16), nn.MaxPool2d(3, 1, 1)), conv(48, 16), nn.ReLU(), head(16),
     ),
     "squeeze and excitation": lambda: nn.Sequential(normed(3, 16), SqueezeExcite(16), normed(16, 32), head(32)),
     "hard swish": lambda: nn.Sequential(conv(3, 16), nn.Hardswish(), conv(16, 32), nn.Hardswish(), head(32)),

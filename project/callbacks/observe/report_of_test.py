@@ -86,7 +86,8 @@ class TestReport(Callback):
             log.info("Confusion matrix, mistakes and accuracy per class are in %s", run.folder)
 
     def _figures(self, module: Any) -> "dict[str, Figure]":
-        from project.frame.plots import plot_confusion_matrix, plot_images
+        from project.callbacks.observe.confusion_plot import plot_confusion_matrix
+        from project.frame.plots import plot_images
 
         assert self.matrix is not None and self.mistakes is not None
         names = module.class_names

@@ -78,8 +78,9 @@ class WinogradConvolutions(AfterFit):
         self.chooser.layers(pl_module.net)
         if self.chooser.algorithm != "auto" and library(torch.float32) is None:
             raise ValueError(
-                f"algorithm is {self.chooser.algorithm!r}, but there is no kernel for it: install a C compiler and do "
-                "not set PROJECT_KERNELS to 0, or choose auto, which then keeps all direct convolutions."
+                f"algorithm is {self.chooser.algorithm!r}, but there is no kernel for it: install a C compiler and "
+                "switch the kernels on (trainer.kernels: auto, and PROJECT_KERNELS not 0), or choose auto, which then "
+                "keeps all direct convolutions."
             )
         check_company(trainer.callbacks, self)  # type: ignore[attr-defined]
 

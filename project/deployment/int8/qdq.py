@@ -76,14 +76,17 @@ class Plan:
 
     Args:
         layers: layers with integer weights, by the name of their output.
-        group_of: name of the tensor whose scale a tensor uses, by the name of each tensor that becomes integers. The
-            tensor with the scale holds all values of its group.
+        group_of: name of the group that shares a scale with a tensor, by the name of each tensor that becomes integers.
+            A group is named after one of its tensors.
+        sources_of: names of the tensors that together hold all values of a group, by the name of the group. The other
+            tensors of the group are moved from these.
         activation_of: name of the output of the ReLU behind a layer, by the layer's output; only if nothing else reads
             that output.
     """
 
     layers: dict[str, Layer]
     group_of: dict[str, str]
+    sources_of: dict[str, tuple[str, ...]]
     activation_of: dict[str, str]
 
 
@@ -110,12 +113,10 @@ def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) 
     """
     by_output = {layer.output: layer for layer in layers}
     if not activations:
-        return Plan(by_output, {}, {})
+        return Plan(by_output, {}, {}, {})
     graph = model.graph
     outputs = {value.name for value in graph.output}
     activation_of = _fused_activations(graph, by_output, outputs)
-    # From the front of the graph: a tensor can be integers if the node that writes it is one of the layers, or if this
-    # node has an integer kernel and all activations that it reads are integers.
     # From the front of the graph: a tensor can be integers if one of the layers writes it, or if its node has an
     # integer kernel and reads integers only.
     quantized = {layer.input for layer in layers}
@@ -130,14 +131,20 @@ def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) 
         if target not in outputs:
             quantized.add(target)
     quantized = _useful(graph, quantized, by_output, activation_of)
-    # Each tensor starts as a group of its own. Operations that only move values then join groups. They are visited from
-    # the back of the graph, so that a pool after a concatenation gets the scale of the concatenation.
-    group_of = {name: name for name in quantized}
-    for node in reversed(graph.node):
+    # Each tensor starts as a group of its own. Operations that only move values join groups. A tensor that is moved
+    # from other tensors of its group adds no values to those that the scale has to cover.
+    group_of, moved = {name: name for name in quantized}, set()
+    for node in graph.node:
         (target, *_) = node.output
         if node.op_type in _MOVES and target in quantized and target not in activation_of.values():
             _join_(group_of, node, target)
-    return Plan(by_output, group_of, activation_of)
+            inputs = [name for name in node.input if name in tensors]
+            if inputs and all(name in group_of for name in inputs):
+                moved.add(target)
+    sources_of: dict[str, tuple[str, ...]] = {}
+    for name in sorted(quantized - moved):
+        sources_of[group_of[name]] = (*sources_of.get(group_of[name], ()), name)
+    return Plan(by_output, group_of, sources_of, activation_of)
 
 
 def _has_integer_kernel(graph: "GraphProto", node: "NodeProto") -> bool:
@@ -171,11 +178,7 @@ def _useful(
 
 
 def _join_(group_of: dict[str, str], node: "NodeProto", target: str) -> None:
-    """Give one scale to the tensors that a moving operation reads and writes.
-
-    The scale is that of the tensor that holds all values. For a concatenation this is the output, because it holds the
-    values of all inputs. For any other operation it is the input, because it holds all values of the output.
-    """
+    """Give one scale to the tensors that a moving operation reads and writes."""
     sources = [name for name in node.input if name in group_of]
     if not sources:  # the input is floating point and becomes integers only after this operation
         return

@@ -144,7 +144,7 @@ def quantize(model: "ModelProto", images: Array, quantizer: Quantizer) -> tuple[
     if not wanted:
         raise ValueError("no layer is left to quantize: exclude fewer layers, or choose fewer float_layers.")
     plan = plan_of(model, wanted, activations=quantizer.activations)
-    scales = _calibrate(model, set(plan.group_of.values()), images, quantizer)
+    scales = _scales_of(plan, _calibrate(model, [plan], images, quantizer))
     quantized = _quantize_layers(model, images, quantizer, wanted, plan, scales)
     chosen = {layer.name for layer in wanted}
     bits = [quantizer.weight_bits if layer.name in chosen else 32 for layer in layers]
@@ -165,9 +165,10 @@ def sensitivity(
     (output,) = (value.name for value in model.graph.output)
     exact = _run(model, [output], images)[output]
     plans = [plan_of(model, [layer], activations=quantizer.activations) for layer in layers]
-    scales = _calibrate(model, {name for plan in plans for name in plan.group_of.values()}, images, quantizer)
+    found = _calibrate(model, plans, images, quantizer)
     losses = {}
     for layer, plan in zip(layers, plans, strict=True):
+        scales = _scales_of(plan, found)
         rough = _run(_quantize_layers(model, images, alone, [layer], plan, scales), [output], images)[output]
         losses[layer.name] = float(((rough - exact) ** 2).mean() / exact.var())
     return losses
@@ -233,14 +234,23 @@ def _integers_of(
     return integers.numpy(), steps.numpy()
 
 
-def _calibrate(model: "ModelProto", chiefs: set[str], images: Array, quantizer: Quantizer) -> dict[str, Scale]:
-    """The scale of each group of tensors. It is chosen from the values of the group's chief, the tensor that the group
-    is named after and that holds all values of the group.
-    """
-    names = sorted(chiefs)
+_Sources = tuple[str, ...]
+"""Names of the tensors that together hold all values of a group."""
+
+
+def _calibrate(
+    model: "ModelProto", plans: Sequence[Plan], images: Array, quantizer: Quantizer
+) -> dict[_Sources, Scale]:
+    """The scale of each group of tensors, from all values that the group holds on the images."""
+    groups = sorted({sources for plan in plans for sources in plan.sources_of.values()})
+    names = sorted({name for sources in groups for name in sources})
     if not names:  # only the weights become integers
         return {}
-    observers = {name: Observer() for name in names}
+    observers = {sources: Observer() for sources in groups}
+
+    def together(values: Mapping[str, Array], sources: _Sources) -> Array:
+        return np.concatenate([values[name].reshape(len(values[name]), -1) for name in sources], axis=1)
+
     for values in _batches(model, names, images):  # first pass: the extremes
         for name, value in values.items():
             if not np.isfinite(value).all():
@@ -248,12 +258,18 @@ def _calibrate(model: "ModelProto", chiefs: set[str], images: Array, quantizer: 
                     f"the net's tensor {name} is not finite on the calibration images: its weights are damaged, so "
                     "export another checkpoint."
                 )
-            observers[name].see_range(value)
+        for sources, observer in observers.items():
+            observer.see_range(together(values, sources))
     if quantizer.observer in ("percentile", "mse"):  # second pass: histograms between the extremes
         for values in _batches(model, names, images):
-            for name, value in values.items():
-                observers[name].count(value)
-    return {name: observer.scale(quantizer.observer, quantizer.percentile) for name, observer in observers.items()}
+            for sources, observer in observers.items():
+                observer.count(together(values, sources))
+    return {group: observer.scale(quantizer.observer, quantizer.percentile) for group, observer in observers.items()}
+
+
+def _scales_of(plan: Plan, found: Mapping[_Sources, Scale]) -> dict[str, Scale]:
+    """The scale of each group of a plan, by the name of the group."""
+    return {group: found[sources] for group, sources in plan.sources_of.items()}
 
 
 def _corrected(

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from project.models.kernels.build import library
+from project.models.kernels.build import library, used
 from project.models.kernels.known import is_known
 from project.models.kernels.maps import address, as_rows, can_run, gradients_by_torch, is_plain_gradient, pointer
 from project.models.kernels.max_pool import PLACES, halved_sides
@@ -48,6 +48,7 @@ def batch_norm_relu(x: Tensor, norm: nn.Module, activation: nn.Module) -> Tensor
     if own is None:
         return None
     own.num_batches_tracked.add_(1)
+    used.add("batch_norm_relu")
     return _BatchNormReLU.apply(x, own.weight, own.bias, own)
 
 
@@ -62,6 +63,7 @@ def batch_norm_relu_pool(x: Tensor, norm: nn.Module, activation: nn.Module, pool
     if own is None or sides is None:
         return None
     own.num_batches_tracked.add_(1)
+    used.add("batch_norm_relu_pool")
     return _BatchNormReLUPool.apply(x, own.weight, own.bias, own, sides)
 
 

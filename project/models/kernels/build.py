@@ -15,7 +15,10 @@ import os
 import platform
 import shutil
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -28,17 +31,61 @@ FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 TYPES = {torch.float32: (), torch.bfloat16: ("-DBFLOAT16",)}
 """The types of maps that there are kernels for, each with its compiler flags."""
+used: set[str] = set()
+"""Names of the kernels that have run since :func:`switched` was last entered."""
+_is_on = True
+_asked: set[torch.dtype] = set()
+"""The types of maps that a library was asked for."""
+
+
+@contextmanager
+def switched(on: bool) -> Iterator[None]:
+    """Switch the kernels on or off for the whole process until the context ends.
+
+    Args:
+        on: whether the kernels may run; ``PROJECT_KERNELS=0`` still wins.
+    """
+    before = _is_on
+    _switch(on)
+    used.clear()
+    try:
+        yield
+    finally:
+        _switch(before)
+
+
+def _switch(on: bool) -> None:
+    global _is_on
+    if on != _is_on:
+        _is_on = on
+        library.cache_clear()
+
+
+def describe() -> dict[str, Any]:
+    """Plain values for a report: whether kernels may run (``on``), for which types they are built (``built``), and
+    which have run (``used``).
+    """
+    built = {str(dtype).removeprefix("torch."): library(dtype) is not None for dtype in TYPES if dtype in _asked}
+    on = _compiler() is not None and all(built.values())
+    return {"on": on, "built": [name for name, is_built in built.items() if is_built], "used": sorted(used)}
+
+
+def _compiler() -> str | None:
+    """The C compiler; ``None`` if there is none, and if the kernels are switched off."""
+    is_on = _is_on and os.environ.get("PROJECT_KERNELS") != "0"
+    return shutil.which(os.environ.get("CC", "cc")) if is_on else None
 
 
 @functools.cache
 def library(dtype: torch.dtype) -> ctypes.CDLL | None:
     """The kernels for maps of ``dtype`` (float32 or bfloat16).
 
-    ``None`` if they cannot be built, or if the environment has ``PROJECT_KERNELS=0``.
+    ``None`` if they cannot be built, or if ``PROJECT_KERNELS=0`` or :func:`switched` switches them off.
     """
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if dtype not in TYPES or compiler is None or os.environ.get("PROJECT_KERNELS") == "0":
+    compiler = _compiler()
+    if dtype not in TYPES or compiler is None:
         return None
+    _asked.add(dtype)
     flags = (*FLAGS, *TYPES[dtype])
     path = Paths().cache / f"cpu_{_fingerprint(compiler, flags)}.so"
     try:

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from project.models.kernels.batch_norm import Norm, training_norm
-from project.models.kernels.build import library
+from project.models.kernels.build import library, used
 from project.models.kernels.known import is_known
 from project.models.kernels.maps import address, as_rows, gradients_by_torch, is_plain, is_plain_gradient, pointer
 from project.models.kernels.max_pool import PLACES, halved_sides
@@ -72,6 +72,7 @@ def first_layer(
     if own is None or library(dtype) is None:
         return None
     own.num_batches_tracked.add_(1)
+    used.add("first_layer")
     return _FirstLayer.apply(images, weight, own.weight, own.bias, own, 1 if pool is None else 2, sides, dtype)
 
 

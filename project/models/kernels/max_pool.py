@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from project.models.kernels.build import library
+from project.models.kernels.build import library, used
 from project.models.kernels.known import has_known_class, is_known
 from project.models.kernels.maps import can_run, is_plain_gradient, pointer
 
@@ -39,7 +39,10 @@ def max_pool(x: Tensor, pool: nn.Module) -> Tensor | None:
     ):
         return None
     sides = [_side(side, kernel, stride, padding, pool.ceil_mode) for side in x.shape[2:]]
-    return _MaxPool.apply(x, sides, kernel, stride, padding) if min(sides) > 0 else None
+    if min(sides) <= 0:
+        return None
+    used.add("max_pool")
+    return _MaxPool.apply(x, sides, kernel, stride, padding)
 
 
 def halved_sides(x: Tensor, pool: nn.Module) -> list[int] | None:

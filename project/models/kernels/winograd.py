@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from project.models.kernels.build import library
+from project.models.kernels.build import library, used
 from project.models.kernels.maps import address, is_transformed, pointer
 
 
@@ -132,6 +132,7 @@ def _run(
     )
     if not done:
         raise MemoryError("there is no memory for the tiles of a Winograd convolution: choose a smaller batch_size")
+    used.add("winograd")
     return y
 
 
