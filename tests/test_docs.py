@@ -31,7 +31,7 @@ from project.frame.rooms import optional
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = project.__name__
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LATER = ["my_verbs.count_labels", "--trainer.callbacks.WeightSharing.", "--trainer.kernels"]
+LATER: list[str] = []
 """Parts of commands that are written down before they are merged."""
 ELSEWHERE = {
     "sudo": "changes the system",
@@ -216,6 +216,8 @@ def shorter(args: list[str]) -> list[str]:
     options = ["--trainer.limit_train_batches=1", "--data.batch_size=32", "--trainer.observe=false"]
     if not re.search(r"--resume|max_epochs|begin_epoch|pruning|low_rank|rounds|deep_compression|deploy_fast", line):
         options += ["--trainer.max_epochs=1"]
+    if re.search("deep_compression|deploy_fast", line):
+        options += ["--trainer.callbacks.IterativeMagnitudePruning.epochs_per_round=1"]
     return [*options, "--trials=1", "--workers=1"] if args[0] == "tune" else options
 
 
