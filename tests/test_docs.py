@@ -227,6 +227,9 @@ def shorter(args: list[str]) -> list[str]:
         options += ["--trainer.max_epochs=1"]
     if re.search("deep_compression|deploy_fast", line):
         options += ["--trainer.callbacks.IterativeMagnitudePruning.epochs_per_round=1"]
+    if "deep_compression" in line:
+        options += ["--trainer.callbacks.WeightSharing.latency=false"]
+        options += ["--trainer.callbacks.WeightSharing.sharer.num_images=32"]
     return [*options, "--trials=1", "--workers=1"] if args[0] == "tune" else options
 
 
