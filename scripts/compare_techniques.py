@@ -39,12 +39,12 @@ QUIET = "--trainer.callbacks.latency=false"
 DENSE, INT8 = "dense", "int8"
 NOTES = """![accuracy against bytes](techniques_bytes.png) ![accuracy against latency](techniques_latency.png)
 
-Each row is a fragment of configs/compression with the epochs of the table. The smallest file is `model.packed`, of int8
-the ONNX file; how many times it is smaller is over the dense net's fp32 ONNX file. Multiply-accumulates are what runs:
-zeros, shared values and signs are multiplied like any other number. Latencies are medians (5th to 95th percentile) of
-interleaved rounds, of torch (channels-last) or ONNX Runtime, whichever is the faster; speedups are over the dense
-net's. Pruned, shared, ternary and binary weights buy bytes, not time; so does XNOR-Net, whose norms and signs take time
-on top, as no engine here has a kernel that counts bits.
+Each row is a fragment of configs/compression, trained for the epochs in the table. The smallest file is `model.packed`,
+and the ONNX file for int8. "Times smaller" is over the dense net's fp32 ONNX file. Multiply-accumulates are those that
+run: zeros, shared values and signs are multiplied like any other number. Latencies are medians (5th to 95th percentile)
+of interleaved rounds in torch (channels-last) or ONNX Runtime, whichever is faster. Speedups are over the dense net.
+Pruned, shared, ternary and binary weights make the file smaller, not faster. XNOR-Net makes it smaller and slower: its
+norms and signs take more time, and no engine here has a kernel that counts bits.
 """
 
 
@@ -221,7 +221,8 @@ def write(rows: Sequence[TechniqueRow], command: str, config: Path, finetune_epo
     }
     machine = describe_environment()
     versions = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "onnxruntime"))
-    text = f"""# Techniques on one net
+    text = f"""<!-- room: compression, deployment -->
+# Techniques on one net
 
 `{command}`, {date.today()}, {machine["cpu"]}, one thread, {versions}.
 

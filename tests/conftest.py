@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -33,6 +34,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if {"callbacks", "compression", "int8", "packed"} & set(item.path.relative_to(ROOT).parts):
             for warning in OF_RESUMES:
                 item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """All tests of a file go to one worker, except those of test_docs.py: each of its documents may go to another."""
+    if config.getvalue("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return nodeid if "test_every_command_runs" in nodeid else super()._split_scope(nodeid)
+
+    return Scheduling(config, log)
 
 
 # -- tests of rooms that a fork has taken out -------------------------------------------------------------------------
