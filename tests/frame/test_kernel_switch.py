@@ -52,7 +52,7 @@ def test_auto_uses_them_and_says_which(command, digits, logs, kernels):
     status, _, err = command("fit", *digits, *TWO_BATCHES)
     assert status == 0, err
     found = kernels_of(Run.find(logs / "digits"))
-    assert found["on"] and found["built"] == ["float32"]
+    assert found["on"] and "float32" in found["built"]  # other tests of this process may have used further types
     assert {"first_layer", "batch_norm_relu"} <= set(found["used"])
 
 
