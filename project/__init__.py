@@ -19,6 +19,8 @@ _FORMER = {
     "project.callbacks.test_report": "project.callbacks.observe.report_of_test",
     "project.callbacks.weight_histograms": "project.callbacks.observe.weight_histograms",
     "project.cli": "project.frame.cli",
+    "project.data.cifar": "project.data.sets.cifar",
+    "project.data.mnist": "project.data.sets.mnist",
     "project.losses.distillation": "project.compression.distillation.loss",
     "project.optimizers": "project.learning.optimizers",
     "project.paths": "project.frame.paths",

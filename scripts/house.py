@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WHOLE = ("callbacks/observe", "compression", "deployment", "models/kernels", "tuning")
+WHOLE = ("callbacks/observe", "data/sets", "compression", "deployment", "models/kernels", "tuning")
 """Optional folders. The core is everything else."""
 
 
@@ -27,6 +27,7 @@ class House:
             "models/kernels",
             "tuning",
             "callbacks/observe",
+            "data/sets",
         ]
         self.rooms = [room for room in rooms if (package / room).is_dir()]
         """Folders that may be taken out one by one."""

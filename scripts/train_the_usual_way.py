@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.utils.data import DataLoader
 from torchvision.transforms import Compose, Normalize, RandomHorizontalFlip, ToTensor
 
-from project.data.mnist import FashionMNIST
+from project.data.sets.mnist import FashionMNIST
 from project.frame.cli import CLI
 
 WARMUP = 10  # first steps, not counted: workers start and torch chooses its kernels

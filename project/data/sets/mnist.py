@@ -15,8 +15,8 @@ from pathlib import Path
 from torch import Tensor
 
 from project.data.datamodule import ImageDataModule
-from project.data.download import download
-from project.data.idx import md5, parse_idx, read_bytes
+from project.data.sets.download import download
+from project.data.sets.idx import md5, parse_idx, read_bytes
 from project.frame.paths import Paths
 
 log = logging.getLogger(__name__)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from project.data import CIFAR10, CIFAR100
-from project.data.cifar import CifarDataModule, load_pickle
+from project.data.sets.cifar import CifarDataModule, load_pickle
 
 NUM = 20
 

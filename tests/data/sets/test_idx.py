@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from project.data.idx import read_idx
+from project.data.sets.idx import read_idx
 
 
 def idx(values: torch.Tensor) -> bytes:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from project.data import KMNIST, MNIST, FashionMNIST
-from project.data.mnist import IdxDataModule
+from project.data.sets.mnist import IdxDataModule
 from project.frame.paths import Paths
 
 
@@ -71,7 +71,7 @@ def test_own_folder_comes_before_the_shared_one_and_the_system(tmp_path: Path) -
 def test_files_of_a_sister_in_the_shared_folder_are_passed_over(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from project.data.idx import md5, read_bytes
+    from project.data.sets.idx import md5, read_bytes
 
     write_set(tmp_path)
     known = md5(read_bytes(tmp_path / "train-labels-idx1-ubyte.gz"))

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from project.data.datamodule import ImageDataModule
-from project.data.download import download
-from project.data.idx import md5
+from project.data.sets.download import download
+from project.data.sets.idx import md5
 
 log = logging.getLogger(__name__)
 
