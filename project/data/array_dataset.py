@@ -155,15 +155,27 @@ class EpochSampler(DistributedSampler[Any]):
             batches before Lightning calls ``set_epoch``.
         num_replicas: number of processes R, at least 1.
         rank: number r of this process, 0 to R - 1.
+        start: number of images of this process that the first epoch leaves out, 0 or more. A run that was stopped
+            within an epoch has seen them already.
     """
 
     def __init__(
-        self, dataset: BatchDataset, seed: int = 0, epoch: int = 0, *, num_replicas: int = 1, rank: int = 0
+        self,
+        dataset: BatchDataset,
+        seed: int = 0,
+        epoch: int = 0,
+        *,
+        num_replicas: int = 1,
+        rank: int = 0,
+        start: int = 0,
     ) -> None:
         super().__init__(dataset, num_replicas=num_replicas, rank=rank, shuffle=True, seed=seed, drop_last=True)
+        self.start = 0
         self.set_epoch(epoch)
+        self.start = start
 
     def set_epoch(self, epoch: int) -> None:
+        self.start = self.start if epoch == self.epoch else 0
         super().set_epoch(epoch)
         if isinstance(self.dataset, BatchDataset):
             self.dataset.set_epoch(epoch)
@@ -174,7 +186,7 @@ class EpochSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[int]:
         num_images = len(self.dataset)  # type: ignore[arg-type]
         order = epoch_order(num_images, self.seed, self.epoch)[self.rank :: self.num_replicas]
-        return iter(order[: len(self)].tolist())
+        return iter(order[self.start : len(self)].tolist())
 
 
 class PartSampler(DistributedSampler[Any]):

@@ -10,6 +10,7 @@ partner from the batch of all processes together.
 import os
 import warnings
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -110,6 +111,7 @@ class ImageDataModule(LightningDataModule):
         self.val_data: BatchDataset | None = None
         self.test_data: BatchDataset | None = None
         self._normalize: Normalize | None = None
+        self._stopped_at: tuple[int, int] | None = None  # the epoch and its batches that a stopped run has trained
 
     @property
     def num_classes(self) -> int:
@@ -171,14 +173,54 @@ class ImageDataModule(LightningDataModule):
             # Every epoch uses the same few images. The order mixes the classes.
             order = epoch_order(len(self.train_data), self.run_seed, 0)
             return self._loader(self.train_data.subset(order), self.batch_size, drop_last=True)
+        epoch, batches = self._stopped_at or (trainer.current_epoch if trainer is not None else 0, 0)
+        self._stopped_at = None
         sampler = EpochSampler(
             self.train_data,
             self.run_seed,
-            epoch=trainer.current_epoch if trainer is not None else 0,
+            epoch=epoch,
             num_replicas=trainer.world_size if trainer is not None else 1,
             rank=trainer.global_rank if trainer is not None else 0,
+            start=batches * self.batch_size,
         )
         return self._loader(self.train_data, self.batch_size, sampler, drop_last=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place within an epoch, for a checkpoint that is saved there; empty at the end of an epoch."""
+        loop = self.trainer.fit_loop if self.trainer is not None else None
+        if loop is None or loop.epoch_loop._num_ready_batches_reached():
+            return {}
+        epoch, batches = (p.current.processed for p in (loop.epoch_progress, loop.epoch_loop.batch_progress))  # type: ignore[attr-defined]
+        return {"epoch": epoch, "batches": batches, **self._steps()} if batches else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Begin at the place within an epoch that a checkpoint was saved at.
+
+        Args:
+            state_dict: dictionary that :meth:`state_dict` returned.
+
+        Raises:
+            ValueError: if an epoch has other batches now, so that the rest of the epoch cannot be found.
+        """
+        if not state_dict:
+            return
+        for name, now in self._steps().items():
+            if now != state_dict[name]:
+                raise ValueError(
+                    f"the checkpoint was saved after batch {state_dict['batches']} of epoch {state_dict['epoch'] + 1} "
+                    f"with {name} {state_dict[name]}, but {name} is {now}: resume with {state_dict[name]}, or give the "
+                    "checkpoint of a whole epoch."
+                )
+        self._stopped_at = state_dict["epoch"], state_dict["batches"]
+        # The sampler finds the rest of the epoch, but Lightning looks for a loader with a state.
+        warnings.filterwarnings("ignore", "You're resuming from a checkpoint that ended before the epoch ended")
+
+    def _steps(self) -> dict[str, int]:
+        """What an epoch's batches depend on."""
+        trainer, data = self.trainer, self.train_data
+        assert trainer is not None and data is not None
+        counts = {"batch_size": self.batch_size, "training images": len(data), "devices": trainer.world_size}
+        return {**counts, "accumulate_grad_batches": trainer.accumulate_grad_batches}
 
     def val_dataloader(self) -> DataLoader[Batch] | list[DataLoader[Batch]]:
         """No loader (an empty list) when nothing is held out."""

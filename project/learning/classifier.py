@@ -22,6 +22,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibratio
 
 from project.learning.checkpoints import check_checkpoint, mismatch
 from project.learning.schedules import Schedule
+from project.learning.whole_batch import gather
 from project.losses import CrossEntropy, MaxNorm, Penalties
 from project.models.net_check import build_lazy_, check_loss, check_net, check_on_net
 from project.models.surgery import Surgery, replay_, to_plain
@@ -378,6 +379,10 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["surgeries"] = self.surgeries
+        progress = self.trainer.fit_loop.epoch_loop
+        if self._train_sums is not None and not progress._num_ready_batches_reached():  # within an epoch
+            sums = self._train_sums[None]
+            checkpoint["train_sums"] = gather(sums) if self.trainer.world_size > 1 else sums.clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the net the structure that the weights belong to.
@@ -387,6 +392,8 @@ class Classifier(LightningModule):
                 keys.
         """
         self._follow_surgeries(checkpoint.get("surgeries", []))
+        if (sums := checkpoint.get("train_sums")) is not None and self.global_rank < len(sums):
+            self._train_sums = sums[self.global_rank].to(self.device)
         problem = mismatch(self.state_dict(), checkpoint.get("state_dict", {}))
         if problem:
             raise ValueError(
