@@ -17,6 +17,7 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
@@ -150,6 +151,8 @@ class Classifier(LightningModule):
         """A teacher whose outputs are learned beside the labels, in training only; ``None`` without one."""
         self._is_checked = False
         self._train_sums: Tensor | None = None
+        self._steps_per_epoch = 0.0
+        self._schedule_before: dict[str, Any] = {}  # the lengths of the schedule of a run that is resumed
         self.phase: Phase | None = None
         """The part of the run that the next optimizer is for; ``None`` for the whole run."""
         self.surgeries: list[dict[str, Any]] = []
@@ -312,7 +315,33 @@ class Classifier(LightningModule):
         if self.phase is not None:  # the schedule has the length of the phase, not of the run
             total_steps, first_step = round(self.phase.epochs * steps_per_epoch), self.phase.first_step
         scheduler = self.schedule.build(optimizer, total_steps, steps_per_epoch, scale, first_step)
+        before = self._schedule_before.get("total_steps", total_steps)
+        if before != getattr(scheduler["scheduler"], "total_steps", before):
+            raise ValueError(
+                f"the schedule {type(self.schedule).__name__} was made for {before} steps and cannot continue in a run "
+                f"of {total_steps}: resume with the same epochs, batch size and devices, or choose Linear or Cosine."
+            )
+        self._steps_per_epoch = steps_per_epoch
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
+
+    def on_train_start(self) -> None:
+        """Keep the schedule's place in epochs, if a resumed run takes other numbers of steps for an epoch."""
+        before = self._schedule_before.get("steps_per_epoch", self._steps_per_epoch)
+        self._schedule_before = {}
+        for config in self.trainer.lr_scheduler_configs:
+            scheduler = config.scheduler
+            if before == self._steps_per_epoch or not isinstance(scheduler, LambdaLR):
+                continue
+            scheduler.last_epoch = round(scheduler.last_epoch * self._steps_per_epoch / before)
+            factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
+            scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
+            for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
+            log.info(
+                "an epoch has %g steps and had %g: the schedule goes on at the same share",
+                self._steps_per_epoch,
+                before,
+            )
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's two groups of parameters: weights, and norms and biases, which have no weight decay."""
@@ -378,7 +407,7 @@ class Classifier(LightningModule):
         return module
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["surgeries"] = self.surgeries
+        checkpoint["surgeries"], checkpoint["steps_per_epoch"] = self.surgeries, self._steps_per_epoch
         progress = self.trainer.fit_loop.epoch_loop
         if self._train_sums is not None and not progress._num_ready_batches_reached():  # within an epoch
             sums = self._train_sums[None]
@@ -392,6 +421,12 @@ class Classifier(LightningModule):
                 keys.
         """
         self._follow_surgeries(checkpoint.get("surgeries", []))
+        if checkpoint.get("lr_schedulers"):
+            self._schedule_before = {
+                "steps_per_epoch": checkpoint.get("steps_per_epoch"),
+                "total_steps": checkpoint["lr_schedulers"][0].get("total_steps"),
+            }
+            self._schedule_before = {key: value for key, value in self._schedule_before.items() if value}
         if (sums := checkpoint.get("train_sums")) is not None and self.global_rank < len(sums):
             self._train_sums = sums[self.global_rank].to(self.device)
         problem = mismatch(self.state_dict(), checkpoint.get("state_dict", {}))
