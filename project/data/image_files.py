@@ -8,6 +8,7 @@ and then cropping the centre, in one step.
 import logging
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_PLUGINS = {".heic": "pillow_heif", ".heif": "pillow_heif", ".hif": "pillow_heif", ".jxl": "pillow_jxl"}
 OnCorrupt = Literal["error", "skip"]
 
 
@@ -141,26 +142,6 @@ class ImageFiles(BatchDataset):
         )
 
 
-def find_images(path: str | os.PathLike[str]) -> list[Path]:
-    """The image file ``path``, or all image files in the folder ``path`` and in the folders below, sorted.
-
-    Args:
-        path: path of an image file or of a folder.
-
-    Raises:
-        ValueError: if the path does not exist, or if the folder holds no image.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path} does not exist: name an image file or a folder of image files.")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not found:
-        raise ValueError(f"{path} holds no images: put files in it whose names end in {', '.join(SUFFIXES)}.")
-    return found
-
-
 def decode_image(
     path: str | os.PathLike[str], image_shape: tuple[int, int, int], crop: RandomResizedCrop | None = None
 ) -> Tensor:
@@ -179,14 +160,14 @@ def decode_image(
 
     channels, height, width = image_shape
     if channels not in (1, 3):
-        raise ValueError(
-            f"image_shape is {image_shape}, but files are decoded to 1 (gray) or 3 (RGB) channels: give one of them."
-        )
+        raise ValueError(f"image_shape is {image_shape}, but give 1 (gray) or 3 (RGB) channels, as files can have.")
     try:
+        if plugin := _PLUGINS.get(Path(path).suffix.lower()):
+            getattr(import_module(plugin), "register_heif_opener", list)()  # the other plugin needs no call
         with Image.open(path) as file:
             image = _as_mode(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
     except FileNotFoundError:
-        raise ValueError(f"{os.fspath(path)} does not exist: name an image file.") from None
+        raise CorruptImageError(f"{os.fspath(path)} does not exist: name an image file.") from None
     except Exception as error:  # the decoders raise nearly any exception for bad bytes
         reason = " ".join(str(error).split())
         raise CorruptImageError(

@@ -24,7 +24,8 @@ def image_loader(
         ValueError: if there is no image; and, while the images are loaded, if one cannot be decoded.
     """
     from project.data.array_dataset import pass_through
-    from project.data.image_files import ImageFiles, find_images
+    from project.data.image_files import ImageFiles
+    from project.data.image_paths import find_images
 
     files = find_images(path)
     loader = DataLoader(ImageFiles(files, image_shape), batch_size=batch_size, collate_fn=pass_through)

@@ -1,6 +1,8 @@
 """Image files of any size and mode become one shape; a bad file is named."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,3 +132,22 @@ def test_random_crop_has_the_stated_areas_and_proportions() -> None:
     assert RandomResizedCrop().box((10, 10)) is None
     with pytest.raises(ValueError, match="random_crop is"):
         RandomResizedCrop((0.5, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "package", "register"),
+    [("heic", "pillow_heif", "register_heif_opener"), ("jxl", "pillow_jxl", None)],
+)
+def test_formats_with_a_plugin_name_it_or_use_it(
+    suffix: str, package: str, register: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"x.{suffix}"
+    write_image(tmp_path / "x.png", (8, 8)).rename(path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"x\.{suffix} .*{package}"):
+        decode_image(path, (3, 8, 8))
+    calls: list[str] = []
+    plugin = SimpleNamespace(**({register: lambda: calls.append(register)} if register else {}))
+    monkeypatch.setitem(sys.modules, package, plugin)
+    assert decode_image(path, (3, 8, 8)).shape == (3, 8, 8)
+    assert calls == ([register] if register else [])
