@@ -3,6 +3,10 @@
 An image is rotated as its EXIF data say and converted to gray or RGB. Then the largest centred part with the wanted
 proportions is resized to the wanted shape (bilinear with antialiasing). This is the same as resizing the shorter side
 and then cropping the centre, in one step.
+
+Transparent images are laid on gray. Gray images of more than 8 bits are read as if white were 255, 4095 or 65535 (for
+floats 1, 255 or 65535): the lowest of these that is at least the largest pixel. Other ranges, and those with negative
+values, are stretched from the smallest to the largest pixel. PGM and JPEG 2000 files say themselves what is white.
 """
 
 import logging
@@ -25,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PLUGINS = {".heic": "pillow_heif", ".heif": "pillow_heif", ".hif": "pillow_heif", ".jxl": "pillow_jxl"}
+BACKGROUND = (128, 128, 128, 255)
+"""The colour behind transparent pixels. Gray shows both white and black drawings."""
 OnCorrupt = Literal["error", "skip"]
 
 
@@ -165,7 +171,8 @@ def decode_image(
         if plugin := _PLUGINS.get(Path(path).suffix.lower()):
             getattr(import_module(plugin), "register_heif_opener", list)()  # the other plugin needs no call
         with Image.open(path) as file:
-            image = _as_mode(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
+            declares_range = file.format in ("PPM", "JPEG2000")  # Pillow makes 16 bits of them
+            image = _as_mode(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB", declares_range)
     except FileNotFoundError:
         raise CorruptImageError(f"{os.fspath(path)} does not exist: name an image file.") from None
     except Exception as error:  # the decoders raise nearly any exception for bad bytes
@@ -183,12 +190,26 @@ def decode_image(
     return pixels.view(height, width, channels).permute(2, 0, 1).contiguous()
 
 
-def _as_mode(image: "Image", mode: str) -> "Image":
+def _as_mode(image: "Image", mode: str, declares_range: bool) -> "Image":
+    from PIL import Image
+
+    if image.mode[0] in "IF":  # 16 or 32 bits, or floats; convert() would clip them
+        image = _to_eight_bits(image, declares_range)
+    elif image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image.convert("RGBA"))
+    return image.convert(mode)
+
+
+def _to_eight_bits(image: "Image", declares_range: bool) -> "Image":
     import numpy as np
     from PIL import Image
 
-    if image.mode.startswith("I"):  # 16 bits: keep the upper 8; convert() would clip
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert(mode)
+    pixels = np.asarray(image).astype(np.float64)
+    low, high = pixels.min(), pixels.max()
+    if not np.isfinite(high - low):
+        raise ValueError("it has pixels that are not finite")
+    scales = {1: 255.0, 255: 1.0, 65535: 255 / 65535} if image.mode == "F" else {255: 1.0, 4095: 2**-4, 65535: 2**-8}
+    fits = [scale for white, scale in scales.items() if low >= 0 and high <= white]
+    if not fits:
+        pixels, fits = pixels - low, [255 / max(high - low, 1e-300)]
+    return Image.fromarray((pixels * fits[-1 if declares_range else 0] + 1e-6).astype(np.uint8))
