@@ -65,7 +65,8 @@ class ImageFiles(BatchDataset):
         labels: labels of all files, ``[N]`` int64. ``None`` gives every file the label -1, which means unknown.
         indices: indices of the files that belong to this part, in the order of the part. ``None`` takes all files.
         on_corrupt: treatment of a file that cannot be decoded: ``"error"`` raises an error, ``"skip"`` leaves the file
-            out of its batch and logs a warning.
+            out of its batch and logs a warning, ``"mark"`` takes a black image, logs a warning and notes the file in
+            ``unreadable``.
         random_crop: random crop of each image, which depends on (seed, epoch, file). ``None`` crops the centre.
         seed: seed of the random crops; any int.
     """
@@ -77,7 +78,7 @@ class ImageFiles(BatchDataset):
         labels: Tensor | None = None,
         indices: Tensor | None = None,
         *,
-        on_corrupt: OnCorrupt = "error",
+        on_corrupt: OnCorrupt | Literal["mark"] = "error",
         random_crop: RandomResizedCrop | None = None,
         seed: int = 0,
     ) -> None:
@@ -87,6 +88,8 @@ class ImageFiles(BatchDataset):
         self.on_corrupt = on_corrupt
         self.random_crop = random_crop
         self.seed = seed
+        self.unreadable: dict[int, str] = {}
+        """The indices of the files that this process has marked, and what is wrong with them."""
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see the new epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -126,8 +129,11 @@ class ImageFiles(BatchDataset):
                 if self.on_corrupt == "error":
                     raise
                 log.warning("Skipped: %s", error)
-            else:
-                kept.append(index)
+                if self.on_corrupt == "skip":
+                    continue
+                self.unreadable[index] = str(error)
+                images.append(torch.zeros(self.image_shape, dtype=torch.uint8))
+            kept.append(index)
         stacked = torch.stack(images) if images else torch.empty((0, *self.image_shape), dtype=torch.uint8)
         return stacked, torch.tensor(kept, dtype=torch.int64)
 
