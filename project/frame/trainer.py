@@ -340,6 +340,9 @@ class RunTrainer(pl.Trainer):
         assert self.run is not None
         self.strategy.barrier()  # the first process may still be writing the best checkpoint
         best = self.run.best_or_last
+        if not getattr(datamodule, "count_test_images", lambda: 1)():
+            log.info("There are no test images, so that nothing is tested")
+            return
         self.test(model, datamodule=datamodule, ckpt_path=str(best) if best.is_file() else None, verbose=False)
 
 
