@@ -4,8 +4,9 @@ from project.data.array_dataset import ArrayDataset, BatchDataset, EpochSampler,
 from project.data.datamodule import ImageDataModule
 from project.data.digits import Digits
 from project.data.erasing import Cutout, RandomErasing
-from project.data.image_files import ImageFiles, decode_image, find_images
+from project.data.image_files import ImageFiles, decode_image
 from project.data.image_folder import ImageFolder
+from project.data.image_paths import find_images
 from project.data.mix import BatchMix, CutMix, MixUp
 from project.data.random import BatchRandom
 from project.data.random_resized_crop import RandomResizedCrop

@@ -7,6 +7,7 @@ images as a run that was never stopped, with any number of workers or processes.
 partner from the batch of all processes together.
 """
 
+import logging
 import os
 import warnings
 from abc import abstractmethod
@@ -32,6 +33,8 @@ from project.data.split import check_fraction, stratified_split
 from project.data.transforms import BatchTransform, Normalize
 from project.frame.paths import Paths
 from project.learning.whole_batch import gather
+
+log = logging.getLogger(__name__)
 
 
 class ImageDataModule(LightningDataModule):
@@ -155,8 +158,11 @@ class ImageDataModule(LightningDataModule):
         """
         if stage in ("fit", "validate", None) and self.train_data is None:
             self.train_data, self.val_data = self.split(self.load_dataset(train=True))
+            self._tell_absent(self.train_data, "training")
+            self._tell_absent(self.val_data, "validation")
         if stage in ("test", "predict", None) and self.test_data is None:
             self.test_data = self.load_dataset(train=False)
+            self._tell_absent(self.test_data, "test")
         if stage in ("fit", None):
             self._check_batch_size()
 
@@ -232,6 +238,8 @@ class ImageDataModule(LightningDataModule):
 
     def test_dataloader(self) -> DataLoader[Batch]:
         assert self.test_data is not None, "call setup('test') first"
+        if not len(self.test_data):
+            raise ValueError("the test set holds no images: hold some out, or give them a folder test.")
         return self._loader(self.test_data, self.eval_batch_size, self._part(self.test_data, "test"))
 
     def predict_dataloader(self) -> DataLoader[Batch]:
@@ -270,7 +278,7 @@ class ImageDataModule(LightningDataModule):
         images, targets, indices = batch
         images = images.float().div_(255)
         trainer = self.trainer
-        if trainer is None or not trainer.training:
+        if trainer is None or not trainer.training or not len(images):
             return self._for_net(self.normalize(images)), targets
         random = BatchRandom(self.run_seed, trainer.current_epoch, indices)
         for transform in self.augment:
@@ -348,6 +356,13 @@ class ImageDataModule(LightningDataModule):
             drop_last=drop_last,
             persistent_workers=self.num_workers > 0,
         )
+
+    def _tell_absent(self, data: BatchDataset, name: str) -> None:
+        present = set(data.labels.unique().tolist())
+        absent = [class_name for label, class_name in enumerate(self.class_names) if label not in present]
+        if absent and present:
+            listed = ", ".join(absent[:10]) + (", …" if len(absent) > 10 else "")
+            log.warning("the %s set holds no images of %s: add some, or hold another share out", name, listed)
 
     def _check_batch_size(self) -> None:
         assert self.train_data is not None

@@ -3,11 +3,16 @@
 An image is rotated as its EXIF data say and converted to gray or RGB. Then the largest centred part with the wanted
 proportions is resized to the wanted shape (bilinear with antialiasing). This is the same as resizing the shorter side
 and then cropping the centre, in one step.
+
+Transparent images are laid on gray. Gray images of more than 8 bits are read as if white were 255, 4095 or 65535 (for
+floats 1, 255 or 65535): the lowest of these that is at least the largest pixel. Other ranges, and those with negative
+values, are stretched from the smallest to the largest pixel. PGM and JPEG 2000 files say themselves what is white.
 """
 
 import logging
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Self
 
@@ -23,7 +28,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_PLUGINS = {".heic": "pillow_heif", ".heif": "pillow_heif", ".hif": "pillow_heif", ".jxl": "pillow_jxl"}
+BACKGROUND = (128, 128, 128, 255)
+"""The colour behind transparent pixels. Gray shows both white and black drawings."""
 OnCorrupt = Literal["error", "skip"]
 
 
@@ -58,7 +65,8 @@ class ImageFiles(BatchDataset):
         labels: labels of all files, ``[N]`` int64. ``None`` gives every file the label -1, which means unknown.
         indices: indices of the files that belong to this part, in the order of the part. ``None`` takes all files.
         on_corrupt: treatment of a file that cannot be decoded: ``"error"`` raises an error, ``"skip"`` leaves the file
-            out of its batch and logs a warning.
+            out of its batch and logs a warning, ``"mark"`` takes a black image, logs a warning and notes the file in
+            ``unreadable``.
         random_crop: random crop of each image, which depends on (seed, epoch, file). ``None`` crops the centre.
         seed: seed of the random crops; any int.
     """
@@ -70,7 +78,7 @@ class ImageFiles(BatchDataset):
         labels: Tensor | None = None,
         indices: Tensor | None = None,
         *,
-        on_corrupt: OnCorrupt = "error",
+        on_corrupt: OnCorrupt | Literal["mark"] = "error",
         random_crop: RandomResizedCrop | None = None,
         seed: int = 0,
     ) -> None:
@@ -80,6 +88,8 @@ class ImageFiles(BatchDataset):
         self.on_corrupt = on_corrupt
         self.random_crop = random_crop
         self.seed = seed
+        self.unreadable: dict[int, str] = {}
+        """The indices of the files that this process has marked, and what is wrong with them."""
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()  # persistent workers see the new epoch
 
     def set_epoch(self, epoch: int) -> None:
@@ -119,8 +129,11 @@ class ImageFiles(BatchDataset):
                 if self.on_corrupt == "error":
                     raise
                 log.warning("Skipped: %s", error)
-            else:
-                kept.append(index)
+                if self.on_corrupt == "skip":
+                    continue
+                self.unreadable[index] = str(error)
+                images.append(torch.zeros(self.image_shape, dtype=torch.uint8))
+            kept.append(index)
         stacked = torch.stack(images) if images else torch.empty((0, *self.image_shape), dtype=torch.uint8)
         return stacked, torch.tensor(kept, dtype=torch.int64)
 
@@ -141,26 +154,6 @@ class ImageFiles(BatchDataset):
         )
 
 
-def find_images(path: str | os.PathLike[str]) -> list[Path]:
-    """The image file ``path``, or all image files in the folder ``path`` and in the folders below, sorted.
-
-    Args:
-        path: path of an image file or of a folder.
-
-    Raises:
-        ValueError: if the path does not exist, or if the folder holds no image.
-    """
-    path = Path(path)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise ValueError(f"{path} does not exist: name an image file or a folder of image files.")
-    found = sorted(file for file in path.rglob("*") if file.suffix.lower() in SUFFIXES and file.is_file())
-    if not found:
-        raise ValueError(f"{path} holds no images: put files in it whose names end in {', '.join(SUFFIXES)}.")
-    return found
-
-
 def decode_image(
     path: str | os.PathLike[str], image_shape: tuple[int, int, int], crop: RandomResizedCrop | None = None
 ) -> Tensor:
@@ -179,14 +172,15 @@ def decode_image(
 
     channels, height, width = image_shape
     if channels not in (1, 3):
-        raise ValueError(
-            f"image_shape is {image_shape}, but files are decoded to 1 (gray) or 3 (RGB) channels: give one of them."
-        )
+        raise ValueError(f"image_shape is {image_shape}, but give 1 (gray) or 3 (RGB) channels, as files can have.")
     try:
+        if plugin := _PLUGINS.get(Path(path).suffix.lower()):
+            getattr(import_module(plugin), "register_heif_opener", list)()  # the other plugin needs no call
         with Image.open(path) as file:
-            image = _as_mode(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
+            declares_range = file.format in ("PPM", "JPEG2000")  # Pillow makes 16 bits of them
+            image = _as_mode(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB", declares_range)
     except FileNotFoundError:
-        raise ValueError(f"{os.fspath(path)} does not exist: name an image file.") from None
+        raise CorruptImageError(f"{os.fspath(path)} does not exist: name an image file.") from None
     except Exception as error:  # the decoders raise nearly any exception for bad bytes
         reason = " ".join(str(error).split())
         raise CorruptImageError(
@@ -202,12 +196,26 @@ def decode_image(
     return pixels.view(height, width, channels).permute(2, 0, 1).contiguous()
 
 
-def _as_mode(image: "Image", mode: str) -> "Image":
+def _as_mode(image: "Image", mode: str, declares_range: bool) -> "Image":
+    from PIL import Image
+
+    if image.mode[0] in "IF":  # 16 or 32 bits, or floats; convert() would clip them
+        image = _to_eight_bits(image, declares_range)
+    elif image.has_transparency_data:
+        image = Image.alpha_composite(Image.new("RGBA", image.size, BACKGROUND), image.convert("RGBA"))
+    return image.convert(mode)
+
+
+def _to_eight_bits(image: "Image", declares_range: bool) -> "Image":
     import numpy as np
     from PIL import Image
 
-    if image.mode.startswith("I"):  # 16 bits: keep the upper 8; convert() would clip
-        image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-    elif "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert(mode)
+    pixels = np.asarray(image).astype(np.float64)
+    low, high = pixels.min(), pixels.max()
+    if not np.isfinite(high - low):
+        raise ValueError("it has pixels that are not finite")
+    scales = {1: 255.0, 255: 1.0, 65535: 255 / 65535} if image.mode == "F" else {255: 1.0, 4095: 2**-4, 65535: 2**-8}
+    fits = [scale for white, scale in scales.items() if low >= 0 and high <= white]
+    if not fits:
+        pixels, fits = pixels - low, [255 / max(high - low, 1e-300)]
+    return Image.fromarray((pixels * fits[-1 if declares_range else 0] + 1e-6).astype(np.uint8))

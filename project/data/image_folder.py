@@ -5,6 +5,7 @@
     root/train/<class>/*.png   root/val/<class>/*.png   root/test/<class>/*.png
     root/<class>/*.png
 
+The parts may also be called ``training``, ``valid``, ``validation`` and ``testing``, in small or capital letters.
 Without ``val``, a stratified share of the training images is held out for validation. Without ``test``, the folder
 ``val`` is the test set (as for ImageNet, whose test labels are not public). Without both, a stratified share of the
 images is held out for test, with a constant seed. A data set that fits in memory is decoded once into one uint8 tensor.
@@ -22,7 +23,8 @@ from torch import Tensor
 
 from project.data.array_dataset import ArrayDataset, BatchDataset
 from project.data.datamodule import ImageDataModule
-from project.data.image_files import ImageFiles, OnCorrupt, find_images
+from project.data.image_files import ImageFiles, OnCorrupt
+from project.data.image_paths import beside, find_classes, find_parts, folders, search, tell_left_out
 from project.data.random_resized_crop import RandomResizedCrop
 from project.data.split import check_fraction, stratified_split
 
@@ -70,7 +72,8 @@ class ImageFolder(ImageDataModule):
         kwargs: other arguments of :class:`~project.data.datamodule.ImageDataModule`, such as ``batch_size``.
 
     Raises:
-        ValueError: if the folder is missing, if it has no class folders, or if a number is outside its range.
+        ValueError: if the folder is missing, if it has fewer than two class folders, or if a number is outside its
+            range.
     """
 
     test_seed = 1797
@@ -96,9 +99,7 @@ class ImageFolder(ImageDataModule):
             raise ValueError(f"channels is {channels}, but files are decoded to 1 (gray) or 3 (RGB): give one of them.")
         check_fraction("test_fraction", test_fraction)
         if in_memory and random_crop is not None:
-            raise ValueError(
-                "in_memory is true, but random_crop needs each image in its own size: leave one of the two out."
-            )
+            raise ValueError("in_memory is true, but random_crop needs images of their own size: leave one out.")
         for name, value in (("mean", mean), ("std", std)):
             if value is not None and len(value) != channels:
                 raise ValueError(f"{name} is {value}, but the images have {channels} channels: give as many numbers.")
@@ -108,14 +109,9 @@ class ImageFolder(ImageDataModule):
         self.mean, self.std = mean or _STATISTICS[channels][0], std or _STATISTICS[channels][1]
         self.on_corrupt, self.in_memory, self.memory_limit_mb = on_corrupt, in_memory, memory_limit_mb
         self.test_fraction = test_fraction
-        self.parts = {part: self.root / part for part in ("train", "val", "test") if (self.root / part).is_dir()}
-        if "train" not in self.parts:
-            self.parts = {"train": self.root}
-        self.class_names = tuple(folder.name for folder in _folders(self.parts["train"]))
-        if not self.class_names:
-            raise ValueError(
-                f"{self.parts['train']} holds no class folders: put each class's images in a folder of its name."
-            )
+        self.parts = find_parts(self.root)
+        self.class_names = find_classes(self.parts["train"])
+        self._listed: dict[str, tuple[list[Path], Tensor]] = {}
 
     def load(self, train: bool) -> tuple[Tensor, Tensor]:
         """The images ``[N, C, H, W]`` uint8 and labels ``[N]`` int64 of one part, all decoded.
@@ -171,29 +167,31 @@ class ImageFolder(ImageDataModule):
         return self._image_files(paths, files.labels[chosen])
 
     def _list(self, part: str) -> ImageFiles:
-        """The files of a part with their labels."""
+        """The files of a part with their labels. The folders are read once."""
+        if part not in self._listed:
+            self._listed[part] = self._read(part)
+        return self._image_files(*self._listed[part])
+
+    def _read(self, part: str) -> tuple[list[Path], Tensor]:
         paths: list[Path] = []
+        others: list[Path] = []
         labels: list[int] = []
-        for folder in _folders(self.parts[part]):
+        classes = folders(self.parts[part])
+        for folder in classes:
             if folder.name not in self.class_names:
-                raise ValueError(
-                    f"{folder} is a class that {self.parts['train']} does not have: remove it, or add images of this "
-                    "class there."
-                )
-            try:
-                found = find_images(folder)
-            except ValueError:
-                raise ValueError(
-                    f"{folder} holds no images: put images of this class in it, or remove the folder."
-                ) from None
+                raise ValueError(f"{folder} is a class that {self.parts['train']} does not have: add or remove it.")
+            found, left_out = search(folder)
+            if not found:
+                raise ValueError(f"{folder} holds no images: put images of this class in it, or remove the folder.")
             paths += found
+            others += left_out
             labels += [self.class_names.index(folder.name)] * len(found)
         if not paths:
-            raise ValueError(
-                f"{self.parts[part]} holds no class folders: put each class's images in a folder of its name, or "
-                f"remove {part}."
-            )
-        return self._image_files(paths, torch.tensor(labels))
+            raise ValueError(f"{self.parts[part]} holds no class folders: sort its images into them, or remove it.")
+        for folder in {self.parts[part], self.root} if part == "train" else {self.parts[part]}:
+            others += beside(folder, {*classes, *self.parts.values()})
+        tell_left_out(self.root, others)
+        return paths, torch.tensor(labels)
 
     def _image_files(self, paths: list[Path], labels: Tensor) -> ImageFiles:
         return ImageFiles(paths, self.image_shape, labels, on_corrupt=self.on_corrupt, seed=self.run_seed)
@@ -211,11 +209,4 @@ class ImageFolder(ImageDataModule):
         for path in (Path(root), self.data_dir / root):
             if path.is_dir():
                 return path
-        raise ValueError(
-            f"root is {root!r}, but neither the working directory nor {self.data_dir} has such a folder: name a folder "
-            "of class folders."
-        )
-
-
-def _folders(parent: Path) -> list[Path]:
-    return sorted(path for path in parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        raise ValueError(f"root is {root!r}, but no such folder is here or in {self.data_dir}: name another folder.")

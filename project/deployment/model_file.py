@@ -20,7 +20,7 @@ from project.deployment.metadata import Metadata
 from project.deployment.onnx_file import onnx_engine
 from project.deployment.recipe import UntrustedError
 from project.frame.paths import write_whole
-from project.frame.prediction import image_loader, write_predictions
+from project.frame.prediction import image_loader, mark_unreadable_, write_predictions
 from project.frame.rooms import MissingRoomError, needed
 
 log = logging.getLogger(__name__)
@@ -144,6 +144,7 @@ def predict(model: str, images: str, output: str = "predictions.csv", trust: str
     file = ModelFile(model, trust.split(","))
     loader, names = image_loader(images, file.metadata.image_shape, _BATCH)
     probabilities = torch.cat([file.probabilities(batch[0]) for batch in loader])
+    mark_unreadable_(probabilities, loader)
     write_predictions(Path(output), names, probabilities, file.metadata.class_names)
     return probabilities
 

@@ -20,15 +20,32 @@ def image_loader(
 ) -> tuple[DataLoader[Any], list[str]]:
     """A loader of the images at ``path``, and their file names. A batch begins with uint8 images ``[N, C, H, W]``.
 
+    A file that cannot be decoded is a black image, for :func:`mark_unreadable_`.
+
     Raises:
-        ValueError: if there is no image; and, while the images are loaded, if one cannot be decoded.
+        ValueError: if there is no image; and, while the images are loaded, if the only one cannot be decoded.
     """
     from project.data.array_dataset import pass_through
-    from project.data.image_files import ImageFiles, find_images
+    from project.data.image_files import ImageFiles
+    from project.data.image_paths import find_images
 
     files = find_images(path)
-    loader = DataLoader(ImageFiles(files, image_shape), batch_size=batch_size, collate_fn=pass_through)
+    images = ImageFiles(files, image_shape, on_corrupt="mark" if len(files) > 1 else "error")
+    loader = DataLoader(images, batch_size=batch_size, collate_fn=pass_through)
     return loader, [str(file) for file in files]
+
+
+def mark_unreadable_(probabilities: Tensor, loader: Any, rank: int = 0, size: int = 1) -> Tensor:
+    """Give the files that ``loader`` could not decode the probability -1. Of R processes, each has its own rows.
+
+    Raises:
+        ValueError: if no file could be decoded.
+    """
+    unreadable = loader.dataset.unreadable
+    if len(unreadable) == len(loader.dataset):
+        raise ValueError(f"none of {len(unreadable)} files can be read; the first: {next(iter(unreadable.values()))}")
+    probabilities[[(index - rank) // size for index in unreadable]] = -1.0
+    return probabilities
 
 
 def of_all_processes(part: Tensor) -> Tensor:
@@ -48,26 +65,26 @@ def write_predictions(
 ) -> None:
     """Write a CSV file with the columns ``file, class, confidence`` and one probability for each class.
 
+    The row of a file that could not be decoded has the class ``unreadable`` and no numbers.
+
     Args:
         path: path of the CSV file.
         names: names of the N images; ``None`` numbers them.
-        probabilities: probability of each class for each image, ``[N, K]``.
+        probabilities: probability of each class for each image, ``[N, K]``; -1 for files that could not be decoded.
         class_names: names of the K classes.
     """
-    confidences, classes = probabilities.max(dim=1)
-    names = names if names is not None else [str(index) for index in range(len(probabilities))]
-    labels = [class_names[index] for index in classes.tolist()]
+    rows = []
+    for index, row in enumerate(probabilities.tolist()):
+        best = max(row)
+        label = "unreadable" if best == -1 else class_names[row.index(best)]
+        values = ("" if value == -1 else f"{value:.6f}" for value in (best, *row))
+        rows.append([index if names is None else names[index], label, *values])
 
     def write(part: Path) -> None:
         with part.open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow(["file", "class", "confidence", *class_names])
-            for name, label, confidence, row in zip(
-                names, labels, confidences.tolist(), probabilities.tolist(), strict=True
-            ):
-                writer.writerow([name, label, f"{confidence:.6f}", *(f"{value:.6f}" for value in row)])
+            csv.writer(file).writerows([["file", "class", "confidence", *class_names], *rows])
 
     write_whole(path, write)
     log.info("%d predictions: %s", len(probabilities), path)
-    for name, label, confidence in list(zip(names, labels, confidences.tolist(), strict=True))[:5]:
-        log.info("  %s: %s (%.1f %%)", name, label, 100 * confidence)
+    for name, label, confidence, *_ in rows[:5]:
+        log.info("  %s: %s (%.1f %%)", name, label, 100 * float(confidence or 0))

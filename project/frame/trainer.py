@@ -251,7 +251,7 @@ class RunTrainer(pl.Trainer):
             output: path of the CSV file; null is ``predictions.csv`` in the run's folder, or in the working directory
                 if there is no run.
         """
-        from project.frame.prediction import image_loader, of_all_processes, write_predictions
+        from project.frame.prediction import image_loader, mark_unreadable_, of_all_processes, write_predictions
 
         ckpt_path = self._weights_of(run, ckpt_path)
         names = None
@@ -260,7 +260,10 @@ class RunTrainer(pl.Trainer):
             dataloaders, names = image_loader(images, model.image_shape)  # type: ignore[arg-type]
             datamodule = None
         predictions = super().predict(model, dataloaders, datamodule, True, ckpt_path, weights_only)
-        probabilities = of_all_processes(torch.cat(predictions))  # type: ignore[arg-type]
+        part = torch.cat(predictions)  # type: ignore[arg-type]
+        if images is not None:
+            predictions = [mark_unreadable_(part, dataloaders, self.global_rank, self.world_size)]
+        probabilities = of_all_processes(part)
         if self.is_global_zero:
             path = Path(output) if output else (self.run.predictions if self.run else Path("predictions.csv"))
             classes = self.lightning_module.class_names
@@ -337,6 +340,9 @@ class RunTrainer(pl.Trainer):
         assert self.run is not None
         self.strategy.barrier()  # the first process may still be writing the best checkpoint
         best = self.run.best_or_last
+        if not getattr(datamodule, "count_test_images", lambda: 1)():
+            log.info("There are no test images, so that nothing is tested")
+            return
         self.test(model, datamodule=datamodule, ckpt_path=str(best) if best.is_file() else None, verbose=False)
 
 

@@ -19,7 +19,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
+from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
 from project.learning.checkpoints import check_checkpoint, mismatch
 from project.learning.schedules import Schedule
@@ -143,7 +143,7 @@ class Classifier(LightningModule):
             {
                 "test/accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
                 "test/calibration_error": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
-                "per_class": MulticlassAccuracy(num_classes, average="none", validate_args=False),
+                "per_class": MulticlassStatScores(num_classes, average="none", validate_args=False),
             },
             compute_groups=False,
         )
@@ -192,6 +192,8 @@ class Classifier(LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """The loss of a batch. Targets are class numbers ``[N]``, or distributions ``[N, K]`` with MixUp or CutMix."""
         images, targets = batch
+        if not len(images):  # all its files were skipped: nothing to learn, in this process
+            return torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0
         logits = _in_full(self.net(images))
         loss = self.loss(logits, targets)
         self._add_up(loss.detach(), logits.detach(), targets)
@@ -258,28 +260,35 @@ class Classifier(LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         """Measure plain cross entropy, without smoothing or penalties, so that runs of different losses compare."""
         images, labels = batch
-        logits = _in_full(self.net(images))
-        loss = nn.functional.cross_entropy(logits, labels)
-        self.val_metrics["val/loss"].update(loss, len(labels))
-        self.val_metrics["val/accuracy"].update(logits, labels)
+        logits = self._logits(images)
+        if len(labels):
+            self.val_metrics["val/loss"].update(nn.functional.cross_entropy(logits, labels), len(labels))
+            self.val_metrics["val/accuracy"].update(logits, labels)
         return {"logits": logits, "labels": labels}
 
     def on_validation_epoch_end(self) -> None:
-        self._log(self.val_metrics.compute())
+        if self.val_metrics["val/loss"].update_called:
+            self._log(self.val_metrics.compute())
+        elif not self.trainer.sanity_checking:
+            raise ValueError("every validation image was skipped: replace the files that the warnings name.")
         self.val_metrics.reset()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> dict[str, Tensor]:
         images, labels = batch
-        logits = _in_full(self.net(images))
-        self.test_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
-        self.test_metrics.update(logits.softmax(dim=1), labels)
+        logits = self._logits(images)
+        if len(labels):
+            self.test_loss.update(nn.functional.cross_entropy(logits, labels), len(labels))
+            self.test_metrics.update(logits.softmax(dim=1), labels)
         return {"logits": logits, "labels": labels}
 
     def on_test_epoch_end(self) -> None:
+        if not self.test_loss.update_called:
+            raise ValueError("every test image was skipped: replace the files that the warnings name.")
         values = self.test_metrics.compute()
-        per_class = values.pop("per_class")
+        correct, *_, counts = values.pop("per_class").T  # a class without test images has no accuracy
         values["test/loss"] = self.test_loss.compute()
-        values |= {f"test/accuracy/{name}": per_class[index] for index, name in enumerate(self.class_names)}
+        rows = zip(self.class_names, correct, counts, strict=True)
+        values |= {f"test/accuracy/{name}": right / count for name, right, count in rows if count}
         self._log(values)
         self.test_metrics.reset()
         self.test_loss.reset()
@@ -287,8 +296,12 @@ class Classifier(LightningModule):
     def predict_step(self, batch: Tensor | tuple[Tensor, ...], batch_idx: int) -> Tensor:
         """Probabilities ``[N, K]``. Images of uint8 are normalised here; float images must be normalised already."""
         images = batch if isinstance(batch, Tensor) else batch[0]
-        logits = self.net(self.normalize(images) if images.dtype == torch.uint8 else images)
+        logits = self._logits(self.normalize(images) if images.dtype == torch.uint8 else images)
         return logits.float().softmax(dim=1)
+
+    def _logits(self, images: Tensor) -> Tensor:
+        """The logits in full precision. A batch may be empty, if all its files were skipped; few nets can take that."""
+        return _in_full(self.net(images)) if len(images) else images.new_empty(0, self.num_classes)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalised float images, by the classifier's mean and standard deviation.

@@ -233,6 +233,7 @@ def test_configuration_builds_every_argument() -> None:
 
 def test_configuration_of_a_folder_knows_its_own_and_the_shared_arguments(tmp_path: Any) -> None:
     (tmp_path / "cat").mkdir()
+    (tmp_path / "dog").mkdir()
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(ImageDataModule, "data")
     own = {"root": str(tmp_path), "image_size": 32, "channels": 1, "random_crop": [0.1, 1.0], "batch_size": 7}

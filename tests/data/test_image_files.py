@@ -1,6 +1,8 @@
 """Image files of any size and mode become one shape; a bad file is named."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -130,3 +132,85 @@ def test_random_crop_has_the_stated_areas_and_proportions() -> None:
     assert RandomResizedCrop().box((10, 10)) is None
     with pytest.raises(ValueError, match="random_crop is"):
         RandomResizedCrop((0.5, 1.5))
+
+
+@pytest.mark.parametrize(
+    ("suffix", "package", "register"),
+    [("heic", "pillow_heif", "register_heif_opener"), ("jxl", "pillow_jxl", None)],
+)
+def test_formats_with_a_plugin_name_it_or_use_it(
+    suffix: str, package: str, register: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"x.{suffix}"
+    write_image(tmp_path / "x.png", (8, 8)).rename(path)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ValueError, match=rf"x\.{suffix} .*{package}"):
+        decode_image(path, (3, 8, 8))
+    calls: list[str] = []
+    plugin = SimpleNamespace(**({register: lambda: calls.append(register)} if register else {}))
+    monkeypatch.setitem(sys.modules, package, plugin)
+    assert decode_image(path, (3, 8, 8)).shape == (3, 8, 8)
+    assert calls == ([register] if register else [])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 3), (3, 1, 3)], ids=str)
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L"])
+def test_transparency_is_laid_on_gray(mode: str, shape: tuple[int, int, int], tmp_path: Path) -> None:
+    """A white pixel is transparent; of two black ones, the second is transparent to four fifths if it can be."""
+    path = tmp_path / "x.png"
+    if mode in ("RGBA", "LA"):
+        pixels = np.zeros((1, 3, len(mode)), dtype=np.uint8)
+        pixels[0, 0], pixels[0, :, -1] = 255, (0, 255, 51)
+        Image.fromarray(pixels).save(path)
+        expected = [128, 0, 102]
+    else:
+        image = Image.new(mode, (3, 1))
+        if mode == "P":
+            image.putpalette([gray for gray in range(256) for _ in "RGB"])
+        image.putpixel((0, 0), 255)
+        image.save(path, transparency=255)
+        expected = [128, 0, 0]
+    assert decode_image(path, shape).flatten(1).tolist() == [expected] * shape[0]
+
+
+def test_an_opaque_alpha_channel_changes_no_bit(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "x.png", (16, 16))
+    Image.open(path).convert("RGBA").save(tmp_path / "y.png")
+    assert torch.equal(decode_image(path, (3, 16, 16)), decode_image(tmp_path / "y.png", (3, 16, 16)))
+
+
+@pytest.mark.parametrize(
+    ("pixels", "expected"),
+    [
+        (np.array([0, 16, 2048, 4095], np.uint16), [0, 1, 128, 255]),
+        (np.array([0, 3, 128, 255], np.uint16), [0, 3, 128, 255]),
+        (np.array([0, 256, 32768, 65535], np.uint16), [0, 1, 128, 255]),
+        (np.array([0, 5, 100, 255], np.int32), [0, 5, 100, 255]),
+        (np.array([0, 50000, 100000], np.int32), [0, 127, 255]),
+        (np.array([-100, 0, 100], np.int32), [0, 127, 255]),
+        (np.array([0, 0.25, 0.5, 1], np.float32), [0, 63, 127, 255]),
+        (np.array([0, 64, 255], np.float32), [0, 64, 255]),
+        (np.array([0, 25700, 65535], np.float32), [0, 100, 255]),
+        (np.array([-1, 0, 1], np.float32), [0, 127, 255]),
+        (np.array([7e5, 7e5], np.float32), [0, 0]),
+    ],
+)
+def test_deep_pixels_are_scaled(pixels: np.ndarray, expected: list[int], tmp_path: Path) -> None:
+    for suffix in ("tif", "png") if pixels.dtype == np.uint16 else ("tif",):
+        Image.fromarray(pixels[None]).save(tmp_path / f"x.{suffix}")
+        decoded = decode_image(tmp_path / f"x.{suffix}", (3, 1, len(pixels)))
+        assert decoded[:, 0].tolist() == [expected] * 3
+
+
+def test_a_dark_image_stays_dark_where_the_file_declares_white(tmp_path: Path) -> None:
+    (tmp_path / "x.pgm").write_bytes(b"P5 2 1 1000\n" + np.array([0, 50], ">u2").tobytes())
+    assert decode_image(tmp_path / "x.pgm", (1, 1, 2)).flatten().tolist() == [0, 12]
+    (tmp_path / "y.pgm").write_bytes(b"P5 2 1 4095\n" + np.array([2048, 4095], ">u2").tobytes())
+    assert decode_image(tmp_path / "y.pgm", (1, 1, 2)).flatten().tolist() == [128, 255]
+
+
+def test_pixels_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
+    for name, value in (("nan.tif", np.nan), ("inf.tif", np.inf)):
+        Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / name)
+        with pytest.raises(CorruptImageError, match=rf"{name} .*pixels that are not finite"):
+            decode_image(tmp_path / name, (1, 1, 2))

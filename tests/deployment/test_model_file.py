@@ -126,6 +126,13 @@ def test_predict_needs_the_file_alone(folder: Path, tmp_path: Path, command, mon
             tables.append(list(csv.DictReader(file)))
     assert list(tables[0][0])[3:] == ["null", "eins", "zwei", "drei", "für"]
     assert [row["class"] for row in tables[0]] == [row["class"] for row in tables[2]]
+    (tmp_path / "1.png").write_text("no image")
+    status, _, err = command("predict", "--model", folder / "model.onnx", "--images", tmp_path)
+    assert status == 0, err
+    with (tmp_path / "predictions.csv").open() as file:
+        marked = list(csv.DictReader(file))
+    assert [row["class"] == "unreadable" for row in marked] == [False, True, False]
+    assert [row["confidence"] for row in marked] == [tables[0][0]["confidence"], "", tables[0][2]["confidence"]]
     for arguments, words in (
         (["--model", "nix.onnx", "--images", "."], "no such file"),
         ([f"--model={tmp_path / '0.png'}", "--images", "."], "ends in"),

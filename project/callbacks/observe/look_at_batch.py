@@ -1,5 +1,6 @@
 """Shows a training batch: the images after augmentation and mixing, as the net receives them, and their labels."""
 
+import logging
 from typing import Any
 
 import torch
@@ -7,12 +8,18 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
 from project.callbacks.places import run_of, show_figure, tensorboard
+from project.data import ImageDataModule
+
+log = logging.getLogger(__name__)
+
+_FLAT = 16 / 255  # 12-bit colours that are read as 16-bit ones span less
 
 
 class LookAtBatch(Callback):
     """Draws the first training batch before the first step.
 
-    The picture goes to TensorBoard, and to ``training_batch.png`` in the run's folder.
+    The picture goes to TensorBoard, and to ``training_batch.png`` in the run's folder. If some of 64 training images,
+    spread over the set, have nearly one colour, a warning says how many: their files may have been read wrongly.
 
     Example::
 
@@ -33,8 +40,21 @@ class LookAtBatch(Callback):
             raise ValueError(f"num_images is {num_images}, but it counts the images to draw: choose 1 or more.")
         self.num_images = num_images
 
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if trainer.global_step or not isinstance(data, ImageDataModule):
+            return
+        images = denormalize(data.sample(64)[0].cpu(), data).flatten(1)
+        flat = int((images.amax(dim=1) - images.amin(dim=1) < _FLAT).sum()) if len(images) else 0
+        if flat:
+            log.warning(
+                "%d of %d training images have nearly one colour: see in training_batch.png whether they are right",
+                flat,
+                len(images),
+            )
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if trainer.global_step or batch_idx:  # a resumed run already has its picture
+        if trainer.global_step or batch_idx or not len(batch[0]):  # a resumed run already has its picture
             return
         if tensorboard(trainer) is None and run_of(trainer) is None:
             return
