@@ -421,10 +421,11 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["surgeries"], checkpoint["steps_per_epoch"] = self.surgeries, self._steps_per_epoch
-        progress = self.trainer.fit_loop.epoch_loop
-        if self._train_sums is not None and not progress._num_ready_batches_reached():  # within an epoch
-            sums = self._train_sums[None]
-            checkpoint["train_sums"] = gather(sums) if self.trainer.world_size > 1 else sums.clone()
+        trainer = self._trainer
+        if trainer is None or self._train_sums is None or trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            return
+        sums = self._train_sums[None]  # within an epoch, whose means go on in a resumed run
+        checkpoint["train_sums"] = gather(sums) if trainer.world_size > 1 else sums.clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the net the structure that the weights belong to.

@@ -1,4 +1,4 @@
-"""The kernels under AddressSanitizer: run with libasan preloaded, as ``tests/kernels/test_asan.py`` does.
+"""The kernels under AddressSanitizer: run with libasan preloaded, as ``tests/models/kernels/test_asan.py`` does.
 
 python tests/helpers/asan.py write     a kernel that writes one value past the end of a tensor
 python tests/helpers/asan.py ARG …     pytest with these arguments

@@ -50,6 +50,13 @@ def test_a_write_past_the_end_is_found(environment: dict[str, str]) -> None:
 
 
 def test_no_kernel_leaves_its_tensors(environment: dict[str, str]) -> None:
-    result = run(environment, "-q", "-p", "no:cacheprovider", "tests/kernels", "--ignore=tests/kernels/test_build.py")
+    result = run(
+        environment,
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "tests/models/kernels",
+        "--ignore=tests/models/kernels/test_build.py",
+    )
     assert result.returncode == 0, (result.stdout + result.stderr)[-5000:]
     assert " passed" in result.stdout
