@@ -46,7 +46,7 @@ def patterns(old: str) -> list[re.Pattern[str]]:
             r"(?<=^# ){old}(?=: )",
             r"(?<=--job-name=){old}\b",
             r"(?<=cache/){old}\b",
-            r"^{old}(?= = \"{old}\.)",  # the command, in pyproject.toml
+            r"^{old}(?= = \")",  # the command, in pyproject.toml
         )
     ]
 

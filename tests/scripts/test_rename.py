@@ -130,6 +130,7 @@ def test_no_line_names_the_package_after_a_renaming(clone):
     """Save for a few that mean something else."""
     done = script(clone, "acme")
     assert done.returncode == 0, done.stderr
+    assert '\nacme = "acme.__main__:main"\n' in (clone / "pyproject.toml").read_text()
     code = re.compile(r"\bproject\.[a-z_]+\.[A-Za-z_]|from project|import project|[\"']project[\"']|\bproject/\w")
     left = [
         f"{path.relative_to(clone)}: {line.strip()}"
