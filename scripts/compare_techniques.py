@@ -71,7 +71,7 @@ TECHNIQUES = {
 }
 
 
-def project(*arguments: str | Path) -> None:
+def run_verb(*arguments: str | Path) -> None:
     """The command line, in a process of its own."""
     done = subprocess.run([sys.executable, "-m", "project", *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
@@ -85,7 +85,7 @@ def fit(experiment: str, *arguments: str | Path) -> Run:
     if finished:
         return finished[-1]
     options = ("--trainer.experiment", experiment, "--trainer.test_after_fit=false", "--trainer.observe=false")
-    project("fit", *arguments, *options)
+    run_verb("fit", *arguments, *options)
     run = Run.find(Paths().logs / experiment)
     (run.folder / "finished").touch()
     say(f"{experiment}: trained")
@@ -118,7 +118,7 @@ def train(config: Path, seed: int, dense: Run | None, finetune_epochs: int) -> d
 
 def export(run: Run, format: str) -> None:
     if not run.model_file(format).is_file():
-        project("export", "--run", run.folder, "--format", format)
+        run_verb("export", "--run", run.folder, "--format", format)
 
 
 def benchmark(runs: dict[str, Run], rounds: int) -> list[dict[str, str]]:
@@ -131,7 +131,7 @@ def benchmark(runs: dict[str, Run], rounds: int) -> list[dict[str, str]]:
     if not known or path.stat().st_mtime < newest:
         compare = ["--compare", *(str(run.folder) for run in others)] if others else []
         engines = ("--engines", "eager", "onnxruntime", "--memory", "false")
-        project("benchmark", "--run", dense.folder, *compare, *engines, "--rounds", str(rounds), "--budget_s", "300")
+        run_verb("benchmark", "--run", dense.folder, *compare, *engines, "--rounds", str(rounds), "--budget_s", "300")
         say(f"{dense.folder.parent.name}: {len(runs)} techniques measured")
         lines = read(path)
     return lines

@@ -41,6 +41,9 @@ def patterns(old: str) -> list[re.Pattern[str]]:
             r"(?<=-m ){old}\b",
             r"(?<=[\"']){old}(?=[\"'*])",
             r"(?<=`){old}\b",
+            r"(?<=[\"']){old}(?=\.[\"'])",  # "project."
+            r"(?<=usage: ){old}\b",
+            r"(?<=[\"']# ){old}\b",
             r"\b{old}(?= (?:{verbs}|--help)\b)",
             r"\b{old}(?= \{{)",
             r"(?<=^# ){old}(?=: )",

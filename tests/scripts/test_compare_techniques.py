@@ -20,11 +20,11 @@ def script(monkeypatch: pytest.MonkeyPatch, command: Any) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
 
-    def project(*arguments: Any) -> None:
+    def run_verb(*arguments: Any) -> None:
         status, _, errors = command(*arguments)
         assert status == 0, errors
 
-    monkeypatch.setattr(module, "project", project)
+    monkeypatch.setattr(module, "run_verb", run_verb)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     return module
 
@@ -60,7 +60,7 @@ def test_every_technique_has_a_row(
     def refuse(*arguments: Any) -> None:
         raise AssertionError(f"{arguments} is run again")
 
-    monkeypatch.setattr(script, "project", refuse)
+    monkeypatch.setattr(script, "run_verb", refuse)
     monkeypatch.setattr("sys.argv", ["compare", *arguments, "--output", str(tmp_path)])
     (tmp_path / "techniques.csv").unlink()
     script.main()
