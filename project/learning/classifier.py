@@ -343,7 +343,7 @@ class Classifier(LightningModule):
         self._schedule_before = {}
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            if before == self._steps_per_epoch or not isinstance(scheduler, LambdaLR):
+            if before == self._steps_per_epoch or type(scheduler) is not LambdaLR:
                 continue
             scheduler.last_epoch = round(scheduler.last_epoch * self._steps_per_epoch / before)
             factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
