@@ -26,8 +26,7 @@ class ContinueFromCheckpoint(Callback):
         True
     """
 
-    def __init__(self) -> None:
-        self._found: Mapping[str, Any] = {}
+    _found: Mapping[str, Any] = {}  # the checkpoint, until the optimizer is made
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         self._found = checkpoint
@@ -70,13 +69,12 @@ def nothing_to_train(trainer: Trainer) -> str | None:
     """Why a fit that continues a checkpoint has nothing left to train, in words; ``None`` if it has."""
     loop, steps, max_steps = trainer.fit_loop, trainer.global_step, trainer.max_steps
     epochs, max_epochs = loop.epoch_progress.current.processed, loop.max_epochs or 0  # type: ignore[attr-defined]
-    callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    stopped = any(isinstance(each, EarlyStopping) and each.stopping_reason.value for each in callbacks)
+    early = any(each.stopping_reason.value for each in trainer.callbacks if isinstance(each, EarlyStopping))  # type: ignore[attr-defined]
     reasons = {
         f"{epochs} of {max_epochs} epochs are done, raise trainer.max_epochs to go on": 0 <= max_epochs <= epochs,
         f"{steps} of {max_steps} steps are done, raise trainer.max_steps to go on": 0 <= max_steps <= steps,
         "the time is over, raise trainer.max_time to go on": loop._can_stop_early and trainer.should_stop,
-        "EarlyStopping has ended the run, raise its patience or leave it out": loop._can_stop_early and stopped,
+        "EarlyStopping has ended the run, raise its patience or leave it out": loop._can_stop_early and early,
     }
     return next((reason for reason, holds in reasons.items() if holds and steps), None)
 

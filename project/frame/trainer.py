@@ -350,7 +350,6 @@ class RunTrainer(pl.Trainer):
             _reset_progress(self.fit_loop)
             self.fit_loop.epoch_loop._batches_that_stepped = 0
             for callback, values in self._as_made:
-                vars(callback).clear()
                 vars(callback).update(copy.deepcopy(values))
         self._has_begun = False
 

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from lightning.pytorch import LightningModule
-
     from project.learning.classifier import Classifier
 
 
@@ -42,11 +40,11 @@ def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_
     return checkpoint
 
 
-def take_weights_(module: "LightningModule", path: str | os.PathLike[str]) -> None:
+def take_weights_(module: Any, path: str | os.PathLike[str]) -> None:
     """Give ``module`` the structure and the weights of a checkpoint, and nothing of its training.
 
     Args:
-        module: module that is changed.
+        module: LightningModule that is changed.
         path: path of the checkpoint.
 
     Raises:
