@@ -4,6 +4,7 @@ from project.frame.rooms import lazily
 
 _HOMES = {
     "BestAndLast": "project.callbacks.checkpoint",
+    "ContinueFromCheckpoint": "project.callbacks.continuing",
     "DistillFrom": "project.compression.distillation.callback",
     "EMA": "project.callbacks.ema",
     "HParams": "project.callbacks.observe.hparams",

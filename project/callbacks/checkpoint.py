@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from project.callbacks.continuing import is_of_another_run
 from project.frame.paths import Run, write_whole
 
 
@@ -50,6 +51,8 @@ class BestAndLast(ModelCheckpoint):
         self.followed: ModelCheckpoint | None = None
         """The user's checkpoint callback that decides which epoch is the best; ``None`` if this callback decides."""
         self._copied: tuple[Path, int] | None = None
+        self._asked_by: list[ModelCheckpoint] = []  # callbacks that write last.ckpt too
+        self._asked_at = 0  # step of the last checkpoint within an epoch
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         with warnings.catch_warnings():  # a resumed run writes into the folder that it already has
@@ -58,6 +61,10 @@ class BestAndLast(ModelCheckpoint):
         others = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint) and c is not self]
         for other in others:
             _check_filename(other, str(self.dirpath))
+            if other.dirpath == self.dirpath and other.CHECKPOINT_NAME_LAST == self.CHECKPOINT_NAME_LAST:
+                # This callback writes last.ckpt, whole, whenever the other would.
+                self._asked_by += [other] if other.save_last and other not in self._asked_by else []
+                other.save_last = None
         self.followed = next((c for c in others if c.monitor is not None and c.save_top_k != 0), None)
         if self.followed is not None:
             self.monitor, self.mode, self.save_top_k = self.followed.monitor, self.followed.mode, 0
@@ -72,7 +79,8 @@ class BestAndLast(ModelCheckpoint):
         states = checkpoint.get("callbacks", {})
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
-                states[callback.state_key] = _in_folder(states[callback.state_key], Path(str(callback.dirpath)))
+                moved = _in_folder(states[callback.state_key], Path(str(callback.dirpath)))
+                states[callback.state_key] = {} if is_of_another_run(trainer) else moved
 
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Let the last checkpoint be written in every epoch.
@@ -95,12 +103,24 @@ class BestAndLast(ModelCheckpoint):
             self._copied = named if best and named and best[1] >= named[1] else None
         super().on_train_start(trainer, pl_module)
 
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Write the last checkpoint within an epoch, if a callback with ``save_last`` has just saved there."""
+        super().on_train_batch_end(trainer, *args)
+        step = trainer.global_step
+        if self._asked_at != step and any(other._last_global_step_saved == step for other in self._asked_by):
+            self._asked_at = step
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)
         self._follow(trainer)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
+        is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0
+        if is_due and not trainer.fast_dev_run and not self._should_save_on_train_epoch_end(trainer):  # type: ignore[attr-defined]
+            # Lightning 2.6 saves after validation only, if that is not at the end of every epoch.
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._follow(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -110,6 +130,8 @@ class BestAndLast(ModelCheckpoint):
         """
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().on_train_end(trainer, pl_module)
+            if self._last_global_step_saved != trainer.global_step:  # between two epochs of every_n_epochs
+                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
             self._follow(trainer)
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:

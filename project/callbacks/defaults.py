@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from lightning.pytorch.callbacks import Callback, ProgressBar
 
 from project.callbacks.checkpoint import BestAndLast
+from project.callbacks.continuing import ContinueFromCheckpoint
 from project.callbacks.nan_guard import StopOnNaN
 from project.callbacks.progress_bars import default_progress_bar
 from project.callbacks.start_lines import StartLines
@@ -25,14 +26,15 @@ def default_callbacks(
         checkpoint: whether to add :class:`~project.callbacks.BestAndLast`, which saves checkpoints.
         progress: whether to add a progress bar (on a terminal) or progress lines (elsewhere).
     """
-    kinds: list[type[Callback]] = [StartLines, StopOnNaN, WriteSummary]
+    kinds: list[type[Callback]] = [ContinueFromCheckpoint, StartLines, StopOnNaN, WriteSummary]
     if observe and (room := optional("callbacks.observe")) is not None:
         kinds += room.CALLBACKS
     callbacks = [*own, *(kind() for kind in kinds if not _has(own, kind))]
     if progress and not _has(own, ProgressBar):
         # First, so that an epoch's line is printed before other callbacks report on the next epoch.
         callbacks.insert(0, default_progress_bar())
-    callbacks.insert(0, TellHowToResume())
+    if not _has(own, TellHowToResume):
+        callbacks.insert(0, TellHowToResume())
     if checkpoint and not _has(own, BestAndLast):
         callbacks.append(BestAndLast())
     # BestAndLast comes last, since it may follow another checkpoint callback.

@@ -39,11 +39,13 @@ class WriteSummary(Callback):
         self._num_images = 0
         self._environment: dict[str, Any] = {}
         self._now = self._environment
+        self._has_trained = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._train, self._fit, self._num_images = Clock(), Clock(), 0
+        self._has_trained = False
         if (run := run_of(trainer)) is not None:
             self._describe(trainer, run)
 
@@ -57,6 +59,9 @@ class WriteSummary(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._num_images += len(batch[0]) * trainer.world_size
+        if not self._has_trained:
+            self._has_trained = True
+            self._write_environment(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._train.pause()
@@ -71,9 +76,12 @@ class WriteSummary(Callback):
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._train.stop()
         self._fit.stop()
-        self._describe_kernels(trainer)
+        if self._has_trained:
+            self._describe_kernels(trainer)
         if (run := run_of(trainer)) is not None:
-            _write_json(run.summary, _metrics(trainer) | self._measured(trainer, pl_module))
+            # A resume that had nothing to train knows no metrics of its last epoch.
+            before = {} if self._has_trained else read_summary(run.summary)
+            _write_json(run.summary, before | _metrics(trainer) | self._measured(trainer, pl_module))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if (run := run_of(trainer)) is not None:
@@ -89,7 +97,10 @@ class WriteSummary(Callback):
         self._num_images = state_dict["num_images"]
 
     def _describe(self, trainer: Trainer, run: Run) -> None:
-        """Write ``environment.json``. If the fit goes on with a checkpoint, say what changes the bits since then."""
+        """Write ``environment.json``. If the fit goes on with a checkpoint, say what changes the bits since then.
+
+        The file of a resumed run changes after the first step: a resume that fails leaves it as it is.
+        """
         device = trainer.strategy.root_device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._environment = self._now = describe_environment() | {"device": name, "precision": str(trainer.precision)}
@@ -100,13 +111,17 @@ class WriteSummary(Callback):
                 log.warning("This resume cannot end in the bits of a run that never stopped: %s.", "; ".join(found))
             if origin == run:
                 self._environment = was | {"resumes": [*was.get("resumes", []), self._now]}
-        _write_json(run.environment, self._environment)
+        if not run.environment.is_file():
+            _write_json(run.environment, self._environment)
 
     def _describe_kernels(self, trainer: Trainer) -> None:
         """Which kernels have run is known once the first epoch has ended."""
-        kernels, run = describe_kernels(), run_of(trainer)
-        if run is not None and kernels != self._now.get("kernels"):
+        if (kernels := describe_kernels()) != self._now.get("kernels"):
             self._now["kernels"] = kernels
+            self._write_environment(trainer)
+
+    def _write_environment(self, trainer: Trainer) -> None:
+        if (run := run_of(trainer)) is not None:
             _write_json(run.environment, self._environment)
 
     def _measured(self, trainer: Trainer, module: LightningModule) -> dict[str, Any]:

@@ -198,14 +198,23 @@ class CLI(LightningCLI):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Writes the whole configuration with all defaults to the run's ``config.yaml`` when a fit begins."""
+    """Writes the whole configuration with all defaults to the run's ``config.yaml`` when a fit begins.
+
+    The file of a resumed run changes after the first step, so that options with which the resume fails are not kept.
+    """
+
+    _waiting: Run | None = None
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        run = getattr(trainer, "run", None)
-        if stage != "fit" or run is None:
-            return
-        text = whole_config(self.parser, self.config)
-        write_whole(run.config, lambda part: part.write_text(text))
+        self._waiting = getattr(trainer, "run", None) if stage == "fit" else None
+        if self._waiting is not None and not self._waiting.config.is_file():
+            self.on_train_batch_end()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        if self._waiting is not None:
+            text = whole_config(self.parser, self.config)
+            write_whole(self._waiting.config, lambda part: part.write_text(text))
+            self._waiting = None
 
 
 def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:

@@ -25,6 +25,7 @@ class MetricsCSV(Logger):
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.columns: list[str] = ["step"]
+        self._is_stale = False
         if path.is_file():
             with path.open(newline="") as file:
                 reader = csv.DictReader(file)
@@ -48,19 +49,21 @@ class MetricsCSV(Logger):
         row: dict[str, Any] = {"step": step, **metrics}
         self.rows.append(row)
         new = [key for key in row if key not in self.columns]
-        if new or not self.path.is_file():
+        if new or self._is_stale or not self.path.is_file():
             self.columns += new
             self._rewrite()
+            self._is_stale = False
         else:
             with self.path.open("a", newline="") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
 
     @rank_zero_only
     def forget_after(self, step: int) -> None:
-        """Delete the rows after ``step``, because a resumed run logs them again."""
-        if self.rows:
-            self.rows = [row for row in self.rows if int(row["step"]) <= step]
-            self._rewrite()
+        """Delete the rows after ``step``, because a resumed run logs them again.
+
+        The file changes with the next row: a resume that fails leaves it as it is.
+        """
+        self.rows, self._is_stale = [row for row in self.rows if int(row["step"]) <= step], True
 
     def _rewrite(self) -> None:
         def write(part: Path) -> None:

@@ -1,5 +1,6 @@
 """Lightning's Trainer plus one folder per run, default callbacks, a test after fit, and prediction on image files."""
 
+import copy
 import logging
 import os
 import shutil
@@ -12,15 +13,17 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.accelerators import Accelerator
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loops.utilities import _reset_progress
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
+from project.callbacks.continuing import nothing_to_train
 from project.callbacks.defaults import default_callbacks
 from project.frame.logger import MetricsCSV
 from project.frame.paths import Paths, Run
 from project.frame.rooms import optional
-from project.learning.checkpoints import check_checkpoint
+from project.learning.checkpoints import check_checkpoint, take_weights_
 from project.learning.classifier import Classifier
 from project.learning.process import fastest_precision, tune_process
 from project.learning.whole_batch import WholeBatch
@@ -124,6 +127,9 @@ class RunTrainer(pl.Trainer):
         self._csv: MetricsCSV | None = None
         checkpoints = [c for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         self._without_folder = [c for c in checkpoints if c.dirpath is None]
+        counting = ModelCheckpoint | EarlyStopping | Timer
+        self._as_made = [(c, copy.deepcopy(vars(c))) for c in self.callbacks if isinstance(c, counting)]  # type: ignore[attr-defined]
+        self._has_begun = False
         tune_process()
 
     # -- verbs ---------------------------------------------------------------------------------------------------
@@ -137,8 +143,12 @@ class RunTrainer(pl.Trainer):
         ckpt_path: str | None = None,
         weights_only: bool | None = None,
         resume: str | None = None,
+        weights: str | None = None,
     ) -> None:
         """Train, then test the best checkpoint.
+
+        Each call is a run of its own, with its own folder: a second fit begins at epoch 0, with a new optimizer and the
+        weights that the model has.
 
         Args:
             model: classifier that is trained.
@@ -148,7 +158,12 @@ class RunTrainer(pl.Trainer):
             ckpt_path: checkpoint to start from, with the state of its optimizer and its epoch.
             weights_only: whether checkpoints may hold plain values only; null is true.
             resume: folder of the run to continue, in the same folder; for the folder of an experiment, its newest run.
+            weights: checkpoint to take the weights from, and nothing else: optimizer, schedule and epochs begin anew.
         """
+        if weights is not None:
+            if other := "ckpt_path" if ckpt_path else resume and "resume":
+                raise ValueError(f"weights and {other} are both given: a run begins with one of them, leave one out.")
+            take_weights_(model, weights)
         if isinstance(model, Classifier):
             model.check_fit(mixed=getattr(datamodule, "mix", None) is not None)
         new = resume is None
@@ -159,7 +174,9 @@ class RunTrainer(pl.Trainer):
         self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parents[1]) if new else self.run
         if new and not self.fast_dev_run:  # type: ignore[attr-defined]
             self.run = self._new_run()
+        self._forget_last_fit()
         self._open_loggers()
+        events = set(self._event_files())
         if not new and self._csv is not None:
             self._csv.forget_after(-1 if checkpoint is None else checkpoint["global_step"] - 1)
         # Means of epochs are logged at any interval, so this warning about small data sets is not needed.
@@ -170,6 +187,8 @@ class RunTrainer(pl.Trainer):
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
         except BaseException:
             self._discard_run(new)
+            for path in () if self._has_begun else set(self._event_files()) - events:
+                path.unlink(missing_ok=True)
             raise
         finally:
             os.environ.pop(_RUN_FOLDER, None)
@@ -275,6 +294,16 @@ class RunTrainer(pl.Trainer):
         with self.own_kernels():
             return super()._run(*args, **kwargs)
 
+    def _run_stage(self) -> Any:
+        """Lightning calls this after a checkpoint is restored, and before the first step."""
+        self._has_begun = True
+        if self.state.fn == "fit" and (reason := nothing_to_train(self)) is not None:
+            log.info("Nothing to train: %s.", reason)
+            progress = self.fit_loop.epoch_progress.current
+            progress.completed = progress.processed  # type: ignore[attr-defined] # as after the last epoch
+            self.should_stop = True
+        return super()._run_stage()
+
     def own_kernels(self) -> AbstractContextManager[None]:
         """A context in which the C kernels of this process are on or off, as this trainer's ``kernels`` says."""
         room = optional("models.kernels")
@@ -317,6 +346,18 @@ class RunTrainer(pl.Trainer):
         self.loggers = [*loggers, self._csv]
         for callback in self._without_folder:
             callback.dirpath = str(self.run.checkpoints)
+
+    def _forget_last_fit(self) -> None:
+        """Let a further fit begin with epoch 0, and without the best checkpoint of the fit before."""
+        if self._has_begun:
+            _reset_progress(self.fit_loop)
+            self.fit_loop.epoch_loop._batches_that_stepped = 0
+            for callback, values in self._as_made:
+                vars(callback).update(copy.deepcopy(values))
+        self._has_begun = False
+
+    def _event_files(self) -> Iterable[Path]:
+        return self.run.folder.glob("events.out.tfevents.*") if self.run is not None and self.is_global_zero else ()
 
     def _discard_run(self, new: bool) -> None:
         """Delete the folder of a new run that failed before its first step."""

@@ -13,8 +13,12 @@ if TYPE_CHECKING:
     from project.learning.classifier import Classifier
 
 
-def check_checkpoint(path: str | os.PathLike[str] | None) -> dict[str, Any] | None:
+def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_path") -> dict[str, Any] | None:
     """The content of a checkpoint, with tensors that hold no data (on the meta device); ``None`` without a path.
+
+    Args:
+        path: path of the file.
+        argument: name of the argument that gave the path, for the error message.
 
     Raises:
         ValueError: if the file does not exist, or if it is no checkpoint of a run.
@@ -22,16 +26,34 @@ def check_checkpoint(path: str | os.PathLike[str] | None) -> dict[str, Any] | No
     if path is None:
         return None
     if not Path(path).is_file():
-        raise ValueError(f"ckpt_path is {str(path)!r}, but there is no such file: name one below a run's checkpoints/.")
+        raise ValueError(
+            f"{argument} is {str(path)!r}, but there is no such file: name one below a run's checkpoints/."
+        )
     try:
         checkpoint = torch.load(path, map_location="meta", weights_only=True)
     except Exception:  # torch raises half a dozen kinds of exceptions for a file that it did not write
         checkpoint = None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(
-            f"ckpt_path is {str(path)!r}, but that is not a checkpoint of a run: name one below a run's checkpoints/."
+            f"{argument} is {str(path)!r}, but that is not a checkpoint of a run: name one below a run's checkpoints/."
         )
     return checkpoint
+
+
+def take_weights_(module: Any, path: str | os.PathLike[str]) -> None:
+    """Give ``module`` the structure and the weights of a checkpoint, and nothing of its training.
+
+    Args:
+        module: LightningModule that is changed.
+        path: path of the checkpoint.
+
+    Raises:
+        ValueError: if there is no such checkpoint, or if it belongs to another net.
+    """
+    check_checkpoint(path, "weights")
+    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
 
 
 def with_weights(module: "Classifier", checkpoint: dict[str, Any]) -> "Classifier":
