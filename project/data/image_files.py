@@ -24,6 +24,10 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+_MAX_PIXELS = 1 << 27
+"""Largest number of pixels of a file, about 16000 by 8000. A small file may claim any number."""
+_RUN_PROGRAMS = ("EPS", "WMF")
+"""Formats that Pillow decodes with another program."""
 OnCorrupt = Literal["error", "skip"]
 
 
@@ -184,6 +188,8 @@ def decode_image(
         )
     try:
         with Image.open(path) as file:
+            if file.width * file.height > _MAX_PIXELS or file.format in _RUN_PROGRAMS:
+                raise ValueError(f"{file.format}, {file.width} x {file.height} pixels, is more than is read")
             image = _as_mode(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB")
     except FileNotFoundError:
         raise ValueError(f"{os.fspath(path)} does not exist: name an image file.") from None

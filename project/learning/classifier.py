@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError
 
-from project.learning.checkpoints import check_checkpoint, mismatch
+from project.learning.checkpoints import check_checkpoint, mismatch, refused_if_damaged
 from project.learning.schedules import Schedule
 from project.losses import CrossEntropy, MaxNorm, Penalties
 from project.models.net_check import build_lazy_, check_loss, check_net, check_on_net
@@ -372,7 +372,8 @@ class Classifier(LightningModule):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         from project.frame.net_arguments import build_net
 
-        module = super().load_from_checkpoint(checkpoint_path, *args, net=build_net(described), **kwargs)
+        with refused_if_damaged():
+            module = super().load_from_checkpoint(checkpoint_path, *args, net=build_net(described), **kwargs)
         module.hparams["net"] = described
         return module
 
