@@ -25,7 +25,7 @@ from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fuzz_formats import FORMATS
+from fuzz_formats import FORMATS, Format
 
 MAX_SECONDS = 5.0
 MAX_BYTES = 1 << 30
@@ -49,11 +49,15 @@ def main(args: Sequence[str] | None = None) -> int:
             counts[kind] += 1
             if kind not in ("refused", "same"):
                 sys.stdout.write(f"{options.format} --seed {options.seed} --first {number} --inputs 1: {verdict}\n")
+                sys.stdout.flush()
                 if options.keep is not None:
                     options.keep.mkdir(parents=True, exist_ok=True)
                     target = options.keep / f"{options.format}_{options.seed}_{number}{FORMATS[options.format].suffix}"
                     if reader.path.is_file():
                         target.write_bytes(reader.path.read_bytes())
+            if number % 500 == 499:
+                sys.stdout.write(f"{number + 1} files: {dict(counts)}\n")
+                sys.stdout.flush()
         reader.stop()
     wrong = sum(counts.values()) - counts["refused"] - counts["same"]
     seconds = time.perf_counter() - start
@@ -76,7 +80,7 @@ class Reader:
         self.process = context.Process(target=_serve, args=(other, self.format, self.seed, self.folder), daemon=True)
         self.process.start()
         other.close()
-        if not self.connection.poll(120) or self.connection.recv() != "ready":
+        if not self.connection.poll(600) or self.connection.recv() != "ready":
             raise RuntimeError("the process that reads files did not start")
 
     def read(self, number: int) -> str:
@@ -129,18 +133,23 @@ def _serve(connection: Connection, format: str, seed: int, folder: Path) -> None
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     connection.send("ready")
     while True:
-        number = connection.recv()
-        path.write_bytes(files.mutate(random.Random(f"{format} {seed} {number}")))
-        try:
-            verdict = files.check(path)
-        except BaseException as error:
-            place = traceback.extract_tb(error.__traceback__)[-1]
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            verdict = f"error: {reason} ({Path(place.filename).name}:{place.lineno})"
+        verdict = read_one(files, seed, connection.recv())
         grown = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         if grown > MAX_BYTES:
             verdict = f"memory: {grown / 1e6:.0f} MB more"
         connection.send(verdict)
+
+
+def read_one(files: Format, seed: int, number: int) -> str:
+    """Make and read one file: "refused", "same", or "error" and its reason after a colon."""
+    path = files.folder / f"file{files.suffix}"
+    path.write_bytes(files.mutate(random.Random(f"{type(files).__name__} {seed} {number}")))
+    try:
+        return files.check(path)
+    except BaseException as error:
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        return f"error: {reason} ({Path(place.filename).name}:{place.lineno})"
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ def read_checkpoint(path: str | os.PathLike[str], device: str = "cpu") -> dict[s
         checkpoint = torch.load(path, map_location=device, weights_only=True) if _is_whole(path) else None
     except Exception:  # torch raises half a dozen kinds of exceptions for a file that it did not write
         checkpoint = None
-    state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+    known = isinstance(checkpoint, dict) and isinstance(checkpoint.get("hyper_parameters", {}), dict)
+    state = checkpoint.get("state_dict") if checkpoint is not None and known else None
     if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(
             f"ckpt_path is {os.fspath(path)!r}, but that is not a checkpoint of a run, or it is damaged: name one "

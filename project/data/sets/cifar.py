@@ -304,8 +304,9 @@ class _Limited:
     def read(self, size: int = -1) -> bytes:
         if not 0 <= size <= self._left:
             raise tarfile.ReadError(f"it holds more than {_MAX_UNPACKED} bytes")
-        self._left -= size
-        return self._stream.read(size)
+        content = self._stream.read(size)
+        self._left -= len(content)
+        return content
 
 
 def _unpack(archive: Path, folder_name: str) -> None:
@@ -323,6 +324,8 @@ def _unpack(archive: Path, folder_name: str) -> None:
                     if not member.isdir() and (not member.isfile() or member.size > _MAX_UNPACKED):
                         raise tarfile.ReadError(f"{member.name!r} is no file of images")
                     tar.extract(member, folder, filter="data")
+                while limited.read(1 << 16):
+                    pass  # gzip's checksum is at the end
             (Path(folder) / folder_name).replace(archive.parent / folder_name)
         except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
             reason = " ".join(str(error).split())[:200]

@@ -7,6 +7,7 @@ et al. 2016, arXiv:1510.00149): it lists what pruning, weight sharing and coding
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -105,7 +106,8 @@ def open_packed(path: Path, trust: Sequence[str] = ()) -> tuple[nn.Module, Metad
     """
     packed = Packed(path.read_bytes())
     metadata, recipe = _read(packed.header)
-    with Bounds(packed.max_values):
+    with Bounds(packed.max_values), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a layer without weights
         net = recipe.renamed(PACKAGE, project.__name__).build(trust)
     if any(not parameter.numel() for parameter in net.parameters()):
         raise ValueError("its net has a layer without weights")
