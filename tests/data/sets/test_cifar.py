@@ -130,7 +130,7 @@ PIXELS = np.zeros((2, 3072), dtype=np.uint8)
 def test_odd_values_are_one_sentence(tmp_path: Path, entries: object) -> None:
     path = tmp_path / "test_batch"
     path.write_bytes(pickle.dumps(entries, protocol=2))
-    with pytest.raises(ValueError, match="test_batch .*download it again") as error:
+    with pytest.raises(ValueError, match=r"test_batch .*download it again") as error:
         CIFAR10(data_dir=str(tmp_path))._read(path, "")
     assert type(error.value) is ValueError and "\n" not in str(error.value) and len(str(error.value)) < 500
 
