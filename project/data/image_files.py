@@ -31,6 +31,10 @@ log = logging.getLogger(__name__)
 _PLUGINS = {".heic": "pillow_heif", ".heif": "pillow_heif", ".hif": "pillow_heif", ".jxl": "pillow_jxl"}
 BACKGROUND = (128, 128, 128, 255)
 """The colour behind transparent pixels. Gray shows both white and black drawings."""
+_MAX_PIXELS = 1 << 27
+"""Largest number of pixels of a file, about 16000 by 8000. A small file may claim any number."""
+_RUN_PROGRAMS = ("EPS", "WMF")
+"""Formats that Pillow decodes with another program."""
 OnCorrupt = Literal["error", "skip"]
 
 
@@ -177,6 +181,8 @@ def decode_image(
         if plugin := _PLUGINS.get(Path(path).suffix.lower()):
             getattr(import_module(plugin), "register_heif_opener", list)()  # the other plugin needs no call
         with Image.open(path) as file:
+            if file.width * file.height > _MAX_PIXELS or file.format in _RUN_PROGRAMS:
+                raise ValueError(f"{file.format}, {file.width} x {file.height} pixels, is more than is read")
             declares_range = file.format in ("PPM", "JPEG2000")  # Pillow makes 16 bits of them
             image = _as_mode(ImageOps.exif_transpose(file), "L" if channels == 1 else "RGB", declares_range)
     except FileNotFoundError:

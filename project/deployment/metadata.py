@@ -1,8 +1,14 @@
 """What a model file holds beside the weights: class names, image shape and normalisation."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+
+_LARGEST = 1e12
+"""Limit for means and standard deviations, which float32 holds with its inverse."""
+_MAX_IMAGE = 1 << 30
+"""Largest number of values of an image."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +50,26 @@ class Metadata:
 
         Raises:
             KeyError: if a field is missing.
-            ValueError: if a text is not JSON.
+            ValueError: if a text is not JSON, or a value is outside its range.
         """
-        values = {key: tuple(json.loads(strings[key])) for key in cls.__dataclass_fields__}
-        return cls(**values)
+        values = {key: json.loads(strings[key]) for key in cls.__dataclass_fields__}
+        if not all(isinstance(value, list) for value in values.values()):
+            raise ValueError("a field is no list")
+        metadata = cls(**{key: tuple(value) for key, value in values.items()})
+        metadata.check()
+        return metadata
+
+    def check(self) -> None:
+        """Check every value's type and range.
+
+        Raises:
+            ValueError: if there is no class, a size is not a whole number above 0, or normalisation does not fit.
+        """
+        known = len(self.class_names) > 0 and all(isinstance(name, str) for name in self.class_names)
+        known &= len(self.image_shape) == 3 and all(type(side) is int and side > 0 for side in self.image_shape)
+        known &= len(self.mean) == len(self.std) == self.image_shape[0] if self.image_shape else False
+        known &= all(type(value) in (int, float) for value in (*self.mean, *self.std))
+        known = known and all(-_LARGEST < value < _LARGEST for value in self.mean)
+        known = known and all(1 / _LARGEST < value < _LARGEST for value in self.std)
+        if not known or math.prod(self.image_shape) > _MAX_IMAGE:
+            raise ValueError("classes, image shape, mean and std are not those of a classifier")

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +79,9 @@ class ModelFile:
         except MissingRoomError:
             raise
         except UntrustedError as error:
-            raise ValueError(f"model is {str(path)!r}, but {error}.") from None
+            raise ValueError(f"model is {str(path)!r}, but {' '.join(str(error).split())[:400]}.") from None
         except Exception as error:  # each runtime raises its own classes of exceptions
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-            raise ValueError(
-                f"model is {str(path)!r}, but the file is damaged or no model ({reason}): write it again with project "
-                "export."
-            ) from None
+            raise self._damaged(error) from None
         try:
             self.metadata = Metadata.from_strings(strings)
         except (KeyError, ValueError, TypeError):
@@ -108,7 +105,8 @@ class ModelFile:
             Probabilities ``[N, num_classes]``; each row adds up to 1.
 
         Raises:
-            ValueError: if the images have another shape than the model's.
+            ValueError: if the images have another shape than the model's, or if the model cannot run: its file is
+                damaged, or holds another net than its metadata say.
         """
         if tuple(pixels.shape[1:]) != self.metadata.image_shape:
             raise ValueError(
@@ -116,7 +114,22 @@ class ModelFile:
                 f"{', '.join(map(str, self.metadata.image_shape))}]: resize or convert them."
             )
         mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (self.metadata.mean, self.metadata.std))
-        return self.logits(((pixels.float() / 255 - mean) / std).contiguous()).softmax(1)
+        try:
+            logits = self.logits(((pixels.float() / 255 - mean) / std).contiguous())
+        except Exception as error:  # each runtime raises its own classes of exceptions
+            raise self._damaged(error) from error
+        wanted = (len(pixels), len(self.metadata.class_names))
+        if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted or not logits.is_floating_point():
+            raise self._damaged(f"it does not give {wanted[1]} logits for each image")
+        return logits.float().softmax(1)
+
+    def _damaged(self, reason: object) -> ValueError:
+        """The error for a file that cannot be opened or run."""
+        lines = " ".join((str(reason).strip().splitlines() or [type(reason).__name__])[0].split())
+        return ValueError(
+            f"model is {str(self.path)!r}, but the file is damaged or no model ({lines[:200]}): write it again with "
+            "project export."
+        )
 
     def _open_packed(self, path: Path) -> "Opened":
         net, metadata = needed(PACKED, "a .packed file").open_packed(path, self.trust)
@@ -213,7 +226,8 @@ def _open_onnx(path: Path) -> Opened:
     session_options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     session_options.log_severity_level = 4
     session_options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
+    with redirect_stdout(None):  # it prints some errors, and raises them
+        session = onnxruntime.InferenceSession(str(path), session_options, providers=["CPUExecutionProvider"])
     return onnx_engine(path), session.get_modelmeta().custom_metadata_map
 
 

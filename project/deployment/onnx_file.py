@@ -3,6 +3,7 @@
 import copy
 import os
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -99,7 +100,8 @@ def onnx_engine(path: Path) -> Engine:
     if _only_weights_are_integers(path):  # by default each run converts the weights to fp32; this option does it once
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     try:
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        with redirect_stdout(None):  # it prints some errors, and raises them
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # the runtime has a dozen exception classes
         raise unreadable(path, "ONNX Runtime") from error
     check_one_and_one(path, len(session.get_inputs()), len(session.get_outputs()))

@@ -1,10 +1,12 @@
 """Checkpoints of a :class:`~project.learning.classifier.Classifier`: read a file, load its net, write a new file."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import ZIP_STORED, ZipFile
 
 import torch
 from torch import Tensor, nn
@@ -29,14 +31,32 @@ def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_
         raise ValueError(
             f"{argument} is {str(path)!r}, but there is no such file: name one below a run's checkpoints/."
         )
+    return read_checkpoint(path, "meta", argument)
+
+
+def read_checkpoint(path: str | os.PathLike[str], device: str = "cpu", argument: str = "ckpt_path") -> dict[str, Any]:
+    """The content of a checkpoint, with its tensors on a device.
+
+    Args:
+        path: path of the file.
+        device: device of the tensors, such as ``cpu``, or ``meta`` for tensors without data.
+        argument: name of the argument that gave the path, for the error message.
+
+    Raises:
+        ValueError: if the file is damaged (each part has a checksum, which torch does not check), or is no checkpoint.
+    """
     try:
-        checkpoint = torch.load(path, map_location="meta", weights_only=True)
+        checkpoint = torch.load(path, map_location=device, weights_only=True) if _is_whole(path) else None
     except Exception:  # torch raises half a dozen kinds of exceptions for a file that it did not write
         checkpoint = None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    known = isinstance(checkpoint, dict) and isinstance(checkpoint.get("hyper_parameters", {}), dict)
+    state = checkpoint.get("state_dict") if checkpoint is not None and known else None
+    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
         raise ValueError(
-            f"{argument} is {str(path)!r}, but that is not a checkpoint of a run: name one below a run's checkpoints/."
+            f"{argument} is {os.fspath(path)!r}, but that is not a checkpoint of a run, or it is damaged: name one "
+            "below a run's checkpoints/."
         )
+    assert checkpoint is not None
     return checkpoint
 
 
@@ -51,9 +71,18 @@ def take_weights_(module: Any, path: str | os.PathLike[str]) -> None:
         ValueError: if there is no such checkpoint, or if it belongs to another net.
     """
     check_checkpoint(path, "weights")
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    module.on_load_checkpoint(checkpoint)
-    module.load_state_dict(checkpoint["state_dict"])
+    checkpoint = read_checkpoint(path)
+    with refused_if_damaged():
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
+
+
+def _is_whole(path: str | os.PathLike[str]) -> bool:
+    """Whether each part of the file has its checksum, and the parts are no longer than the file."""
+    with ZipFile(path) as file:
+        parts = file.infolist()
+        small = sum(part.file_size for part in parts) <= Path(path).stat().st_size
+        return small and all(part.compress_type == ZIP_STORED for part in parts) and file.testzip() is None
 
 
 def with_weights(module: "Classifier", checkpoint: dict[str, Any]) -> "Classifier":
@@ -61,14 +90,27 @@ def with_weights(module: "Classifier", checkpoint: dict[str, Any]) -> "Classifie
     # `make_optimizer` refers to everything that the command line built, also to the trainer, which cannot be copied if
     # there are several processes. So the copy shares it.
     copy = deepcopy(module, {id(module.make_optimizer): module.make_optimizer}).to("cpu")
-    copy.on_load_checkpoint(checkpoint)
-    copy.load_state_dict(checkpoint["state_dict"])
+    with refused_if_damaged():
+        copy.on_load_checkpoint(checkpoint)
+        copy.load_state_dict(checkpoint["state_dict"])
     return copy.eval()
+
+
+@contextmanager
+def refused_if_damaged() -> Iterator[None]:
+    """Raise a ValueError of one sentence for any error while a net takes what a checkpoint holds."""
+    try:
+        yield
+    except ValueError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"the checkpoint does not fit its net ({reason}): give another checkpoint.") from error
 
 
 def load_net(module: "Classifier", path: Path) -> nn.Module:
     """The net of a checkpoint, in eval mode and float32 on the CPU; ``module`` does not change."""
-    return with_weights(module, torch.load(path, map_location="cpu", weights_only=True)).net.float()
+    return with_weights(module, read_checkpoint(path)).net.float()
 
 
 _TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
@@ -76,7 +118,7 @@ _TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
 
 def load_with_weights(module: "Classifier", source: Path) -> tuple["Classifier", dict[str, Any]]:
     """A copy of ``module`` with the weights of the checkpoint ``source``, and the checkpoint's content."""
-    checkpoint = torch.load(source, map_location="cpu", weights_only=True)
+    checkpoint = read_checkpoint(source)
     return with_weights(module, checkpoint), checkpoint
 
 

@@ -21,7 +21,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
-from project.learning.checkpoints import check_checkpoint, mismatch
+from project.learning.checkpoints import check_checkpoint, mismatch, refused_if_damaged
 from project.learning.schedules import Schedule
 from project.learning.whole_batch import gather
 from project.losses import CrossEntropy, MaxNorm, Penalties
@@ -415,7 +415,8 @@ class Classifier(LightningModule):
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
         from project.frame.net_arguments import build_net
 
-        module = super().load_from_checkpoint(checkpoint_path, *args, net=build_net(described), **kwargs)
+        with refused_if_damaged():
+            module = super().load_from_checkpoint(checkpoint_path, *args, net=build_net(described), **kwargs)
         module.hparams["net"] = described
         return module
 

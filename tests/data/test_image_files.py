@@ -1,6 +1,8 @@
 """Image files of any size and mode become one shape; a bad file is named."""
 
+import struct
 import sys
+import zlib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -214,3 +216,43 @@ def test_pixels_that_are_no_numbers_are_refused_by_name(tmp_path: Path) -> None:
         Image.fromarray(np.array([[0, value]], np.float32)).save(tmp_path / name)
         with pytest.raises(CorruptImageError, match=rf"{name} .*pixels that are not finite"):
             decode_image(tmp_path / name, (1, 1, 2))
+
+
+def png_of(width: int, height: int) -> bytes:
+    """The beginning of a PNG file of any size."""
+    header = b"IHDR" + struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)
+    data = b"IDAT" + zlib.compress(bytes(1000))
+    parts = [struct.pack(">I", len(part) - 4) + part + struct.pack(">I", zlib.crc32(part)) for part in (header, data)]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        pytest.param(png_of(12_000, 12_000), "12000 x 12000 pixels", id="a bomb that Pillow only warns of"),
+        pytest.param(png_of(2**31 - 1, 2**31 - 1), "no image", id="a larger one"),
+        pytest.param(b"P6 50000 50000 255 ", "no image", id="PPM"),
+        pytest.param(b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"></svg>', "no image", id="SVG"),
+        pytest.param(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n%%EOF\n", "EPS", id="EPS"),
+        pytest.param(b"", "no image", id="empty"),
+    ],
+)
+def test_files_that_want_to_do_harm_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(content)
+    with pytest.raises(CorruptImageError, match=words) as error:
+        decode_image(path, (3, 8, 8))
+    assert "x.png is truncated or no image" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_loop_of_links_is_no_image(tmp_path: Path) -> None:
+    (tmp_path / "a.png").symlink_to(tmp_path / "b.png")
+    (tmp_path / "b.png").symlink_to(tmp_path / "a.png")
+    (tmp_path / "folder").symlink_to(tmp_path)
+    good = write_image(tmp_path / "c.png")
+    assert find_images(tmp_path) == [tmp_path / "a.png", tmp_path / "b.png", good]  # decoding names the broken ones
+    with pytest.raises(ValueError, match=r"a\.png"):
+        decode_image(tmp_path / "a.png", (3, 8, 8))
+    with pytest.raises(ValueError, match=r"a\.png does not exist"):
+        find_images(tmp_path / "a.png")

@@ -182,6 +182,27 @@ def test_export_of_a_run(command, digits, logs) -> None:  # type: ignore[no-unty
         assert status == 2 and words in err and len(err.strip().splitlines()) == 1, err
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("class_names", value) for value in ('["a"]', '["a", 3, "c", "d", "e"]', '"abcde"', "[]", "{}", "3", "[")),
+        *(("image_shape", value) for value in ("[1, 28]", "[1, 28, 0]", "[1, 28, 2.5]", "[1, 9, 9]", '["1", 28, 28]')),
+        *(("std", value) for value in ("[0]", "[1e-320]", "[NaN]", "[0.4, 0.4]", "null")),
+        ("mean", "[1" + "0" * 30 + "]"),
+    ],
+)
+def test_metadata_outside_their_range_are_refused(folder: Path, field: str, value: str, tmp_path: Path) -> None:
+    model = onnx.load(folder / "model.onnx")
+    for entry in model.metadata_props:
+        if entry.key == field:
+            entry.value = value
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(ValueError, match=r"model\.onnx") as error:
+        file = ModelFile(tmp_path / "model.onnx")
+        file.probabilities(torch.zeros(2, *file.metadata.image_shape, dtype=torch.uint8))
+    assert "\n" not in str(error.value) and "project export" in str(error.value)
+
+
 @pytest.mark.slow
 def test_three_runtimes_agree_on_real_images(command, digits, logs) -> None:  # type: ignore[no-untyped-def]
     """ONNX Runtime, OpenVINO and onnx's own evaluator, which shares no code with them."""

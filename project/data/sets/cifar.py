@@ -7,10 +7,15 @@ If it is not found, the archive is unpacked: the one in ``<data>``, or else a do
 unpickler that builds only NumPy arrays and plain values, so a file from an unknown source cannot run code.
 """
 
+import gzip
 import logging
+import math
 import pickle
 import tarfile
 import tempfile
+import zlib
+from collections.abc import Callable
+from functools import partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,6 +29,8 @@ from project.data.sets.download import download
 from project.data.sets.idx import md5
 
 log = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class CifarDataModule(ImageDataModule):
@@ -92,15 +99,17 @@ class CifarDataModule(ImageDataModule):
                 f"{path} holds no 'data' [N, 3072] with N labels under {self.label_key!r}: "
                 f"delete {path.parent} and download it again."
             )
-        targets = torch.tensor(labels, dtype=torch.int64)
-        if len(targets) and not 0 <= int(targets.min()) <= int(targets.max()) < self.num_classes:
+        if not all(type(label) is int and abs(label) < 1 << 31 for label in labels):
+            raise ValueError(f"{path} holds labels that are no integers: delete {path.parent} and download it again.")
+        if labels and not 0 <= min(labels) <= max(labels) < self.num_classes:
             raise ValueError(
-                f"{path} holds labels {int(targets.min())} to {int(targets.max())}, but {type(self).__name__} has "
+                f"{path} holds labels {min(labels)} to {max(labels)}, but {type(self).__name__} has "
                 f"{self.num_classes} classes: delete {path.parent} and download it again."
             )
+        targets = torch.tensor(labels, dtype=torch.int64)
         if md5(contents) != checksum:
             log.warning("%s differs from the published %s (checksum); using it as it is.", path, type(self).__name__)
-        return torch.from_numpy(pixels.astype(np.uint8)).view(-1, *self.image_shape), targets
+        return torch.from_numpy(pixels.copy()).view(-1, *self.image_shape), targets
 
     def _missing(self) -> str:
         return (
@@ -181,44 +190,145 @@ def load_pickle(contents: bytes, path: Path) -> dict[str, Any]:
     """The dictionary in a batch file, with its keys as text. No code of the file is run.
 
     Raises:
-        ValueError: if the file is truncated, is no pickle of a dictionary, or contains anything but arrays and plain
-            values.
+        ValueError: if the file is truncated, is no pickle of a dictionary, or contains anything but arrays of bytes and
+            plain values.
     """
     try:
-        entries = _ArrayUnpickler(BytesIO(contents), encoding="latin1").load()
+        entries = _ArrayUnpickler(contents).load()
     except Exception as error:  # damaged pickles raise nearly anything
-        raise ValueError(f"{path} is truncated or damaged ({error}): delete it and download it again.") from None
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is truncated or damaged ({reason}): delete it and download it again.") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} holds no batch of images: delete it and download it again.")
-    return {key.decode() if isinstance(key, bytes) else key: value for key, value in entries.items()}
+    texts = {key.decode("latin1") if isinstance(key, bytes) else key: value for key, value in entries.items()}
+    return {key: value.values if isinstance(value, _Array) else value for key, value in texts.items()}
 
 
-class _ArrayUnpickler(pickle.Unpickler):
-    """An unpickler that knows the functions that make NumPy arrays, and no others."""
+class _Type:
+    """What a pickle says of the type of an array's values. Only unsigned bytes are known."""
+
+    def __init__(self, kind: object = None, align: object = False, copy: object = False) -> None:
+        if kind not in ("u1", "|u1", "uint8"):
+            raise pickle.UnpicklingError(f"it holds an array of {kind!r}, not of unsigned bytes (u1)")
+
+    def __setstate__(self, state: object) -> None:
+        """Its byte order does not matter."""
+
+
+class _Array:
+    """An array of a pickle. NumPy gets its values only after all of them are checked."""
+
+    def __init__(self, unpickler: "_ArrayUnpickler") -> None:
+        self._unpickler = unpickler
+        self.values: Array | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, kind, is_fortran, content = state
+        content = self._unpickler.to_bytes(content) if isinstance(content, str) else content
+        known = isinstance(kind, _Type) and isinstance(content, bytes) and isinstance(shape, tuple) and len(shape) <= 4
+        if not known or not all(type(side) is int and side >= 0 for side in shape):
+            raise pickle.UnpicklingError("it holds an array without a shape or values")
+        if math.prod(shape) != len(content):
+            raise pickle.UnpicklingError(f"it holds an array {list(shape)} of {len(content)} bytes")
+        self.values = np.frombuffer(content, np.uint8).reshape(shape, order="F" if is_fortran else "C")
+
+
+def _refuse(unpickler: Any) -> None:
+    raise pickle.UnpicklingError("it has a code that makes neither arrays nor plain values")
+
+
+def _recall(unpickler: Any, load: Callable[[Any], None]) -> None:
+    """Take a value that was there before, but no tuple: the hash of tuples within tuples takes exponential time."""
+    load(unpickler)
+    if isinstance(unpickler.stack[-1], tuple):
+        raise pickle.UnpicklingError("it holds a tuple twice")
+
+
+_CODES = (
+    "PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 STRING BINSTRING "
+    "SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINBYTES SHORT_BINBYTES BINBYTES8 LIST EMPTY_LIST APPEND "
+    "APPENDS TUPLE EMPTY_TUPLE TUPLE1 TUPLE2 TUPLE3 DICT EMPTY_DICT SETITEM SETITEMS GLOBAL STACK_GLOBAL REDUCE "
+    "BUILD PUT BINPUT LONG_BINPUT MEMOIZE"
+)
+"""The codes of pickle that make arrays and plain values."""
+_OF_PICKLE: dict[int, Callable[..., None]] = pickle._Unpickler.dispatch
+
+
+class _ArrayUnpickler(pickle._Unpickler):
+    """An unpickler that knows the functions that make NumPy arrays, and no others. None of them runs NumPy's code.
+
+    It is Python's unpickler in Python. The one in C reserves as much memory as a damaged file asks for.
+    """
+
+    stack: list[Any]
+    dispatch = {
+        **dict.fromkeys(range(256), _refuse),
+        **{code: _OF_PICKLE[code] for code in (getattr(pickle, name)[0] for name in _CODES.split())},
+        **{code: partial(_recall, load=_OF_PICKLE[code]) for code in (pickle.GET[0], pickle.BINGET[0])},
+        pickle.LONG_BINGET[0]: partial(_recall, load=_OF_PICKLE[pickle.LONG_BINGET[0]]),
+    }
+
+    def __init__(self, contents: bytes) -> None:
+        super().__init__(BytesIO(contents), encoding="latin1")
+        self._left = len(contents)
+
+    def to_bytes(self, text: str) -> bytes:
+        """The bytes of a text. All of them together are at most as many as the file's, or else it holds one twice."""
+        self._left -= len(text)
+        if self._left < 0:
+            raise pickle.UnpicklingError("it makes more bytes than it holds")
+        return text.encode("latin1")
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
-            return lambda cls, shape, kind: np.ndarray(shape, kind)  # an empty array; its state follows
+            return lambda cls, shape, kind: _Array(self)  # its state follows
         if (module, name) == ("numpy", "ndarray"):
-            return np.ndarray
+            return None
         if (module, name) == ("numpy", "dtype"):
-            return lambda kind, align=False, copy=False: np.dtype(kind, bool(align), bool(copy))
+            return lambda kind, align=False, copy=False: _Type(kind)
         if (module, name) == ("_codecs", "encode"):
-            return lambda text, encoding: text.encode(encoding)
+            return lambda text, encoding: self.to_bytes(text)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+
+
+_MAX_UNPACKED = 1 << 30
+"""Largest number of bytes of an unpacked archive. CIFAR-10 and CIFAR-100 have less than a fifth of them."""
+
+
+class _Limited:
+    """A stream that ends with an error where it is longer than an archive of images may be."""
+
+    def __init__(self, archive: Path) -> None:
+        self._stream, self._left = gzip.GzipFile(fileobj=BytesIO(archive.read_bytes())), _MAX_UNPACKED
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= self._left:
+            raise tarfile.ReadError(f"it holds more than {_MAX_UNPACKED} bytes")
+        content = self._stream.read(size)
+        self._left -= len(content)
+        return content
 
 
 def _unpack(archive: Path, folder_name: str) -> None:
     """Unpack the archive into a temporary folder and then rename it, so that an interruption leaves no partial folder.
 
     Raises:
-        ValueError: if the archive is damaged or lacks the folder.
+        ValueError: if the archive is damaged, lacks the folder, or holds more than images.
     """
     log.info("Unpacking %s", archive)
     with tempfile.TemporaryDirectory(dir=archive.parent, prefix=".unpack-") as folder:
         try:
-            with tarfile.open(archive) as tar:
-                tar.extractall(folder, filter="data")
+            limited: Any = _Limited(archive)
+            with tarfile.open(fileobj=limited, mode="r|") as tar:
+                for member in tar:
+                    if not member.isdir() and (not member.isfile() or member.size > _MAX_UNPACKED):
+                        raise tarfile.ReadError(f"{member.name!r} is no file of images")
+                    tar.extract(member, folder, filter="data")
+                while limited.read(1 << 16):
+                    pass  # gzip's checksum is at the end
             (Path(folder) / folder_name).replace(archive.parent / folder_name)
-        except (tarfile.TarError, OSError, EOFError) as error:
-            raise ValueError(f"{archive} is truncated or damaged ({error}): delete it and download it again.") from None
+        except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"{archive} is truncated or damaged ({reason}): delete it and download it again."
+            ) from None

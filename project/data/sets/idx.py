@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 _UNSIGNED_BYTE = 8
+_MAX_DIMS = 4
+_MAX_UNZIPPED = 1 << 31
 
 
 def read_idx(path: Path) -> Tensor:
@@ -28,7 +30,8 @@ def read_idx(path: Path) -> Tensor:
 def read_bytes(path: Path) -> bytearray:
     """The contents of a file, unzipped if it is gzip. The first bytes decide, not the name.
 
-    A truncated gzip file gives the bytes up to its end.
+    A truncated gzip file gives the bytes up to its end. Of a gzip file that holds more bytes than its IDX header says,
+    one byte more is unzipped, so that a small file cannot fill the memory.
 
     Raises:
         ValueError: if the gzip stream is damaged.
@@ -38,9 +41,27 @@ def read_bytes(path: Path) -> bytearray:
         return bytearray(raw)
     stream = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
     try:
-        return bytearray(stream.decompress(raw))
+        contents = stream.decompress(raw, 4 + 4 * _MAX_DIMS)
+        if not stream.eof:
+            contents += stream.decompress(stream.unconsumed_tail, _num_bytes_to_unzip(contents))
+        if not stream.eof and len(contents) == _expected(contents):  # only the checksum is missing
+            contents = contents[:-1]
+        return bytearray(contents)
     except zlib.error as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and download it again.") from None
+
+
+def _num_bytes_to_unzip(contents: bytes) -> int:
+    """One more than the header says is left, at least one and at most 2 GB."""
+    return min(max(1, _expected(contents) - len(contents) + 1), _MAX_UNZIPPED)
+
+
+def _expected(contents: bytes | bytearray) -> int:
+    """The number of bytes of an IDX file, by its header; 0 if that is none."""
+    start = 4 + 4 * contents[3] if len(contents) > 3 else 0
+    if not 4 < start <= min(len(contents), 4 + 4 * _MAX_DIMS):
+        return 0
+    return start + prod(struct.unpack(f">{contents[3]}I", contents[4:start]))
 
 
 def parse_idx(contents: bytearray, path: Path) -> Tensor:
@@ -55,6 +76,11 @@ def parse_idx(contents: bytearray, path: Path) -> Tensor:
             f"found {contents[:4].hex(' ') or 'nothing'}): delete it and download it again."
         )
     num_dims = contents[3]
+    if not 1 <= num_dims <= _MAX_DIMS:
+        raise ValueError(
+            f"{path} has {num_dims} dimensions by its header, but images and labels have 1 to {_MAX_DIMS}: delete it "
+            "and download it again."
+        )
     start = 4 + 4 * num_dims
     shape = struct.unpack(f">{num_dims}I", contents[4:start]) if len(contents) >= start else ()
     expected = start + prod(shape) if shape else start

@@ -16,7 +16,7 @@ computed with sums, products and quotients alone, which give the same bits on ev
 """
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import constriction
@@ -46,11 +46,15 @@ class Encoder:
 
     Args:
         dry: whether to count bits only, without writing them.
+        choices: numbers of the options that :meth:`choose` takes, in order, such as :attr:`Decoder.choices`. ``None``
+            takes the cheapest options.
     """
 
-    def __init__(self, *, dry: bool = False) -> None:
+    def __init__(self, *, dry: bool = False, choices: Sequence[int] | None = None) -> None:
         self.bits: defaultdict[str, float] = defaultdict(float)
         self.part = ""
+        self.steps = 0
+        self._choices = None if choices is None else iter(choices)
         self._coder = None if dry else constriction.stream.queue.RangeEncoder()
 
     def uniform(self, size: int, num: int, values: Array | None) -> Array:
@@ -78,17 +82,28 @@ class Encoder:
         self._write(flags, constriction.stream.model.Bernoulli(perfect=False), p)
         return flags
 
-    def choose(self, options: int, cost: Callable[["Encoder", int], object] | None) -> int:
-        """Write the number of the option, from 0 to ``options - 1``, for which ``cost`` writes the fewest bits."""
+    def choose(self, options: int, cost: Callable[["Encoder", int], object] | None, only: int | None = None) -> int:
+        """Write the number of the option, from 0 to ``options - 1``, for which ``cost`` writes the fewest bits.
+
+        ``only`` is the number of the only option that is possible; ``None`` if all are.
+        """
         assert cost is not None
-        bits = []
-        for option in range(options):
-            trial = Encoder(dry=True)
-            cost(trial, option)
-            bits.append(sum(trial.bits.values()))
-        best = int(np.argmin(bits))
+        given = None if self._choices is None else next(self._choices, 0)
+        if only is None and given is None:
+            bits = []
+            for option in range(options):
+                trial = Encoder(dry=True)
+                cost(trial, option)
+                bits.append(sum(trial.bits.values()))
+            given = int(np.argmin(bits))
+        best = given if only is None else only
+        assert best is not None
         self.uniform(options, 1, np.array([best]))
         return best
+
+    def count_steps(self, num: int) -> None:
+        """Count steps of Python's loop over diagonals, which take most of the time."""
+        self.steps += num
 
     def to_bytes(self) -> bytes:
         assert self._coder is not None
@@ -102,13 +117,19 @@ class Encoder:
 class Decoder:
     """Reads what an :class:`Encoder` wrote. A damaged byte string gives wrong values, not an error.
 
+    ``choices`` are the numbers of the options that were read so far.
+
     Args:
         data: bytes that :meth:`Encoder.to_bytes` returned; their number is a multiple of 4.
+        max_steps: largest number of steps, so that a small file cannot take much time. ``None`` sets no limit.
     """
 
     part = ""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, max_steps: int | None = None) -> None:
+        self.choices: list[int] = []
+        self.steps = 0
+        self._max_steps = max_steps
         words = np.frombuffer(data, dtype="<u4").astype(np.uint32)
         self._coder = constriction.stream.queue.RangeDecoder(words)
 
@@ -126,8 +147,19 @@ class Decoder:
     def bernoulli(self, p: Array, flags: Array | None = None) -> Array:
         return self._coder.decode(constriction.stream.model.Bernoulli(perfect=False), p).astype(np.int64)
 
-    def choose(self, options: int, cost: object = None) -> int:
-        return int(self.uniform(options, 1)[0])
+    def choose(self, options: int, cost: object = None, only: int | None = None) -> int:
+        self.choices.append(int(self.uniform(options, 1)[0]))
+        return self.choices[-1]
+
+    def count_steps(self, num: int) -> None:
+        """Count steps.
+
+        Raises:
+            ValueError: if there are more than ``max_steps``.
+        """
+        self.steps += num
+        if self._max_steps is not None and self.steps > self._max_steps:
+            raise ValueError("it would take more time to read than a file of its size may")
 
     @property
     def exhausted(self) -> bool:
@@ -252,6 +284,7 @@ def _code_diagonals(
         return coder.categorical(weights, rows * columns * places, None if flags is None else flags.ravel()).reshape(
             shape
         )
+    coder.count_steps(places * columns)
     found = np.zeros(shape, np.int64) if flags is None else flags
     prior_ones, prior_zeros = strength * density, strength * (1 - density)
     row = np.arange(rows)

@@ -7,6 +7,7 @@ et al. 2016, arXiv:1510.00149): it lists what pruning, weight sharing and coding
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 import project
 from project.deployment.metadata import Metadata
+from project.deployment.packed.bounds import Bounds
 from project.deployment.packed.packing import PACKAGE, Packed, PackedTensors, pack
 from project.deployment.recipe import Recipe
 from project.deployment.table import markdown_line, write_csv, write_number
@@ -25,7 +27,10 @@ from project.models.surgery import from_plain, to_plain
 
 _INDEX_BITS = 5
 """Bits of the distance between two nonzero weights, in the columns P and P+Q (Han et al., sec. 3 and table 4)."""
+_KEYS = ["class_names", "image_shape", "mean", "std", "recipe", "values"]
 _MAX_IMAGE = 1 << 22
+_MAX_ACTIVATIONS = 1 << 29
+"""Largest number of values of a tensor that the net computes for two images."""
 
 
 @dataclass(frozen=True)
@@ -101,15 +106,26 @@ def open_packed(path: Path, trust: Sequence[str] = ()) -> tuple[nn.Module, Metad
     """
     packed = Packed(path.read_bytes())
     metadata, recipe = _read(packed.header)
-    net = recipe.renamed(PACKAGE, project.__name__).build(trust)
-    logits = net(torch.empty(2, *metadata.image_shape, device="meta"))
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, len(metadata.class_names)):
-        raise ValueError(f"its net does not give {len(metadata.class_names)} logits")
+    with Bounds(packed.max_values), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns of a layer without weights
+        net = recipe.renamed(PACKAGE, project.__name__).build(trust)
+    if any(not parameter.numel() for parameter in net.parameters()):
+        raise ValueError("its net has a layer without weights")
+    with Bounds(_MAX_ACTIVATIONS):
+        _check_logits(net(torch.empty(2, *metadata.image_shape, device="meta")), 2, metadata)
     net.load_state_dict(packed.unpack(net.state_dict()), assign=True)
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if tensor.is_meta:
             raise ValueError(f"its net's {name} is not in its state dict")
+    with torch.inference_mode():  # what the meta device lets pass, the CPU may refuse
+        _check_logits(net(torch.zeros(1, *metadata.image_shape)), 1, metadata)
     return net, metadata
+
+
+def _check_logits(logits: object, num: int, metadata: Metadata) -> None:
+    wanted = (num, len(metadata.class_names))
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != wanted or not logits.is_floating_point():
+        raise ValueError(f"its net does not give {wanted[1]} logits")
 
 
 def _shorter(plain: Mapping[str, Any]) -> dict[str, Any]:
@@ -126,15 +142,16 @@ def _read(header: dict[str, Any]) -> tuple[Metadata, Recipe]:
         names, shape = tuple(header["class_names"]), tuple(header["image_shape"])
         mean, std = tuple(header["mean"]), tuple(header["std"])
         recipe = Recipe(dict(header["recipe"]["net"]), list(header["recipe"]["surgeries"]))
-        known = all(isinstance(name, str) for name in names) and len(names) > 0
-        known &= len(shape) == 3 and all(type(side) is int and side > 0 for side in shape)
-        known &= math.prod(shape) <= _MAX_IMAGE and len(mean) == len(std) == shape[0]
-        known &= all(math.isfinite(value) for value in mean) and all(0 < value < math.inf for value in std)
+        known = list(header) == _KEYS and list(header["recipe"]) == ["net", "surgeries"]
+        known &= all(isinstance(header[key], list) for key in _KEYS[:4]) and isinstance(header["recipe"]["net"], dict)
+        metadata = Metadata(names, shape, mean, std)
+        metadata.check()
+        known &= math.prod(shape) <= _MAX_IMAGE
     except (KeyError, TypeError, ValueError):
         known = False
     if not known:
         raise ValueError("its header lacks classes, images, normalisation or net")
-    return Metadata(names, shape, mean, std), recipe
+    return metadata, recipe
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

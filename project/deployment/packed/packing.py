@@ -9,7 +9,13 @@ the last step. It needs no information about the steps before: the values of eac
 
 The header is JSON, compressed by zlib; the caller chooses its content. Names, shapes and types of the tensors are not
 in the file, because the net that is rebuilt from the header has them. A file of n bytes may hold at most
-``2^24 + 4096 n`` values, so that a small file cannot ask for much memory.
+``2^24 + 4096 n`` values, so that a small file cannot ask for much memory, and take at most ``2^17 + n`` steps of a loop
+(:mod:`project.deployment.packed.bitstream`), so that it cannot ask for much time.
+
+A file says each thing in one way. What is read is written again, and other bytes than the file's are refused: a value
+outside its range, an entry of a codebook that no weight has, a key that stands twice. Only what the writer chooses by
+the number of bits (a model's setting, a codebook or none) is taken from the file, because another machine may round
+these numbers in another way.
 """
 
 import json
@@ -97,16 +103,15 @@ def pack(state_dict: Mapping[str, Tensor], header: Mapping[str, Any]) -> tuple[b
             raise ValueError(f"{name} holds {tensor.dtype}, which the packed format has no place for.")
     coder, rows = Encoder(), []
     for group in groups_of(state_dict):
-        coder.bits.clear()
-        coder.part = "codebook"
-        code_group(coder, {name: state_dict[name] for name in group}, group, state_dict)
+        _write_group(coder, group, state_dict)
         rows.append(_row(group, state_dict, coder))
-    text = json.dumps({**header, "values": _count(state_dict)}, ensure_ascii=False, separators=(",", ":")).encode()
+    text = _header_text({**header, "values": _count(state_dict)})
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15, zdict=_DICTIONARY)
     short = compressor.compress(text) + compressor.flush()
     rest = struct.pack("<II", _checksum(state_dict), len(short)) + short + coder.to_bytes()
     content = struct.pack("<4sBI", _MAGIC, _VERSION, zlib.crc32(rest)) + rest
-    if len(text) > _MAX_HEADER or _count(state_dict) > max_values(len(content)):
+    too_many = _count(state_dict) > max_values(len(content)) or coder.steps > max_steps(len(content))
+    if len(text) > _MAX_HEADER or too_many:
         raise ValueError(
             f"the net's {_count(state_dict):,} values would take {len(content):,} bytes and its description "
             f"{len(text):,}, beyond what the packed format allows: choose another format."
@@ -138,7 +143,7 @@ class Packed:
         if len(header) != length or len(self._data) % 4:
             raise ValueError("it is cut off")
         self.header = _read_header(header)
-        self.max_values = max_values(len(content))
+        self.max_values, self._max_steps = max_values(len(content)), max_steps(len(content))
 
     def unpack(self, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Read the state dict.
@@ -150,17 +155,22 @@ class Packed:
             ValueError: if the file holds another number of values, more than its size allows, or damaged ones.
         """
         num = _count(like)
-        if num != self.header.get("values"):
+        if type(self.header.get("values")) is not int or num != self.header["values"]:
             raise ValueError(f"it holds {self.header.get('values')} values, but the net that it describes has {num}")
         if num > self.max_values:
             raise ValueError(f"it claims {num} values, which are too many for its size")
-        coder, found = Decoder(self._data), {}
+        coder, found = Decoder(self._data, self._max_steps), {}
         with np.errstate(all="ignore"):
             for group in groups_of(like):
                 found.update(code_group(coder, None, group, like))
         state_dict = {name: found[name] for name in like}
         if not coder.exhausted or _checksum(state_dict) != self._checksum:
             raise ValueError("its weights do not match their checksum")
+        again = Encoder(choices=coder.choices)
+        for group in groups_of(state_dict):
+            _write_group(again, group, state_dict)
+        if again.to_bytes() != self._data:
+            raise ValueError("its weights are not written as this format writes them")
         return state_dict
 
 
@@ -169,15 +179,31 @@ def max_values(num_bytes: int) -> int:
     return (1 << 24) + 4096 * num_bytes
 
 
+def max_steps(num_bytes: int) -> int:
+    """The largest number of steps over the diagonals of flags that a file of so many bytes may take."""
+    return (1 << 17) + num_bytes
+
+
+def _write_group(coder: Encoder, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
+    coder.bits.clear()
+    coder.part = "codebook"
+    code_group(coder, {name: tensors[name] for name in names}, names, tensors)
+
+
+def _header_text(header: Mapping[str, Any]) -> bytes:
+    return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+
+
 def _read_header(compressed: bytes) -> dict[str, Any]:
     """The header of a file. It stops after 4 MiB, so that a small file cannot fill the memory."""
     decompressor = zlib.decompressobj(-15, zdict=_DICTIONARY)
     try:
         text = decompressor.decompress(compressed, _MAX_HEADER)
         header = json.loads(text)
+        known = isinstance(header, dict) and _header_text(header) == text
     except (zlib.error, ValueError, RecursionError):
         raise ValueError("its header is no text") from None
-    if not decompressor.eof or decompressor.unused_data or not isinstance(header, dict):
+    if not decompressor.eof or decompressor.unused_data or not known:
         raise ValueError("its header is no description")
     return header
 

@@ -76,8 +76,9 @@ def code_group(
     dtype = like[names[0]].dtype
     if dtype not in _KINDS:  # integers and booleans
         given = None if tensors is None else [_integers(tensors[name]) for name in names]
+        smallest, largest = (0, 1) if dtype is torch.bool else (torch.iinfo(dtype).min, torch.iinfo(dtype).max)
         return {
-            name: torch.from_numpy(part).to(dtype).reshape(like[name].shape)
+            name: torch.from_numpy(_checked(part, smallest, largest)).to(dtype).reshape(like[name].shape)
             for name, part in _code_arrays(coder, names, like, given)
         }
     # One flag for each tensor: is it fixed point?
@@ -165,11 +166,9 @@ def _code_values(coder: Coder, shape: tuple[int, int, int], values: Array | None
     distinct = None if values is None else np.unique(values)
     if values is not None and distinct is not None and _has_pairs(shape, values, len(distinct)):
         distinct = distinct[:0]  # an empty codebook is the sign for two values in each row
-    if distinct is not None and len(distinct) > min(MAX_ALPHABET, num // 2 + 1):  # too many values for a codebook
-        layout = 0
-        coder.uniform(2, 1, np.array([0]))
-    else:
-        layout = coder.choose(2, lambda trial, option: _code_layout(trial, option, shape, values, distinct))
+    too_many = distinct is not None and len(distinct) > min(MAX_ALPHABET, num // 2 + 1)  # for a codebook
+    only = 0 if too_many else None
+    layout = coder.choose(2, lambda trial, option: _code_layout(trial, option, shape, values, distinct), only)
     return _code_layout(coder, layout, shape, values, distinct)
 
 
@@ -257,8 +256,16 @@ def _ordered(tensor: Tensor) -> Array:
 def _from_ordered(integers: Array, kind: torch.dtype) -> Tensor:
     """Undo :func:`_ordered`."""
     largest = _largest(kind)
+    integers = _checked(integers, -largest - 1, largest)
     bits = np.where(integers < 0, ~integers + (-largest - 1), integers)
     return torch.from_numpy(bits).to(_INTEGERS[kind.itemsize]).view(kind)
+
+
+def _checked(integers: Array, smallest: int, largest: int) -> Array:
+    """The integers, after a check that all are in a range. A damaged file holds others."""
+    if len(integers) and not smallest <= int(integers.min()) <= int(integers.max()) <= largest:
+        raise ValueError(f"it holds values outside the range from {smallest} to {largest}")
+    return integers
 
 
 def _largest(kind: torch.dtype) -> int:
@@ -288,7 +295,10 @@ def _from_fixed(integers: Array, exponent: int, dtype: torch.dtype) -> Tensor:
     """Undo :func:`_to_fixed`."""
     if abs(exponent) > 1100:
         raise ValueError(f"it has an exponent of {exponent}, beyond those of floating point numbers")
-    return torch.from_numpy(np.ldexp(integers.astype(np.float64), exponent)).to(dtype)
+    values = np.ldexp(integers.astype(np.float64), exponent)
+    if not np.isfinite(values).all():
+        raise ValueError("it holds values beyond those of floating point numbers")
+    return torch.from_numpy(values).to(dtype)
 
 
 def _known(pair: tuple[int, Array] | None) -> tuple[int, Array]:

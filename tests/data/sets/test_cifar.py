@@ -1,7 +1,10 @@
 """CIFAR from files in its own format (Python 2's pickle protocol), from its archive, and never running code."""
 
 import pickle
+import random
 import tarfile
+import tracemalloc
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -108,3 +111,91 @@ def test_an_array_as_python_2_wrote_it() -> None:
         b"(I1\n(I1\nI3\ntcnumpy\ndtype\np6\n(S'u1'\nI0\nI1\ntRp7\n(I3\nS'|'\nNNNI-1\nI-1\nI0\ntbI00\nS'\\x01\\xff\\x80'\ntbs."
     )
     assert load_pickle(written, Path("batch"))["data"].tolist() == [[1, 255, 128]]
+
+
+PIXELS = np.zeros((2, 3072), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        *({b"data": PIXELS, b"labels": [1, label]} for label in (1.5, True, None, "1", [1], 10**30, np.int64(1))),
+        *({b"data": PIXELS.astype(kind), b"labels": [1, 2]} for kind in ("float32", ">i8", "int8", "object", "U3")),
+        *({b"data": data, b"labels": [1, 2]} for data in ("x", None, [1, 2], PIXELS[:1], PIXELS[:, :9], PIXELS[None])),
+        *({b"data": PIXELS, b"labels": labels} for labels in ((1, 2), {1: 2}, "12", None, np.array([1, 2]))),
+        *({b"\xff": 1}, {3: 4}, [1], None, "x"),
+    ],
+    ids=str,
+)
+def test_odd_values_are_one_sentence(tmp_path: Path, entries: object) -> None:
+    path = tmp_path / "test_batch"
+    path.write_bytes(pickle.dumps(entries, protocol=2))
+    with pytest.raises(ValueError, match=r"test_batch .*download it again") as error:
+        CIFAR10(data_dir=str(tmp_path))._read(path, "")
+    assert type(error.value) is ValueError and "\n" not in str(error.value) and len(str(error.value)) < 500
+
+
+ENCODE = b"c_codecs\nencode\n"
+ARRAY = b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntS'b'\ntR"
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        pytest.param(b"\x80\x02N" + b"r\xff\xff\xff\x3f" + b".", "holds no batch", id="memory of a billion places"),
+        pytest.param(b"\x80\x05\x96" + b"\xff" * 5 + b"\0\0\0.", "a code that makes", id="a byte array of a terabyte"),
+        pytest.param(
+            b"\x80\x02})" + b"".join(b"q%ch%c\x86" % (i, i) for i in range(60)) + b"Ns.",
+            "a tuple twice", id="a tuple whose hash takes 2^60 steps",
+        ),
+        pytest.param(
+            b"\x80\x02X\xe8\x03\0\0" + b"x" * 1000 + b"q\0" + (ENCODE + b"(h\0X\x06\0\0\0latin1tR") * 500 + b".",
+            "more bytes than it holds", id="a text of a thousand bytes, five hundred times",
+        ),
+        pytest.param(b"cnumpy\nndarray\n((L99999999999L\ntt R.", "damaged", id="an array of 100 GB"),
+        pytest.param(
+            ARRAY + b"(I1\n(L99999999999L\ntcnumpy\ndtype\n(S'u1'\ntRI00\nS'ab'\ntb.", "of 2 bytes", id="two bytes"
+        ),
+        pytest.param(b"\x80\x02" + b"]" * 100_000 + b".", "holds no batch", id="deep lists"),
+    ],
+)  # fmt: skip
+def test_a_pickle_takes_no_more_than_its_size(code: bytes, words: str) -> None:
+    tracemalloc.start()
+    with pytest.raises(ValueError, match=words):
+        load_pickle(code, Path("batch"))
+    assert tracemalloc.get_traced_memory()[1] < 20e6
+    tracemalloc.stop()
+
+
+def archive_of(path: Path, members: dict[str, tuple[bytes, bytes]]) -> None:
+    with tarfile.open(path, "w:gz") as tar:
+        for name, (kind, content) in members.items():
+            info = tarfile.TarInfo(name)
+            info.type, info.size, info.linkname = kind, len(content), "/etc/passwd"
+            tar.addfile(info, BytesIO(content))
+
+
+def test_an_archive_of_other_things_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    archive = tmp_path / CIFAR10.archive[0]
+    folder = CIFAR10.folder_name
+    monkeypatch.setattr("project.data.sets.cifar._MAX_UNPACKED", 1 << 20)
+    for name, (kind, content), words in (
+        (f"{folder}/x", (tarfile.SYMTYPE, b""), "no file of images"),
+        (f"{folder}/x", (tarfile.LNKTYPE, b""), "no file of images"),
+        (f"{folder}/x", (tarfile.FIFOTYPE, b""), "no file of images"),
+        (f"{folder}/x", (tarfile.REGTYPE, bytes(1 << 21)), "no file of images"),
+        ("../x", (tarfile.REGTYPE, b"x"), "outside"),
+    ):
+        archive_of(archive, {f"{folder}/test_batch": (tarfile.REGTYPE, b"x"), name: (kind, content)})
+        with pytest.raises(ValueError, match=words):
+            CIFAR10(data_dir=str(tmp_path)).prepare_data()
+    archive_of(archive, {f"{folder}/{number}": (tarfile.REGTYPE, bytes(1 << 18)) for number in range(5)})
+    with pytest.raises(ValueError, match="holds more than 1048576 bytes"):
+        CIFAR10(data_dir=str(tmp_path)).prepare_data()
+    archive_of(archive, {f"{folder}/test_batch": (tarfile.REGTYPE, random.Random(0).randbytes(500_000))})
+    whole = archive.read_bytes()
+    for content in (whole[:-100], whole[:9000] + bytes(20) + whole[9020:]):
+        archive.write_bytes(content)
+        with pytest.raises(ValueError, match="is truncated or damaged"):
+            CIFAR10(data_dir=str(tmp_path)).prepare_data()
+    assert [path.name for path in tmp_path.iterdir()] == [archive.name]

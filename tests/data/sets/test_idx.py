@@ -2,6 +2,7 @@
 
 import gzip
 import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,13 @@ GOOD = idx(torch.zeros(10, 4, 4, dtype=torch.uint8))
         (b"<html>", "not an IDX file"),
         (b"\0\0\x0d\x01" + GOOD[4:], "not an IDX file"),
         (b"", "not an IDX file"),
+        (b"\0\0\x08\0", "has 0 dimensions"),
+        (b"\0\0\x08\xff" + bytes(4 * 255), "has 255 dimensions"),
+        (b"\0\0\x08\x04" + b"\xff" * 16, "truncated"),
+        (gzip.compress(b"\0\0\x08\x04" + b"\xff" * 16, mtime=0), "truncated"),
+        (gzip.compress(b"\0\0\x08\xff" + bytes(5000), mtime=0), "has 255 dimensions"),
+        (gzip.compress(GOOD, mtime=0)[:-8], "truncated"),
+        (gzip.compress(GOOD + b"x", mtime=0), "too long"),
     ],
 )
 def test_damage_is_one_sentence(tmp_path: Path, contents: bytes, words: str) -> None:
@@ -47,3 +55,13 @@ def test_damage_is_one_sentence(tmp_path: Path, contents: bytes, words: str) -> 
         read_idx(path)
     assert str(path) in str(error.value) and "delete it and download it again" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_a_small_file_does_not_fill_the_memory(tmp_path: Path) -> None:
+    path = tmp_path / "train-images-idx3-ubyte.gz"
+    path.write_bytes(gzip.compress(GOOD + bytes(1 << 26)))
+    tracemalloc.start()
+    with pytest.raises(ValueError, match="too long"):
+        read_idx(path)
+    assert tracemalloc.get_traced_memory()[1] < 1e6
+    tracemalloc.stop()

@@ -1,0 +1,87 @@
+"""Damaged checkpoints: each is refused in one sentence."""
+
+import io
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from project.learning import Classifier
+from project.learning.checkpoints import check_checkpoint, load_net
+from project.models import LeNet300100
+
+NET = {"class_path": "project.models.LeNet300100", "init_args": {"num_classes": 2, "image_shape": [1, 8, 8]}}
+
+
+@pytest.fixture
+def module() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(net=LeNet300100(2, (1, 8, 8)), num_classes=2, image_shape=(1, 8, 8), class_names=("a", "b"))
+
+
+def content_of(module: Classifier) -> dict[str, Any]:
+    arguments = {"net": NET, "num_classes": 2, "image_shape": [1, 8, 8], "class_names": ["a", "b"]}
+    content = {"epoch": 0, "global_step": 0, "pytorch-lightning_version": "2.6.0", "state_dict": module.state_dict()}
+    return content | {"hparams_name": "kwargs", "hyper_parameters": arguments, "surgeries": []}
+
+
+def write(content: Any, path: Path) -> bytes:
+    torch.save(content, path)
+    return path.read_bytes()
+
+
+def changed(content: bytes, compression: int = zipfile.ZIP_STORED) -> bytes:
+    """The file with one weight more, so that its size is another; or with the same parts compressed."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(stream, "w", compression) as target:
+        for name in source.namelist():
+            more = bytes(4) if name.endswith("data/0") and compression == zipfile.ZIP_STORED else b""
+            target.writestr(name, source.read(name) + more)
+    return stream.getvalue()
+
+
+def read(path: Path) -> Classifier:
+    check_checkpoint(path)
+    return Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
+
+
+def test_one_wrong_bit_is_seen(module: Classifier, tmp_path: Path) -> None:
+    """torch does not check the checksums of a file."""
+    path = tmp_path / "x.ckpt"
+    content = bytearray(write(content_of(module), path))
+    assert torch.equal(read(path).net.fc1.weight, module.net.fc1.weight)
+    place = content.find(module.net.fc1.weight.detach().numpy().tobytes()[:64])
+    content[place + 40] ^= 1
+    path.write_bytes(content)
+    for reader in (check_checkpoint, lambda path: load_net(module, path)):
+        with pytest.raises(ValueError, match="or it is damaged"):
+            reader(path)
+
+
+def test_parts_that_do_not_fit_are_refused(module: Classifier, tmp_path: Path) -> None:
+    path = tmp_path / "x.ckpt"
+    content = write(content_of(module), path)
+    for bad in (changed(content), changed(content, zipfile.ZIP_DEFLATED), content[:-30], content[: len(content) // 2]):
+        path.write_bytes(bad)
+        for reader in (read, lambda path: load_net(module, path)):
+            with pytest.raises(ValueError, match=r"x\.ckpt|does not fit") as error:
+                reader(path)
+            assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        *({"state_dict": state} for state in (None, [], {"net.fc1.weight": 3}, {})),
+        *({"surgeries": surgeries} for surgeries in (3, [3], [{}], [{"type": "Thin"}], [{"type": "os.system"}])),
+        *({"hyper_parameters": values} for values in (3, {"net": 3}, {"net": NET, "num_classes": "x"})),
+    ],
+    ids=str,
+)
+def test_odd_values_are_one_sentence(odd: dict[str, Any], module: Classifier, tmp_path: Path) -> None:
+    write(content_of(module) | odd, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError) as error:
+        read(tmp_path / "x.ckpt")
+    assert "\n" not in str(error.value)
