@@ -205,7 +205,7 @@ class SaveConfig(SaveConfigCallback):
         if stage != "fit" or run is None:
             return
         text = whole_config(self.parser, self.config)
-        write_whole(run.config, lambda part: part.write_text(text))
+        write_whole(run.config, lambda part: part.write_text(text, encoding="utf-8"))
 
 
 def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:

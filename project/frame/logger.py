@@ -26,7 +26,7 @@ class MetricsCSV(Logger):
         self.rows: list[dict[str, Any]] = []
         self.columns: list[str] = ["step"]
         if path.is_file():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 self.rows = [{key: value for key, value in row.items() if value} for row in reader]
                 self.columns = list(reader.fieldnames or self.columns)
@@ -52,7 +52,7 @@ class MetricsCSV(Logger):
             self.columns += new
             self._rewrite()
         else:
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
 
     @rank_zero_only
@@ -64,7 +64,7 @@ class MetricsCSV(Logger):
 
     def _rewrite(self) -> None:
         def write(part: Path) -> None:
-            with part.open("w", newline="") as file:
+            with part.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows(self.rows)

@@ -59,7 +59,7 @@ def write_predictions(
     labels = [class_names[index] for index in classes.tolist()]
 
     def write(part: Path) -> None:
-        with part.open("w", newline="") as file:
+        with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             writer.writerow(["file", "class", "confidence", *class_names])
             for name, label, confidence, row in zip(

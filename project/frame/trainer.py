@@ -82,6 +82,9 @@ class RunTrainer(pl.Trainer):
         kernels: Literal["auto", "off"] | Literal[False] = "auto",
         **kwargs: Any,
     ) -> None:
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            if kwargs.get(name) == 0:
+                raise ValueError(f"{name} is 0: choose 1 or more.")
         own = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         # Lightning's own loggers would need a folder now. The folder of a run is made when the run begins.
         callbacks = default_callbacks(
