@@ -171,8 +171,8 @@ class RunTrainer(pl.Trainer):
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
-        except BaseException:
-            self._discard_run(new)
+        except BaseException as error:
+            self._discard_run(new, failed=isinstance(error, Exception))
             raise
         finally:
             os.environ.pop(_RUN_FOLDER, None)
@@ -318,9 +318,11 @@ class RunTrainer(pl.Trainer):
         for callback in self._without_folder:
             callback.dirpath = str(self.run.checkpoints)
 
-    def _discard_run(self, new: bool) -> None:
-        """Delete the folder of a new run that failed before its first step."""
-        if new and self.run is not None and self.is_global_zero and self.global_step == 0:
+    def _discard_run(self, new: bool, failed: bool) -> None:
+        """Delete the folder of a new run that ended before its first step, or ``failed`` without a checkpoint."""
+        if not new or self.run is None or not self.is_global_zero:
+            return
+        if self.global_step == 0 or (failed and not any(self.run.checkpoints.glob("*.ckpt"))):
             for logger in self.loggers:
                 logger.finalize("failed")
             shutil.rmtree(self.run.folder, ignore_errors=True)

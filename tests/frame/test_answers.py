@@ -183,3 +183,109 @@ def test_a_configuration_is_utf_8_whatever_the_locale(digits, here):
         command = [sys.executable, "-m", "project", *options]
         done = subprocess.run(command, env=environment, capture_output=True, check=False)
         assert done.returncode == 0 and b"Error" not in done.stderr, done.stderr
+
+
+# -- data sets of one's own -------------------------------------------------------------------------------------------
+
+DATA = """
+import torch
+from project.data import BatchTransform, ImageDataModule
+
+class Good(ImageDataModule):
+    class_names, image_shape, mean, std = ("a", "b"), (1, 8, 8), (0.5,), (0.29,)
+    shape, num_labels, kind = (40, 1, 8, 8), 2, torch.int64
+    def load(self, train):
+        return torch.zeros(self.shape, dtype=torch.uint8), (torch.arange(40) % self.num_labels).to(self.kind)
+
+class Float(Good):
+    def load(self, train):
+        return torch.rand(self.shape), torch.arange(40) % 2
+
+class Numpy(Good):
+    def load(self, train):
+        return tuple(each.numpy() for each in super().load(train))
+
+class NoNames(ImageDataModule):
+    image_shape, mean, std = (1, 8, 8), (0.5,), (0.29,)
+
+class NoLoad(ImageDataModule):
+    class_names, image_shape, mean, std = ("a", "b"), (1, 8, 8), (0.5,), (0.29,)
+
+class MoreLabels(Good):
+    num_labels = 5
+
+class Int32(Good):
+    kind = torch.int32
+
+class Colour(Good):
+    shape = (40, 3, 8, 8)
+
+class Flat(Good):
+    shape = (40, 64)
+
+class Fewer(Good):
+    shape = (41, 1, 8, 8)
+
+class Forgets(BatchTransform):
+    def forward(self, images, random):
+        images * 2
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("Float", "the images are a Tensor of torch.float32 [40, 1, 8, 8], but a tensor [N, C, H, W] of torch.uint8"),
+        ("Numpy", "the images are a ndarray of uint8 [40, 1, 8, 8], but a tensor"),
+        ("NoNames", "NoNames has no class_names: set it in the class or in its __init__."),
+        ("NoLoad", "NoLoad.load gives a NoneType: let it return images and labels."),
+        ("MoreLabels", "MoreLabels has labels 0 to 4, but 2 class_names: the labels must be 0 to 1."),
+        ("Int32", "the labels are a Tensor of torch.int32 [40], but a tensor [40] of torch.int64 is needed"),
+        ("Colour", "Colour has images (3, 8, 8), but its image_shape is (1, 8, 8)"),
+        ("Flat", "the images are a Tensor of torch.uint8 [40, 64], but a tensor [N, C, H, W]"),
+        ("Fewer", "the labels are a Tensor of torch.int64 [40], but a tensor [41] of torch.int64 is needed"),
+        ("Good", "augment has Forgets, which makes NoneType of images [16, 1, 8, 8]: keep their shape."),
+    ],
+)
+def test_a_mistake_in_a_data_set_of_ones_own(name, expected, command, logs, here):
+    (here / "own_data.py").write_text(DATA)
+    options = [f"--data=own_data.{name}", "--data.batch_size=16", "--model.net=project.models.LeNet300100"]
+    wrong = ["--data.augment+=own_data.Forgets"] if name == "Good" else []
+    answer = refusal(command("fit", *options, *wrong, "--trainer.max_epochs=1", "--trainer.observe=false"))
+    assert expected in answer
+    assert not list(logs.glob("*/version_*"))
+
+
+# -- the folder of a failed run, and a checkpoint alone ---------------------------------------------------------------
+
+
+def test_a_run_that_failed_without_a_checkpoint_is_not_the_newest(command, digits, logs, here):
+    options = [*digits, "--trainer.max_epochs=1", "--trainer.test_after_fit=false"]
+    assert command("fit", *options)[0] == 0
+    own = ["--trainer.callbacks+=lightning.pytorch.callbacks.EarlyStopping", "--trainer.callbacks.monitor=val/acc"]
+    refusal(command("fit", *options, *own))
+    assert [folder.name for folder in (logs / "digits").iterdir()] == ["version_0"]
+    # One that has a checkpoint can be resumed, so it stays.
+    (here / "own_late.py").write_text(
+        "from lightning.pytorch import Callback\n"
+        "class Late(Callback):\n"
+        "    def on_train_epoch_start(self, trainer, module):\n"
+        "        assert trainer.current_epoch < 1\n"
+    )
+    answer = refusal(command("fit", *options, "--trainer.max_epochs=2", "--trainer.callbacks+=own_late.Late"))
+    assert "own_late.py, line 4, in on_train_epoch_start: AssertionError" in answer
+    assert Run.find(logs / "digits").folder.name == "version_1"
+
+
+def test_a_checkpoint_alone_brings_its_configuration(command, digits, logs, here):
+    assert command("fit", *digits, "--trainer.max_epochs=1")[0] == 0
+    run = Run.find(logs / "digits")
+    summary = run.summary.read_text(encoding="utf-8")
+    status, out, err = command("test", "--ckpt_path", str(run.best_checkpoint))
+    assert status == 0 and "test/accuracy" in out, err
+    assert run.summary.read_text(encoding="utf-8") == summary
+    assert command("validate", f"--ckpt_path={run.last_checkpoint}")[0] == 0
+    moved = here / "a" / "b.ckpt"
+    moved.parent.mkdir()
+    run.best_checkpoint.rename(moved)
+    assert "no config.yaml belongs to it: give --config or --run" in refusal(command("test", f"--ckpt_path={moved}"))
