@@ -4,7 +4,13 @@ import itertools
 import os
 import sys
 import time
+import traceback
 from pathlib import Path
+
+_BUG = """
+This is a bug of the program, not a mistake of yours. Please report it: the lines above, your command, and your
+configuration or the run's config.yaml. The form is .github/ISSUE_TEMPLATE/bug.yml.
+"""
 
 
 def main() -> None:
@@ -24,22 +30,19 @@ def main() -> None:
 
             CLI()
     except Exception as error:
-        if os.environ.get("PROJECT_DEBUG") or not _is_users(error):
-            raise
-        from project.frame.parser import one_sentence
+        from project.frame.errors import sentence
 
-        if not _first_process_tells():
-            sys.stderr.write(f"error: {one_sentence(str(error))}\n")
-        sys.exit(2)
+        text = sentence(error)
+        if os.environ.get("PROJECT_DEBUG"):
+            raise
+        if text is None:
+            traceback.print_exc()
+            sys.stderr.write(_BUG)
+        elif not _first_process_tells():
+            sys.stderr.write(f"error: {text}\n")
+        sys.exit(1 if text is None else 2)
     except (KeyboardInterrupt, SystemExit) as error:
         sys.exit(_status(error))
-
-
-def _is_users(error: Exception) -> bool:
-    """Whether the user can mend it, such as a ``monitor`` that nothing logs (Lightning's, known by name: importing
-    it takes a second).
-    """
-    return isinstance(error, ValueError | OSError) or type(error).__name__ == "MisconfigurationException"
 
 
 def _status(error: BaseException) -> int | str | None:

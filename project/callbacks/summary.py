@@ -106,7 +106,7 @@ class WriteSummary(Callback):
         self._environment = self._now = describe_environment() | {"device": name, "precision": str(trainer.precision)}
         origin: Run | None = getattr(trainer, "origin", None)
         if origin is not None and origin.environment.is_file():
-            was = json.loads(origin.environment.read_text())
+            was = json.loads(origin.environment.read_text(encoding="utf-8"))
             if found := changes(was, self._now):
                 log.warning("This resume cannot end in the bits of a run that never stopped: %s.", "; ".join(found))
             if origin == run:
@@ -147,7 +147,7 @@ class WriteSummary(Callback):
 
 def read_summary(path: Path) -> dict[str, Any]:
     """The content of a run's ``summary.json``; empty if the run has not ended."""
-    return json.loads(path.read_text()) if path.is_file() else {}
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def _metrics(trainer: Trainer) -> dict[str, float]:
@@ -156,4 +156,4 @@ def _metrics(trainer: Trainer) -> dict[str, float]:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n"))
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))

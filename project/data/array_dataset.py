@@ -103,11 +103,21 @@ class ArrayDataset(BatchDataset):
         images: all images of the data set, ``[N, C, H, W]`` uint8.
         labels: labels of all images, ``[N]`` int64.
         indices: indices of the images that belong to this part, in the order of the part. ``None`` takes all images.
+
+    Raises:
+        ValueError: if images or labels are no such tensors.
     """
 
     def __init__(self, images: Tensor, labels: Tensor, indices: Tensor | None = None) -> None:
-        assert images.dtype == torch.uint8 and images.dim() == 4, (images.dtype, images.shape)
-        assert labels.dtype == torch.int64 and len(labels) == len(images), (labels.dtype, labels.shape)
+        for name, given, kind, shape in (
+            ("images", images, torch.uint8, "[N, C, H, W]"),
+            ("labels", labels, torch.int64, f"[{len(images)}]"),
+        ):
+            fits = isinstance(given, Tensor) and given.dtype == kind and given.dim() == shape.count(",") + 1
+            if not fits or len(given) != len(images):
+                size = list(getattr(given, "shape", ()))
+                what = f"a {type(given).__name__} of {getattr(given, 'dtype', 'no type')} {size}"
+                raise ValueError(f"the {name} are {what}, but a tensor {shape} of {kind} is needed: convert them.")
         super().__init__(labels, indices)
         self.images = images
 

@@ -139,7 +139,11 @@ class ImageDataModule(LightningDataModule):
         Args:
             train: whether to load the training images (with validation) or the test images.
         """
-        return ArrayDataset(*self.load(train))
+        loaded = self.load(train)
+        if not isinstance(loaded, tuple | list) or len(loaded) != 2:
+            name = type(self).__name__
+            raise ValueError(f"{name}.load gives a {type(loaded).__name__}: let it return images and labels.")
+        return ArrayDataset(*loaded)
 
     def split(self, dataset: BatchDataset) -> tuple[BatchDataset, BatchDataset]:
         """Split the training images into a part for training and a part for validation.
@@ -157,14 +161,28 @@ class ImageDataModule(LightningDataModule):
             ValueError: if the data are missing or damaged, or if a batch is larger than the training set.
         """
         if stage in ("fit", "validate", None) and self.train_data is None:
-            self.train_data, self.val_data = self.split(self.load_dataset(train=True))
+            self.train_data, self.val_data = self.split(self._checked(self.load_dataset(train=True)))
             self._tell_absent(self.train_data, "training")
             self._tell_absent(self.val_data, "validation")
         if stage in ("test", "predict", None) and self.test_data is None:
-            self.test_data = self.load_dataset(train=False)
+            self.test_data = self._checked(self.load_dataset(train=False))
             self._tell_absent(self.test_data, "test")
         if stage in ("fit", None):
             self._check_batch_size()
+
+    def _checked(self, data: BatchDataset) -> BatchDataset:
+        """The data set, if its labels and the shape of its images are those that the class promises."""
+        name, shape = type(self).__name__, tuple(self.image_shape)
+        if isinstance(data, ArrayDataset) and data.images.shape[1:] != shape:
+            given = tuple(data.images.shape[1:])
+            raise ValueError(f"{name} has images {given}, but its image_shape is {shape}: correct one of them.")
+        least, most = (int(data.labels.min()), int(data.labels.max())) if len(data) else (0, 0)
+        if least < 0 or most >= self.num_classes:
+            raise ValueError(
+                f"{name} has labels {least} to {most}, but {self.num_classes} class_names: the labels must be 0 to "
+                f"{self.num_classes - 1}."
+            )
+        return data
 
     def count_test_images(self) -> int:
         """The number of test images. This loads them, as the test after ``fit`` does."""
@@ -282,7 +300,10 @@ class ImageDataModule(LightningDataModule):
             return self._for_net(self.normalize(images)), targets
         random = BatchRandom(self.run_seed, trainer.current_epoch, indices)
         for transform in self.augment:
-            images = transform(images, random)
+            shape, images = images.shape, transform(images, random)
+            if getattr(images, "shape", None) != shape:
+                name, given = type(transform).__name__, list(getattr(images, "shape", ())) or type(images).__name__
+                raise ValueError(f"augment has {name}, which makes {given} of images {list(shape)}: keep their shape.")
         images = self.normalize(images)
         if self.mix is not None:
             images, targets = self._mixed(self.mix, images, targets, random)

@@ -44,7 +44,7 @@ def _with_data_of_config(args: list[str]) -> list[str]:
         path = Path(value or (rest.pop(0) if rest else ""))
         if not path.is_file():
             raise ValueError(f"config is {str(path)!r}, but there is no such file.")
-        data = (yaml.safe_load(path.read_text()) or {}).get("data")
+        data = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data")
         done += ["--data", json.dumps(data)] if data else []
     if not any(option.partition("=")[0] in ("--data", "--help", "-h") for option in done):
         raise ValueError(

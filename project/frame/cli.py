@@ -135,6 +135,9 @@ class CLI(LightningCLI):
     def _instantiate_data_first(self, config: Namespace) -> None:
         """Build the data first, which give arguments of the net. Record the configuration before the net is built."""
         data = self._instantiate_only(Namespace(data=config.data)).data
+        for name in _FROM_DATA_TO_CLASSIFIER[1:]:
+            if not hasattr(data, name):
+                raise ValueError(f"{type(data).__name__} has no {name}: set it in the class or in its __init__.")
         described = config.model.net, config.data
         if isinstance(config.model.net, Namespace):
             give_(config.model.net, config.net_arguments, data)
@@ -213,7 +216,7 @@ class SaveConfig(SaveConfigCallback):
     def on_train_batch_end(self, *args: Any) -> None:
         if self._waiting is not None:
             text = whole_config(self.parser, self.config)
-            write_whole(self._waiting.config, lambda part: part.write_text(text))
+            write_whole(self._waiting.config, lambda part: part.write_text(text, encoding="utf-8"))
             self._waiting = None
 
 
@@ -226,12 +229,24 @@ def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:
 
 
 def _with_config_of_run(args: list[str]) -> list[str]:
-    """``verb --run DIR …`` -> ``verb --config DIR/config.yaml --run DIR …``. Options after it override its values."""
+    """``verb --run DIR …`` -> ``verb --config DIR/config.yaml --run DIR …``. Options after it override its values.
+
+    The configuration of a checkpoint below a run's folder is found in the same way, if there is no other.
+    """
     for index, arg in enumerate(args):
         option, _, value = arg.partition("=")
+        value = value or next(iter(args[index + 1 :]), "")
         if index > 0 and option in _RUN_OPTIONS:
-            folder = value or next(iter(args[index + 1 :]), "")
-            run = Run.find(folder)
+            return [args[0], "--config", str(Run.find(value).config), *args[1:]]
+        if (
+            index > 0
+            and option == "--ckpt_path"
+            and args[0] != "fit"
+            and not any(a.startswith("--config") for a in args)
+        ):
+            check_checkpoint(value)
+            if not (run := Run(Path(value).resolve().parents[1])).config.is_file():
+                raise ValueError(f"ckpt_path is {value!r}, and no config.yaml belongs to it: give --config or --run.")
             return [args[0], "--config", str(run.config), *args[1:]]
     return args
 

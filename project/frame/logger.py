@@ -27,7 +27,7 @@ class MetricsCSV(Logger):
         self.columns: list[str] = ["step"]
         self._is_stale = False
         if path.is_file():
-            with path.open(newline="") as file:
+            with path.open(newline="", encoding="utf-8") as file:
                 reader = csv.DictReader(file)
                 self.rows = [{key: value for key, value in row.items() if value} for row in reader]
                 self.columns = list(reader.fieldnames or self.columns)
@@ -54,7 +54,7 @@ class MetricsCSV(Logger):
             self._rewrite()
             self._is_stale = False
         else:
-            with self.path.open("a", newline="") as file:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
                 csv.DictWriter(file, self.columns).writerow(row)
 
     @rank_zero_only
@@ -67,7 +67,7 @@ class MetricsCSV(Logger):
 
     def _rewrite(self) -> None:
         def write(part: Path) -> None:
-            with part.open("w", newline="") as file:
+            with part.open("w", newline="", encoding="utf-8") as file:
                 writer = csv.DictWriter(file, self.columns)
                 writer.writeheader()
                 writer.writerows(self.rows)

@@ -7,14 +7,20 @@ import re
 import sys
 from argparse import SUPPRESS, ArgumentError, ArgumentParser
 from collections.abc import Iterable
+from enum import Enum
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import Namespace
+from jsonargparse._paths import change_to_path_dir
 from jsonargparse._typehints import ActionTypeHint
+from jsonargparse._util import Path, load_config_path_context
 from lightning.pytorch.cli import LightningArgumentParser
 
+from project.frame.yaml_text import read_yaml
 from project.models.signature import left_to_code, takes_any
 
+yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 _UNKNOWN = (
     re.compile(r"class_path '(?P<path>[\w.]+)':\s+Option '(?P<key>[\w.]+)' is not accepted"),
     re.compile(r"module '(?P<module>[\w.]+)' has no attribute '(?P<key>\w+)'"),
@@ -27,7 +33,7 @@ _BULLET = re.compile(r"^\s*- ", re.MULTILINE)
 _OTHER_KINDS = ("Expected a <class 'NoneType'>", "Expected a path but")
 _NESTED = ("Does not validate against any of the Union subtypes", "Not a valid subclass of")
 """Branches that only say that the branches below them failed."""
-_BELOW = re.compile(r"Does not validate against any of the Union subtypes\s+Subtypes:.*Errors:\s*$", re.DOTALL)
+_BELOW = re.compile(r"Does not validate against any of the Union subtypes\s+Subtypes:.*Errors:\s*$|(?<=:)$", re.DOTALL)
 """The end of a branch whose reason is in the next branch."""
 _KEYS = re.compile(r'Parser key "([\w.]+)":\s*')
 _PROBLEM = re.compile(r"Problem with given class_path '([\w.]+)':\s*")
@@ -92,6 +98,12 @@ class Parser(LightningArgumentParser):
     def parse_object(self, cfg_obj: Any, *args: Any, **kwargs: Any) -> Namespace:
         self._learn(dict(cfg_obj or {}))
         return super().parse_object(cfg_obj, *args, **kwargs)
+
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        """As jsonargparse does it, which reads in the locale's encoding and names no file in its errors."""
+        text, file = read_yaml(path), Path(path, mode="fr")
+        with load_config_path_context(file), change_to_path_dir(file):
+            return self.parse_string(text, str(path), *args, **kwargs)
 
     def parse_args(self, args: Any = None, *further: Any, **kwargs: Any) -> Namespace:  # type: ignore[override]
         if self._takes_any:
@@ -167,6 +179,8 @@ def one_sentence(message: str) -> str:
     branches = [branch.strip() for branch in _BULLET.split(message)]
     head, tried = branches[0], [branch for branch in branches[1:] if not branch.startswith(_OTHER_KINDS)]
     tried = [branch for branch in tried if not branch.startswith(_NESTED)] or tried
+    if tried[1:] and not tried[0].endswith(":"):  # the value is no list, so what is wrong with it as an object counts
+        tried = [branch for branch in tried if branch != "Expected a <class 'list'>"] or tried
     keys = _KEYS.findall(head)
     last = next((number for number, branch in enumerate(tried) if not _BELOW.search(branch)), len(tried) - 1)
     reason = " ".join(_BELOW.sub("", branch) for branch in tried[: last + 1])

@@ -96,7 +96,7 @@ def plot_curves(metrics: "str | PathLike[str] | Mapping[str, Curve]") -> "Figure
 
 def read_curves(path: str | PathLike[str]) -> dict[str, Curve]:
     """The columns of a ``metrics.csv`` over its column ``epoch``, without empty cells and without metrics of a test."""
-    with Path(path).open(newline="") as file:
+    with Path(path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:

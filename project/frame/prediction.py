@@ -81,7 +81,7 @@ def write_predictions(
         rows.append([index if names is None else names[index], label, *values])
 
     def write(part: Path) -> None:
-        with part.open("w", newline="") as file:
+        with part.open("w", newline="", encoding="utf-8") as file:
             csv.writer(file).writerows([["file", "class", "confidence", *class_names], *rows])
 
     write_whole(path, write)

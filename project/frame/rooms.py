@@ -5,6 +5,7 @@ the core, imports none of them. It asks for a module by name and goes on without
 """
 
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from importlib import import_module
@@ -71,11 +72,13 @@ def lazily(homes: Mapping[str, str]) -> Callable[[str], Any]:
     Args:
         homes: public names, each with the full name of the module that defines it.
     """
+    package = sys._getframe(1).f_globals
 
     def get(name: str) -> Any:
         if name not in homes:
-            names = f"the names are {', '.join(sorted(homes))}"
-            raise AttributeError(f"there is no {name}: {nearest(name, homes, names)}")
+            known = sorted({*homes, *package.get("__all__", ())})
+            names = f"the names are {', '.join(known)}"
+            raise AttributeError(f"there is no {name}: {nearest(name, known, names)}")
         return getattr(needed(homes[name].partition(".")[2], name), name)
 
     return get

@@ -85,6 +85,9 @@ class RunTrainer(pl.Trainer):
         kernels: Literal["auto", "off"] | Literal[False] = "auto",
         **kwargs: Any,
     ) -> None:
+        for name in ("accumulate_grad_batches", "check_val_every_n_epoch"):
+            if kwargs.get(name) == 0:
+                raise ValueError(f"{name} is 0: choose 1 or more.")
         own = [callbacks] if isinstance(callbacks, Callback) else list(callbacks or [])
         # Lightning's own loggers would need a folder now. The folder of a run is made when the run begins.
         callbacks = default_callbacks(
@@ -185,8 +188,8 @@ class RunTrainer(pl.Trainer):
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         try:
             super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
-        except BaseException:
-            self._discard_run(new)
+        except BaseException as error:
+            self._discard_run(new, failed=isinstance(error, Exception))
             for path in () if self._has_begun else set(self._event_files()) - events:
                 path.unlink(missing_ok=True)
             raise
@@ -359,9 +362,11 @@ class RunTrainer(pl.Trainer):
     def _event_files(self) -> Iterable[Path]:
         return self.run.folder.glob("events.out.tfevents.*") if self.run is not None and self.is_global_zero else ()
 
-    def _discard_run(self, new: bool) -> None:
-        """Delete the folder of a new run that failed before its first step."""
-        if new and self.run is not None and self.is_global_zero and self.global_step == 0:
+    def _discard_run(self, new: bool, failed: bool) -> None:
+        """Delete the folder of a new run that ended before its first step, or ``failed`` without a checkpoint."""
+        if not new or self.run is None or not self.is_global_zero:
+            return
+        if self.global_step == 0 or (failed and not any(self.run.checkpoints.glob("*.ckpt"))):
             for logger in self.loggers:
                 logger.finalize("failed")
             shutil.rmtree(self.run.folder, ignore_errors=True)

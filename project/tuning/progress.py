@@ -110,7 +110,7 @@ def write_table(study: optuna.Study, plan: Plan, path: Path) -> None:
     columns = ["trial", "state", *plan.objectives, *keys, "seconds", "by_seed", "runs", "error"]
 
     def write(part: Path) -> None:
-        with part.open("w", newline="") as file:
+        with part.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, columns)
             writer.writeheader()
             for trial in study.get_trials(deepcopy=False):

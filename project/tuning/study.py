@@ -17,7 +17,7 @@ from optuna.exceptions import StorageInternalError
 from optuna.trial import TrialState
 
 from project.frame.parser import Parser, one_sentence
-from project.frame.paths import Paths
+from project.frame.paths import Paths, as_argument
 from project.tuning.plan import Plan, check_objectives
 from project.tuning.progress import FINISHED, best_trials, duration
 from project.tuning.report import publish
@@ -220,7 +220,7 @@ def _say_end(study: optuna.Study, plan: Plan, folder: Path) -> None:
     if errors:
         log.info("%d trials could not be trained; the first error was: %s", len(errors), errors[0])
     log.info("study          %s  (trials.csv, pictures)", folder)
-    log.info("look           tensorboard --logdir %s", folder)
-    log.info("best           project fit --config %s", folder / "best.yaml")
+    log.info("look           tensorboard --logdir %s", as_argument(folder))
+    log.info("best           project fit --config %s", as_argument(folder / "best.yaml"))
     if num_done < len(plan.points):
         log.info("continue       with the same command")

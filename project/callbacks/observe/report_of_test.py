@@ -158,7 +158,7 @@ def write_per_class(path: Path, matrix: Tensor, class_names: tuple[str, ...]) ->
     with which it is most often confused.
     """
     counts = matrix.cpu()
-    with path.open("w", newline="") as file:
+    with path.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["class", "num_images", "num_correct", "accuracy", "most_confused_with"])
         for index, name in enumerate(class_names):
