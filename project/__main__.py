@@ -15,7 +15,7 @@ configuration or the run's config.yaml. The form is .github/ISSUE_TEMPLATE/bug.y
 
 def main() -> None:
     """Entry point of ``project`` and ``python -m project``."""
-    from project.frame.logger import setup_logging
+    from project.frame.logger import leave_stdout, setup_logging
 
     setup_logging()
     if (folder := str(Path.cwd())) not in sys.path and not sys.flags.safe_path:
@@ -29,6 +29,10 @@ def main() -> None:
             from project.frame.cli import CLI
 
             CLI()
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads the output any more
+        leave_stdout()
+        sys.exit(141)  # as shells have it after SIGPIPE
     except Exception as error:
         from project.frame.errors import sentence
 

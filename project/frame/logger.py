@@ -2,6 +2,7 @@
 
 import csv
 import logging
+import os
 import sys
 import warnings
 from pathlib import Path
@@ -85,6 +86,18 @@ class _Stdout(logging.StreamHandler[Any]):
     @stream.setter
     def stream(self, stream: Any) -> None:
         """Do nothing: the stream is always ``sys.stdout``."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Go on without output if nobody reads it any more, as after ``project fit … | head -1``."""
+        if isinstance(sys.exception(), BrokenPipeError):
+            leave_stdout()
+        else:
+            super().handleError(record)
+
+
+def leave_stdout() -> None:
+    """Let all further output go nowhere, because the process that has read it is gone."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def setup_logging(level: int = logging.INFO) -> None:

@@ -5,7 +5,9 @@ needed, and threads may draw. matplotlib is imported when the first figure is dr
 """
 
 import csv
+import logging
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+
+log = logging.getLogger(__name__)
 
 Curve = tuple[Sequence[float], Sequence[float]]
 """The x and the y values of one line."""
@@ -116,12 +120,36 @@ def figure_to_image(figure: "Figure", dpi: int = 100) -> Any:
         dpi: pixels per inch of the figure's size, 1 or more.
     """
     import numpy as np
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
-    canvas.draw()
+    with rc_context(_font_for(figure)), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def _font_for(figure: "Figure") -> dict[Any, Any]:
+    """Settings of matplotlib with a font that has all characters of a figure, such as Chinese names of classes."""
+    from matplotlib import font_manager
+    from matplotlib.text import Text
+
+    for axis in figure.axes:
+        axis.get_xticklabels(), axis.get_yticklabels()  # writes their texts
+    wanted = {ord(char) for text in figure.findobj(Text) for char in text.get_text()} - {ord("\n")}
+
+    def is_whole(path: str) -> bool:
+        return wanted <= font_manager.get_font(path).get_charmap().keys()
+
+    if is_whole(font_manager.findfont(font_manager.FontProperties())):
+        return {}
+    fonts = font_manager.fontManager.ttflist
+    found = [font.name for font in fonts if not font.name.startswith("Last Resort") and is_whole(font.fname)]
+    if not found:
+        log.warning("No font has all characters of a picture: install one, such as Debian's fonts-noto-cjk.")
+    return {"font.sans-serif": found[:1]} if found else {}
 
 
 def _pixels(images: Tensor) -> Any:

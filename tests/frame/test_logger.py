@@ -1,6 +1,8 @@
 """metrics.csv: rows, new columns, and going on in an old file."""
 
 import csv
+import subprocess
+import sys
 from pathlib import Path
 
 from project.frame.logger import MetricsCSV
@@ -34,3 +36,15 @@ def test_a_second_logger_goes_on_and_can_forget(tmp_path):
     second.forget_after(2)
     second.log_metrics({"loss": 9.0}, step=3)
     assert [row["loss"] for row in rows(path)] == ["0.0", "1.0", "2.0", "9.0"]
+
+
+def test_lines_that_nobody_reads_are_dropped():
+    """As after ``project fit … | head -1``."""
+    code = (
+        "import logging, os, sys; from project.frame.logger import setup_logging; setup_logging();"
+        "reader, writer = os.pipe(); os.dup2(writer, 1); os.close(writer); os.close(reader);"
+        "sys.stdout.reconfigure(line_buffering=True); log = logging.getLogger('project.x');"
+        "log.info('one'); log.info('two'); print('three'); sys.stderr.write('end')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "end")

@@ -1,3 +1,4 @@
+import logging
 import sys
 
 import pytest
@@ -53,3 +54,22 @@ def test_curves_of_nothing_are_refused(tmp_path):
 def test_no_global_state_of_pyplot_is_touched():
     plot_images(torch.zeros(1, 1, 8, 8))
     assert "matplotlib.pyplot" not in sys.modules or not sys.modules["matplotlib.pyplot"].get_fignums()
+
+
+def test_characters_take_a_font_that_has_them(caplog, monkeypatch):
+    """The character is in STIX alone, which comes with matplotlib. Warnings of missing glyphs would be errors here."""
+    monkeypatch.setattr(logging.getLogger("project"), "propagate", True)
+    images = torch.zeros(1, 1, 8, 8)
+    pictures = [figure_to_image(plot_images(images, [title])) for title in ("\u1d8d", "\u1d84", "a")]
+    assert not caplog.messages
+    assert (pictures[0] != pictures[1]).any()
+
+
+def test_characters_without_a_font_are_told_once_for_a_picture(caplog, monkeypatch):
+    from matplotlib import font_manager
+
+    monkeypatch.setattr(logging.getLogger("project"), "propagate", True)
+    dejavu = [font for font in font_manager.fontManager.ttflist if font.name == "DejaVu Sans"]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", dejavu)
+    figure_to_image(plot_images(torch.zeros(1, 1, 8, 8), ["\u732b \u72ac"]))
+    assert caplog.messages == ["No font has all characters of a picture: install one, such as Debian's fonts-noto-cjk."]
