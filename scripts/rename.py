@@ -185,7 +185,7 @@ def house_name(root: Path, path: Path) -> str:
 def gone_names(house: House, gone: Sequence[str]) -> set[str]:
     """Class paths that configurations use for what goes: those of the tables of names in the rooms' ``__init__.py``."""
     names = set()
-    for room in ("callbacks", "compression", "data", "deployment", "losses", "tuning"):
+    for room in ("callbacks", "compression", "data", "deployment", "losses", "models", "tuning"):
         path = house.package / room / "__init__.py"
         if path.is_file():
             for name, home in re.findall(r'"(\w+)": "([\w.]+)"', path.read_text(encoding="utf-8")):
