@@ -208,7 +208,7 @@ def goes(root: Path, path: Path, house: House, gone: Sequence[str], names: set[s
     if place.parts[0] == "docs" and path.suffix == ".md":
         text = path.read_text(encoding="utf-8")
         first = re.match(r"<!-- room: ([\w/, ]+) -->\n", text)
-        return first is not None and "<!-- /room -->" not in text and names_a_room(first[1], gone)
+        return first is not None and names_a_room(first[1], gone)
     return False
 
 

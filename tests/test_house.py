@@ -138,6 +138,8 @@ def test_the_rest_works_without(rooms, tmp_path):
             assert VERBS[room] not in run("--help").stdout
             done = run(VERBS[room], *digits)
         elif room in NETS:
+            former = run("fit", *digits, f"--model.net=project.models.lenet.{NETS[room]}")
+            assert "this copy of the package does not have project.models.zoo" in former.stderr
             done = run("fit", *digits, f"--model.net=project.models.{NETS[room]}")
         elif room in CLASSES:
             done = run("fit", *digits, f"--trainer.callbacks+=project.callbacks.{CLASSES[room]}")
