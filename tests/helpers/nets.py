@@ -20,7 +20,7 @@ class Nets(dict[str, tuple[Callable[..., nn.Module], Shape]]):
     """Nets by name. Without the classic nets' room a test that asks for one of them is skipped (see conftest.py)."""
 
     def __missing__(self, name: str) -> tuple[Callable[..., nn.Module], Shape]:
-        needed("models.zoo", name)
+        needed("models.zoo.googlenet", name)
         raise KeyError(name)
 
 
