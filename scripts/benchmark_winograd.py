@@ -22,18 +22,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils import mkldnn
 
+from project import models
 from project.compression.winograd.choice import WinogradChooser, relative_errors
 from project.compression.winograd.convolution import TILES, WinogradConv2d, count_multiplications, why_not_winograd
 from project.deployment.engines import engines, why_missing
 from project.learning.process import tune_process
-from project.models import BNGoogLeNet, GoogLeNet, InceptionV3, SmallInception
 
-NETS: dict[str, tuple[Callable[..., nn.Module], tuple[int, int, int]]] = {
-    "SmallInception": (SmallInception, (1, 28, 28)),
-    "GoogLeNet": (GoogLeNet, (3, 224, 224)),
-    "BNGoogLeNet": (BNGoogLeNet, (3, 224, 224)),
-    "InceptionV3": (InceptionV3, (3, 299, 299)),
+NETS = {
+    "SmallInception": (1, 28, 28),
+    "GoogLeNet": (3, 224, 224),
+    "BNGoogLeNet": (3, 224, 224),
+    "InceptionV3": (3, 299, 299),
 }
+"""The shape of each net's images."""
 VGG = [(64, 112, 128), (128, 56, 256), (256, 28, 256), (64, 56, 64), (128, 28, 128), (512, 14, 512)]
 """Channels, side and output channels of layers of nets that have only 3x3 convolutions."""
 
@@ -47,7 +48,7 @@ def layers_of(name: str) -> list[Layer]:
     if name == "VGG":
         return [(channels, side, side, out_channels, 1) for channels, side, out_channels in VGG]
     found: dict[Layer, None] = {}
-    net_class, image_shape = NETS[name]
+    net_class, image_shape = getattr(models, name), NETS[name]
 
     def note(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
         if isinstance(layer, nn.Conv2d) and why_not_winograd(layer) is None:
@@ -117,7 +118,7 @@ def compare_layer(layer: Layer, batch_size: int, rounds: int, budget_s: float) -
 
 def compare_net(name: str, batch_size: int, rounds: int, budget_s: float, names: list[str]) -> None:
     """Compare eager PyTorch, with the Winograd layers that ``auto`` chooses, with engines that run the original net."""
-    net_class, image_shape = NETS[name]
+    net_class, image_shape = getattr(models, name), NETS[name]
     torch.manual_seed(0)
     net = net_class(10, image_shape).eval()
     images = torch.randn(batch_size, *image_shape)

@@ -115,7 +115,13 @@ class Format:
 METADATA = {"class_names": ("cat", "dog", "emu"), "image_shape": (1, 8, 8), "mean": (0.3,), "std": (0.4,)}
 NORM = {"class_path": "project.models.BatchNorm"}
 NETS = (
-    {"class_path": "project.models.LeNet300100", "init_args": {"num_classes": 3, "image_shape": [1, 8, 8]}},
+    {
+        "class_path": "project.models.SmallInception",
+        "init_args": {
+            **{"num_classes": 3, "image_shape": [1, 8, 8], "width": 0.25, "stem": [8]},
+            **{"stages": [[256]], "norm": {"class_path": "project.models.NoNorm"}},
+        },
+    },
     {
         "class_path": "project.models.SmallInception",
         "init_args": {
@@ -607,7 +613,7 @@ class YamlFormat(Format):
 _VALUES = (
     *("null", "true", "-1", "0", "1e400", ".nan", ".inf", "[]", "{}", "[[[[]]]]", "''", '"\\u0000"', "&a [*a]", "*a"),
     *("!!python/object/apply:os.system [true]", "!!binary aGk=", "2026-01-01", "0x10", "1_000", "99999999999999999999"),
-    *("os.system", "torch.nn.Linear", "project.models.LeNet5", "{class_path: os.system}", "{a: 1, a: 2}", "---", "..."),
+    *("os.system", "torch.nn.Linear", "project.models.NoNorm", "{class_path: os.system}", "{a: 1, a: 2}", "---", "..."),
     *("[" * 500, "- " * 300, "a: " * 300, "x" * 5000, "é", "\ud83d", "|", ">", "%YAML 9.9", "!!set {a, b}", "<<: *a"),
 )
 _CHARACTERS = ("", ":", "\t", "#", "'", '"', "{", "[", "\0", "\u2028", "-", "9", ".", "é", "\r")
@@ -627,7 +633,7 @@ def _parser() -> Any:
 
         def _run_subcommand(self, subcommand: str) -> None: ...
 
-    return Parsed(["fit", "--data=project.data.Digits", "--model.net=project.models.LeNet5"])
+    return Parsed(["fit", "--data=project.data.Digits", "--model.net=project.models.SmallInception"])
 
 
 def _parse(path: Path) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WHOLE = ("callbacks/observe", "data/sets", "compression", "deployment", "models/kernels", "tuning")
+WHOLE = ("callbacks/observe", "data/sets", "compression", "deployment", "models/kernels", "models/zoo", "tuning")
 """Optional folders. The core is everything else."""
 
 
@@ -25,6 +25,7 @@ class House:
             "deployment/int8",
             "deployment/packed",
             "models/kernels",
+            "models/zoo",
             "tuning",
             "callbacks/observe",
             "data/sets",

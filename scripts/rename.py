@@ -185,7 +185,7 @@ def house_name(root: Path, path: Path) -> str:
 def gone_names(house: House, gone: Sequence[str]) -> set[str]:
     """Class paths that configurations use for what goes: those of the tables of names in the rooms' ``__init__.py``."""
     names = set()
-    for room in ("callbacks", "compression", "data", "deployment", "losses", "tuning"):
+    for room in ("callbacks", "compression", "data", "deployment", "losses", "models", "tuning"):
         path = house.package / room / "__init__.py"
         if path.is_file():
             for name, home in re.findall(r'"(\w+)": "([\w.]+)"', path.read_text(encoding="utf-8")):
@@ -208,7 +208,7 @@ def goes(root: Path, path: Path, house: House, gone: Sequence[str], names: set[s
     if place.parts[0] == "docs" and path.suffix == ".md":
         text = path.read_text(encoding="utf-8")
         first = re.match(r"<!-- room: ([\w/, ]+) -->\n", text)
-        return first is not None and "<!-- /room -->" not in text and names_a_room(first[1], gone)
+        return first is not None and names_a_room(first[1], gone)
     return False
 
 

@@ -1,6 +1,7 @@
 """What all tests share: quiet threads, and runs and data in a folder of the test's own."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,6 +57,11 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 def is_missing_room(error: BaseException) -> bool:
     """Whether an error says that a module of the package is not there, as in a fork without some of the rooms."""
     name = getattr(error, "name", None) or ""
+    if isinstance(error, ImportError) and (what := re.match(r"cannot import name '(\w+)'", str(error))):
+        try:  # Python made an ImportError of this AttributeError
+            getattr(sys.modules.get(name), what[1])
+        except AttributeError as reason:
+            return isinstance(reason, MissingRoomError)
     return isinstance(error, MissingRoomError) or (
         isinstance(error, ModuleNotFoundError) and name.startswith("project.")
     )
@@ -67,7 +73,10 @@ def has_all_rooms() -> bool:
     compression = optional("compression")
     homes = {**project.callbacks._HOMES, **(compression._HOMES if compression else {})}
     files = [folder / f"{home.partition('.')[2].replace('.', '/')}.py" for home in homes.values()]
-    rooms = [folder / room for room in ("compression", "deployment/benchmark", "models/kernels", "tuning")]
+    rooms = [
+        folder / room
+        for room in ("compression", "deployment/benchmark", "models/kernels", "models/zoo", "data/sets", "tuning")
+    ]
     return all(path.is_file() for path in files) and all(room.is_dir() for room in rooms)
 
 
@@ -85,11 +94,21 @@ def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
 
 
 @pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Iterator[None]:
+    """A test whose fixture asks for what was taken out is skipped."""
+    return (yield from skip_without_room())
+
+
+@pytest.hookimpl(wrapper=True)
 def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
     """A test that asks for what was taken out is skipped."""
+    return (yield from skip_without_room())
+
+
+def skip_without_room() -> Iterator[None]:
     try:
         return (yield)
-    except (MissingRoomError, ModuleNotFoundError) as error:
+    except (MissingRoomError, ImportError) as error:
         if is_missing_room(error):
             pytest.skip(str(error))
         raise

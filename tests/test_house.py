@@ -82,6 +82,7 @@ CLASSES = {
     "deployment/int8": "PostTrainingQuantization",
     "deployment/packed": "Packing",
 }
+NETS = {"models/zoo": "LeNet5"}
 
 
 MAIN = """
@@ -136,9 +137,13 @@ def test_the_rest_works_without(rooms, tmp_path):
         if room in VERBS:
             assert VERBS[room] not in run("--help").stdout
             done = run(VERBS[room], *digits)
+        elif room in NETS:
+            former = run("fit", *digits, f"--model.net=project.models.lenet.{NETS[room]}")
+            assert "this copy of the package does not have project.models.zoo" in former.stderr
+            done = run("fit", *digits, f"--model.net=project.models.{NETS[room]}")
         elif room in CLASSES:
             done = run("fit", *digits, f"--trainer.callbacks+=project.callbacks.{CLASSES[room]}")
         else:
             continue
         assert done.returncode != 0 and "Traceback" not in done.stderr, done.stderr
-        assert (VERBS | CLASSES)[room] in done.stderr
+        assert (VERBS | CLASSES | NETS)[room] in done.stderr

@@ -64,8 +64,8 @@ class Exported:
         >>> import torch
         >>> from project.deployment import Metadata
         >>> from project.deployment.export import export
-        >>> from project.models import LeNet300100
-        >>> net = LeNet300100(num_classes=2, image_shape=(1, 8, 8))
+        >>> from project.models import SmallInception
+        >>> net = SmallInception(num_classes=2, image_shape=(1, 8, 8))
         >>> metadata = Metadata(("cat", "dog"), (1, 8, 8), mean=(0.5,), std=(0.25,))
         >>> exported = export(net, "model.pt2", metadata, torch.randn(4, 1, 8, 8), format="pt2")
         >>> exported.path.name, exported.agreement

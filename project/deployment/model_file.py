@@ -40,9 +40,9 @@ class ModelFile:
         >>> import torch
         >>> from project.deployment import Metadata, ModelFile
         >>> from project.deployment.export import export
-        >>> from project.models import LeNet300100
+        >>> from project.models import SmallInception
         >>> metadata = Metadata(("cat", "dog"), (1, 8, 8), mean=(0.5,), std=(0.25,))
-        >>> net = LeNet300100(num_classes=2, image_shape=(1, 8, 8))
+        >>> net = SmallInception(num_classes=2, image_shape=(1, 8, 8))
         >>> _ = export(net, "model.pt2", metadata, torch.randn(4, 1, 8, 8), format="pt2")
         >>> pixels = torch.randint(256, (3, 1, 8, 8), dtype=torch.uint8)
         >>> ModelFile("model.pt2").probabilities(pixels).shape

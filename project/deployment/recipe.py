@@ -49,7 +49,7 @@ class Recipe:
 
         >>> from project.deployment import Recipe
         >>> arguments = {"num_classes": 2, "image_shape": [1, 8, 8]}
-        >>> net = Recipe({"class_path": "project.models.LeNet300100", "init_args": arguments}).build()
+        >>> net = Recipe({"class_path": "project.models.SmallInception", "init_args": arguments}).build()
         >>> next(net.parameters()).device.type
         'meta'
 

@@ -20,6 +20,7 @@ from project.data import ImageDataModule
 from project.frame.net_arguments import give_
 from project.frame.parser import Parser
 from project.frame.paths import Run, as_argument, write_whole
+from project.frame.rooms import optional
 from project.frame.verbs import VERBS, Trainer, with_verb
 from project.learning.checkpoints import check_checkpoint
 from project.learning.classifier import Classifier
@@ -43,10 +44,11 @@ class CLI(LightningCLI):
     Example::
 
         >>> from project.frame import CLI
-        >>> options = ["--data=project.data.Digits", "--model.net=project.models.LeNet300100", "--trainer.max_epochs=5"]
+        >>> net = "--model.net=project.models.SmallInception"
+        >>> options = ["--data=project.data.Digits", net, "--trainer.max_epochs=5"]
         >>> cli = CLI(options, run=False)
         >>> cli.datamodule.num_classes, cli.trainer.max_epochs, type(cli.model.net).__name__
-        (10, 5, 'LeNet300100')
+        (10, 5, 'SmallInception')
 
     Args:
         args: words of the command line; ``None`` takes those of this process.
@@ -57,6 +59,8 @@ class CLI(LightningCLI):
     def __init__(self, args: ArgsType = None, run: bool = True) -> None:
         args = sys.argv[1:] if args is None else args
         self._verbs, trainer_class = VERBS, Trainer
+        for room in ("models.zoo", "data.sets"):  # classes that are loaded can be named without their module
+            optional(room)
         self._outside: dict[str, str] = {}
         if run and isinstance(args, list) and args and _DOTTED.fullmatch(args[0]):
             verb, trainer_class = with_verb(args[0])

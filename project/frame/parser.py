@@ -29,6 +29,7 @@ _UNKNOWN = (
     re.compile(r"[Uu]nrecognized arguments: --(?P<key>[\w.]+)"),
 )
 _NO_MODULE = re.compile(r"No module named '(\w+)'")
+_NO_ROOM = re.compile(rf"No module named '({__name__.partition('.')[0]}\.[\w.]+)'")
 _BULLET = re.compile(r"^\s*- ", re.MULTILINE)
 _OTHER_KINDS = ("Expected a <class 'NoneType'>", "Expected a path but")
 _NESTED = ("Does not validate against any of the Union subtypes", "Not a valid subclass of")
@@ -126,7 +127,9 @@ class Parser(LightningArgumentParser):
             hint = f" Run the command in the folder that holds {absent[1]}.py, or install {absent[1]}."
         if "does not correspond to a subclass of Module" in message:
             hint = " A function that makes a net must say `-> torch.nn.Module`."
-        sys.stderr.write(f"error: {one_sentence(message).rstrip('.')}.{hint} (--help lists all options)\n")
+        sentence = _NO_ROOM.sub(r"this copy of the package does not have \1", one_sentence(message).rstrip("."))
+        stop = "" if sentence.endswith("?") else "."
+        sys.stderr.write(f"error: {sentence}{stop}{hint} (--help lists all options)\n")
         sys.exit(2)
 
     def _nearest(self, message: str) -> str | None:

@@ -1,18 +1,8 @@
 """Networks and their layers. A net is a plain ``nn.Module``: images ``[N, C, H, W]`` -> logits ``[N, num_classes]``."""
 
-from typing import Any
-
-from project.frame.rooms import optional
+from project.frame.rooms import lazily, optional
 from project.models import layers
-from project.models.googlenet import BNGoogLeNet, GoogLeNet
 from project.models.inception_blocks import Inception, NaiveInception
-from project.models.inception_v3 import InceptionV3
-from project.models.inception_v3_blocks import (
-    AsymmetricInception,
-    ExpandedInception,
-    FactorizedInception,
-    GridReduction,
-)
 from project.models.layers import (
     BatchNorm,
     DropPath,
@@ -23,11 +13,24 @@ from project.models.layers import (
     NoNorm,
     ReLU,
 )
-from project.models.lenet import LeNet5, LeNet300100
 from project.models.small_inception import SmallInception
 
 # Imported here, before anybody can replace the `forward` of a class: the kernels remember the original one.
 layers.kernels = optional("models.kernels")
+
+_HOMES = {
+    "AsymmetricInception": "project.models.zoo.inception_v3_blocks",
+    "BNGoogLeNet": "project.models.zoo.googlenet",
+    "Classifier": "project.learning.classifier",  # its former place, which old checkpoints and configurations name
+    "ExpandedInception": "project.models.zoo.inception_v3_blocks",
+    "FactorizedInception": "project.models.zoo.inception_v3_blocks",
+    "GoogLeNet": "project.models.zoo.googlenet",
+    "GridReduction": "project.models.zoo.inception_v3_blocks",
+    "InceptionV3": "project.models.zoo.inception_v3",
+    "LeNet5": "project.models.zoo.lenet",
+    "LeNet300100": "project.models.zoo.lenet",
+}
+"""The modules of the classic nets. Each is imported when its name is first used."""
 
 __all__ = [
     "AsymmetricInception",
@@ -51,11 +54,4 @@ __all__ = [
     "ReLU",
     "SmallInception",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name == "Classifier":  # it was defined here once; old checkpoints and configurations name this place
-        from project.learning.classifier import Classifier
-
-        return Classifier
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = lazily(_HOMES)

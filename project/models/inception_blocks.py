@@ -1,7 +1,7 @@
 """Inception blocks: parallel convolutions of several sizes, whose outputs are concatenated along the channels.
 
 Going deeper with convolutions, Szegedy et al. 2014 (arXiv:1409.4842): figure 2a (naive) and 2b (1x1 bottlenecks). The
-factorised blocks of the third version are in :mod:`project.models.inception_v3_blocks`.
+factorised blocks of the third version are in :mod:`project.models.zoo.inception_v3_blocks`.
 
 Every block takes ``[N, in_channels, H, W]`` and has the attribute ``out_channels``. A factory ``conv`` makes its
 convolutions together with their norm and activation (:func:`project.models.layers.conv_factory`). A factory ``dropout``

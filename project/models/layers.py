@@ -35,7 +35,7 @@ class BatchNorm(nn.BatchNorm2d):
 
         model:
           net:
-            class_path: project.models.LeNet300100
+            class_path: project.models.SmallInception
             init_args: {norm: project.models.BatchNorm}
     """
 

@@ -14,6 +14,7 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
+from project.frame.rooms import optional
 from project.models.inception_blocks import Inception
 from project.models.layers import (
     BatchNorm,
@@ -81,9 +82,10 @@ class SmallInception(nn.Module):
         channels, height, image_width = image_shape
         side = max(height, image_width)
         if not 8 <= min(height, image_width) <= side <= 64:
+            other = "another net" if optional("models.zoo") is None else "project.models.GoogLeNet"
             raise ValueError(
                 f"image_shape is {tuple(image_shape)}, but SmallInception takes sides of 8 to 64 pixels: "
-                "resize the images (data.image_size) or choose project.models.GoogLeNet."
+                f"resize the images (data.image_size) or choose {other}."
             )
         if width <= 0:
             raise ValueError(f"width is {width}, but it multiplies channel counts: choose a number above 0.")

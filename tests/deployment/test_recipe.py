@@ -8,11 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from project import models
 from project.compression import to_plain
 from project.compression.thinning.thin import Thin
 from project.deployment.recipe import Recipe, UntrustedError
-from project.models import BatchNorm, LeNet300100, SmallInception
+from project.models import BatchNorm, SmallInception
 
+NET = {"class_path": "project.models.SmallInception", "init_args": {"num_classes": 5, "image_shape": [1, 8, 8]}}
 LENET = {"class_path": "project.models.LeNet300100", "init_args": {"num_classes": 5, "image_shape": [1, 8, 8]}}
 
 
@@ -41,7 +43,7 @@ def test_arguments_are_objects_and_factories_as_in_a_configuration() -> None:
 
 def test_surgeries_are_replayed() -> None:
     thin = Thin({"fc1": list(range(0, 300, 3))}, {"fc2": list(range(0, 300, 3))})
-    expected = LeNet300100(5, (1, 8, 8))
+    expected = models.LeNet300100(5, (1, 8, 8))
     thin.apply_(expected)
     assert shapes(Recipe(LENET, [to_plain(thin)]).build()) == shapes(expected)
 
@@ -55,8 +57,8 @@ def test_other_code_is_neither_imported_nor_called(path: str) -> None:
     before = set(sys.modules)
     for net in (
         {"class_path": path, "init_args": {}},
-        {**LENET, "init_args": {**LENET["init_args"], "weight_init": path}},
-        {**LENET, "init_args": {**LENET["init_args"], "norm": {"class_path": path, "init_args": {"command": "true"}}}},
+        {**NET, "init_args": {**NET["init_args"], "weight_init": path}},
+        {**NET, "init_args": {**NET["init_args"], "norm": {"class_path": path, "init_args": {"command": "true"}}}},
     ):
         with pytest.raises(UntrustedError, match="--trust"):
             Recipe(net).build(trust=["", "o"])
@@ -91,8 +93,8 @@ def test_a_trusted_package_is_imported(tmp_path: Path, monkeypatch: pytest.Monke
         {**LENET, "init_args": {"num_classes": 10**12, "image_shape": [10**6, 10**6, 10**6]}},
         {**LENET, "init_args": {**LENET["init_args"], "num_classes": 10**400}},
         {"class_path": "torch.nn.LayerNorm", "init_args": {"normalized_shape": [10**12], "device": "cpu"}},
-        {"class_path": "project.models.SmallInception", "init_args": {**LENET["init_args"], "stem": [8] * 10**5}},
-        {"class_path": "project.models.SmallInception", "init_args": {**LENET["init_args"], "width": 1e300}},
+        {**NET, "init_args": {**NET["init_args"], "stem": [8] * 10**5}},
+        {**NET, "init_args": {**NET["init_args"], "width": 1e300}},
     ],
 )
 def test_a_huge_net_takes_no_memory(net: dict) -> None:

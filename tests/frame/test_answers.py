@@ -249,7 +249,7 @@ class Forgets(BatchTransform):
 )
 def test_a_mistake_in_a_data_set_of_ones_own(name, expected, command, logs, here):
     (here / "own_data.py").write_text(DATA)
-    options = [f"--data=own_data.{name}", "--data.batch_size=16", "--model.net=project.models.LeNet300100"]
+    options = [f"--data=own_data.{name}", "--data.batch_size=16", "--model.net=project.models.SmallInception"]
     wrong = ["--data.augment+=own_data.Forgets"] if name == "Good" else []
     answer = refusal(command("fit", *options, *wrong, "--trainer.max_epochs=1", "--trainer.observe=false"))
     assert expected in answer

@@ -10,53 +10,65 @@ from torch import Tensor, nn
 from project.compression import to_plain
 from project.compression.thinning.thin import Thin, Units, plan_thinning, units_of
 from project.deployment.recipe import Recipe
-from project.models import (
-    BatchNorm,
-    BNGoogLeNet,
-    DropPath,
-    GoogLeNet,
-    InceptionV3,
-    InstanceNorm,
-    LeNet5,
-    LeNet300100,
-    NoNorm,
-    SmallInception,
-)
+from project.frame.rooms import needed, optional
+from project.models import BatchNorm, DropPath, InstanceNorm, NoNorm, SmallInception
 
 Shape = tuple[int, int, int]
-NETS: dict[str, tuple[Callable[..., nn.Module], Shape]] = {
-    "SmallInception-8": (partial(SmallInception, stem=(16,), stages=((64,),)), (1, 8, 8)),
-    "SmallInception-28": (partial(SmallInception, stem=(16, 24), stages=((64,), (128,))), (1, 28, 28)),
-    "SmallInception-64x48": (partial(SmallInception, width=0.25, stages=((96, 64), (64,), (128,))), (3, 64, 48)),
-    "GoogLeNet-32": (partial(GoogLeNet, width=0.125), (3, 32, 32)),
-    "BNGoogLeNet-48": (partial(BNGoogLeNet, width=0.125, factorized=True), (1, 48, 48)),
-    "InceptionV3-75": (partial(InceptionV3, width=0.125), (3, 75, 75)),
-    "LeNet300100-9x5": (LeNet300100, (3, 9, 5)),
-    "LeNet5-28x19": (LeNet5, (3, 28, 19)),
-}
-OTHERS: dict[str, tuple[Callable[..., nn.Module], Shape]] = {
-    "instance norm": (partial(SmallInception, norm=InstanceNorm, width=0.5, activation=nn.SiLU), (3, 16, 16)),
-    "no norm": (partial(SmallInception, norm=NoNorm, width=0.5, activation=nn.GELU), (3, 16, 16)),
-    "instance norm on 1x1": (partial(BNGoogLeNet, norm=InstanceNorm, width=0.125), (1, 32, 32)),
-    "normed vectors": (partial(LeNet300100, norm=BatchNorm, activation=nn.Tanh), (1, 8, 8)),
-    "1x1 before flatten": (partial(LeNet5, norm=InstanceNorm, conv_activation=nn.PReLU), (1, 16, 16)),
-    "dropout": (
-        partial(SmallInception, width=0.5, conv_dropout=0.5, conv_dropout_type=DropPath, fc_dropout=0.5),
-        (1, 28, 28),
-    ),
-}
+
+
+class Nets(dict[str, tuple[Callable[..., nn.Module], Shape]]):
+    """Nets by name. Without the classic nets' room a test that asks for one of them is skipped (see conftest.py)."""
+
+    def __missing__(self, name: str) -> tuple[Callable[..., nn.Module], Shape]:
+        needed("models.zoo.googlenet", name)
+        raise KeyError(name)
+
+
+NETS = Nets(
+    {
+        "SmallInception-8": (partial(SmallInception, stem=(16,), stages=((64,),)), (1, 8, 8)),
+        "SmallInception-28": (partial(SmallInception, stem=(16, 24), stages=((64,), (128,))), (1, 28, 28)),
+        "SmallInception-64x48": (partial(SmallInception, width=0.25, stages=((96, 64), (64,), (128,))), (3, 64, 48)),
+    }
+)
+OTHERS = Nets(
+    {
+        "instance norm": (partial(SmallInception, norm=InstanceNorm, width=0.5, activation=nn.SiLU), (3, 16, 16)),
+        "no norm": (partial(SmallInception, norm=NoNorm, width=0.5, activation=nn.GELU), (3, 16, 16)),
+        "dropout": (
+            partial(SmallInception, width=0.5, conv_dropout=0.5, conv_dropout_type=DropPath, fc_dropout=0.5),
+            (1, 28, 28),
+        ),
+    }
+)
+if optional("models.zoo"):
+    from project.models import BNGoogLeNet, GoogLeNet, InceptionV3, LeNet5, LeNet300100
+
+    NETS |= {
+        "GoogLeNet-32": (partial(GoogLeNet, width=0.125), (3, 32, 32)),
+        "BNGoogLeNet-48": (partial(BNGoogLeNet, width=0.125, factorized=True), (1, 48, 48)),
+        "InceptionV3-75": (partial(InceptionV3, width=0.125), (3, 75, 75)),
+        "LeNet300100-9x5": (LeNet300100, (3, 9, 5)),
+        "LeNet5-28x19": (LeNet5, (3, 28, 19)),
+    }
+    OTHERS |= {
+        "instance norm on 1x1": (partial(BNGoogLeNet, norm=InstanceNorm, width=0.125), (1, 32, 32)),
+        "normed vectors": (partial(LeNet300100, norm=BatchNorm, activation=nn.Tanh), (1, 8, 8)),
+        "1x1 before flatten": (partial(LeNet5, norm=InstanceNorm, conv_activation=nn.PReLU), (1, 16, 16)),
+    }
+ALL = Nets(NETS | OTHERS)
 SMALL = ["SmallInception-28", "GoogLeNet-32", "LeNet5-28x19"]
 
 
 def build(name: str, seed: int = 0) -> nn.Module:
-    net_class, image_shape = {**NETS, **OTHERS}[name]
+    net_class, image_shape = ALL[name]
     torch.manual_seed(seed)
     return net_class(5, image_shape)
 
 
 def recipe_of(name: str, surgeries: tuple[Thin, ...] = ()) -> Recipe:
     """The plain values of one of these nets, as a configuration would have them."""
-    maker, image_shape = {**NETS, **OTHERS}[name]
+    maker, image_shape = ALL[name]
     kind, options = (maker.func, maker.keywords) if isinstance(maker, partial) else (maker, {})
     plain = {key: {"class_path": _path(value)} if isinstance(value, type) else value for key, value in options.items()}
     arguments = {"num_classes": 5, "image_shape": image_shape, **plain}
@@ -68,12 +80,12 @@ def _path(kind: type) -> str:
 
 
 def images_for(name: str) -> Tensor:
-    return torch.randn(8, *{**NETS, **OTHERS}[name][1], generator=torch.Generator().manual_seed(1))
+    return torch.randn(8, *ALL[name][1], generator=torch.Generator().manual_seed(1))
 
 
 @cache
 def units_by_layer(name: str) -> dict[str, Units]:
-    return units_of(build(name), {**NETS, **OTHERS}[name][1])
+    return units_of(build(name), ALL[name][1])
 
 
 def choose(units: dict[str, Units], sparsity: float) -> dict[str, list[int]]:
@@ -141,7 +153,7 @@ def masked_and_thinned(name: str, sparsity: float) -> tuple[nn.Module, nn.Module
     removed = choose(units, sparsity)
     mask_(net, units, removed)
     enliven_(net, images_for(name))
-    plan = plan_thinning(net, removed, {**NETS, **OTHERS}[name][1])
+    plan = plan_thinning(net, removed, ALL[name][1])
     thinned = deepcopy(net)
     plan.apply_(thinned)
     return net, thinned, plan

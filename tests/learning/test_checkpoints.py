@@ -10,15 +10,17 @@ import torch
 
 from project.learning import Classifier
 from project.learning.checkpoints import check_checkpoint, load_net
-from project.models import LeNet300100
+from project.models import SmallInception
 
-NET = {"class_path": "project.models.LeNet300100", "init_args": {"num_classes": 2, "image_shape": [1, 8, 8]}}
+ARGUMENTS = {"num_classes": 2, "image_shape": [1, 8, 8], "width": 0.25}
+NET = {"class_path": "project.models.SmallInception", "init_args": ARGUMENTS}
 
 
 @pytest.fixture
 def module() -> Classifier:
     torch.manual_seed(0)
-    return Classifier(net=LeNet300100(2, (1, 8, 8)), num_classes=2, image_shape=(1, 8, 8), class_names=("a", "b"))
+    net = SmallInception(2, (1, 8, 8), width=0.25)
+    return Classifier(net=net, num_classes=2, image_shape=(1, 8, 8), class_names=("a", "b"))
 
 
 def content_of(module: Classifier) -> dict[str, Any]:
@@ -51,8 +53,8 @@ def test_one_wrong_bit_is_seen(module: Classifier, tmp_path: Path) -> None:
     """torch does not check the checksums of a file."""
     path = tmp_path / "x.ckpt"
     content = bytearray(write(content_of(module), path))
-    assert torch.equal(read(path).net.fc1.weight, module.net.fc1.weight)
-    place = content.find(module.net.fc1.weight.detach().numpy().tobytes()[:64])
+    assert torch.equal(read(path).net.fc.weight, module.net.fc.weight)
+    place = content.find(module.net.fc.weight.detach().numpy().tobytes()[:64])
     content[place + 40] ^= 1
     path.write_bytes(content)
     for reader in (check_checkpoint, lambda path: load_net(module, path)):
@@ -74,7 +76,7 @@ def test_parts_that_do_not_fit_are_refused(module: Classifier, tmp_path: Path) -
 @pytest.mark.parametrize(
     "odd",
     [
-        *({"state_dict": state} for state in (None, [], {"net.fc1.weight": 3}, {})),
+        *({"state_dict": state} for state in (None, [], {"net.fc.weight": 3}, {})),
         *({"surgeries": surgeries} for surgeries in (3, [3], [{}], [{"type": "Thin"}], [{"type": "os.system"}])),
         *({"hyper_parameters": values} for values in (3, {"net": 3}, {"net": NET, "num_classes": "x"})),
     ],

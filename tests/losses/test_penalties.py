@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from project.losses import MaxNorm, Penalties
-from project.models import LeNet5, SmallInception
+from project.models import SmallInception
 
 
 @pytest.fixture
@@ -43,8 +43,7 @@ def test_gradient_is_the_formula_for_each_kind_and_nothing_else(net):
         ({"l2_fc": 2.0}, lambda conv, fc: sum(w.square().sum() for w in fc)),
     ],
 )
-def test_each_strength_acts_on_its_kind_alone(strengths, expected):
-    net = LeNet5(10, (1, 28, 28))
+def test_each_strength_acts_on_its_kind_alone(strengths, expected, net):
     conv, fc = ([m.weight for m in net.modules() if isinstance(m, kind)] for kind in (nn.Conv2d, nn.Linear))
     assert conv and fc
     found = Penalties(**strengths)(net).double()

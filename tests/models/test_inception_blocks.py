@@ -3,17 +3,7 @@ import torch
 from torch import nn
 
 from project.metrics.complexity import count_macs, count_parameters
-from project.models import (
-    AsymmetricInception,
-    DropPath,
-    ExpandedInception,
-    FactorizedInception,
-    GridReduction,
-    Inception,
-    NaiveInception,
-    NoNorm,
-    ReLU,
-)
+from project.models import DropPath, Inception, NaiveInception, NoNorm, ReLU
 from project.models.inception_blocks import Branches
 from project.models.layers import ConvNormAct, conv_factory
 
@@ -21,11 +11,6 @@ BLOCKS = {
     "figure 2a": (NaiveInception, (8, 16, 4), {}, 8 + 16 + 4 + 10),
     "figure 2b": (Inception, (8, 6, 16, 2, 4, 5), {}, 8 + 16 + 4 + 5),
     "figure 2b factorized": (Inception, (8, 6, 16, 2, 4, 5), {"factorized": True}, 8 + 16 + 4 + 5),
-    "figure 5": (FactorizedInception, (8, 6, 16, 2, 4, 5), {}, 8 + 16 + 4 + 5),
-    "figure 5, 5x5": (FactorizedInception, (8, 6, 16, 2, 4, 5), {"kernel_size": 5}, 8 + 16 + 4 + 5),
-    "figure 6": (AsymmetricInception, (8, 6, 9, 11, 5), {}, 8 + 9 + 11 + 5),
-    "figure 6, n = 3": (AsymmetricInception, (8, 6, 9, 11, 5), {"kernel_size": 3}, 8 + 9 + 11 + 5),
-    "figure 7": (ExpandedInception, (8, 6, 9, 7, 11, 5), {}, 8 + 2 * 9 + 2 * 11 + 5),
 }
 
 
@@ -36,17 +21,6 @@ def test_blocks_keep_the_size_and_say_their_width(name: str, side: int) -> None:
     block = block_class(10, *widths, **options)
     assert block.out_channels == out_channels
     assert block(torch.randn(2, 10, side, side + 1)).shape == (2, out_channels, side, side + 1)
-
-
-@pytest.mark.parametrize("options", [{}, {"kernel_size": 7}])
-@pytest.mark.parametrize("reduce_middle", [0, 6])
-@pytest.mark.parametrize("side", [3, 8, 35])
-def test_grid_reduction_halves_the_map_and_keeps_the_input_channels(
-    side: int, reduce_middle: int, options: dict[str, int]
-) -> None:
-    block = GridReduction(10, reduce_middle, 16, 4, 7, **options)
-    assert block(torch.randn(2, 10, side, 9)).shape == (2, block.out_channels, (side - 1) // 2, 4)
-    assert block.out_channels == 16 + 7 + 10
 
 
 def weights(net: nn.Module) -> int:
@@ -88,11 +62,6 @@ def test_one_sided_pairs_cost_2_nths_of_a_square(n: int) -> None:
     [
         (Inception(4, 1, 1, 1, 2, 2, 1, conv=conv_factory(NoNorm, nn.Identity)), "conv5x5", 5),
         (Inception(4, 1, 1, 1, 2, 2, 1, factorized=True, conv=conv_factory(NoNorm, nn.Identity)), "conv5x5", 5),
-        (FactorizedInception(4, 1, 1, 1, 2, 2, 1, conv=conv_factory(NoNorm, nn.Identity)), "long", 5),
-        (AsymmetricInception(4, 1, 2, 2, 2, 1, conv=conv_factory(NoNorm, nn.Identity)), "middle", 7),
-        (AsymmetricInception(4, 1, 2, 2, 2, 1, conv=conv_factory(NoNorm, nn.Identity)), "long", 13),
-        (ExpandedInception(4, 1, 2, 2, 2, 2, 1, conv=conv_factory(NoNorm, nn.Identity)), "middle", 3),
-        (ExpandedInception(4, 1, 2, 2, 2, 2, 1, conv=conv_factory(NoNorm, nn.Identity)), "long", 5),
     ],
 )
 def test_branches_see_the_pixels_that_the_figure_gives_them(block: Branches, branch: str, side: int) -> None:

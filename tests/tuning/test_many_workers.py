@@ -15,6 +15,9 @@ import pytest
 import yaml
 from helpers.postgres import postgres
 
+from project.frame.rooms import needed
+
+needed("models.zoo.lenet", "LeNet300100")  # the net of these studies, which trains in a moment
 ROOT = Path(__file__).resolve().parents[2]
 NUM_TRIALS = 40
 TINY = {

@@ -10,9 +10,11 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
 from project.frame.paths import Run
+from project.frame.rooms import needed
 from project.tuning.plan import Plan
 from project.tuning.study import tune
 
+needed("models.zoo.lenet", "LeNet300100")  # the net of these studies, which trains in a moment
 ROOT = Path(__file__).resolve().parents[2]
 LR = "model.optimizer.init_args.lr"
 DEGREES = "data.init_args.augment.0.init_args.degrees"

@@ -25,13 +25,16 @@ class Group:
 
     Example::
 
+        >>> from torch import nn
         >>> from project.compression import Pruner
-        >>> from project.models import LeNet5
-        >>> net = LeNet5(num_classes=10, image_shape=(1, 28, 28))
-        >>> for group in Pruner("units").groups(net, image_shape=(1, 28, 28)):
+        >>> net = nn.Sequential(
+        ...     *(nn.Conv2d(1, 6, 5), nn.ReLU(), nn.Conv2d(6, 8, 5), nn.ReLU()),
+        ...     *(nn.Flatten(), nn.Linear(8 * 4 * 4, 20), nn.ReLU(), nn.Linear(20, 10)),
+        ... )
+        >>> for group in Pruner("units").groups(net, image_shape=(1, 12, 12)):
         ...     print(group.layer, group.parameters, group.readers)
-        conv2.conv ('conv2.conv.weight', 'conv2.conv.bias') {'fc1': 16}
-        fc1 ('fc1.weight', 'fc1.bias') {'fc2': 1}
+        2 ('2.weight', '2.bias') {'5': 16}
+        5 ('5.weight', '5.bias') {'7': 1}
 
     Args:
         layer: the layer's name in ``net.named_modules()``.

@@ -38,12 +38,12 @@ class Units:
 
     Example::
 
+        >>> from torch import nn
         >>> from project.compression import units_of
-        >>> from project.models import LeNet5
-        >>> net = LeNet5(num_classes=10, image_shape=(1, 28, 28))
-        >>> units = units_of(net, image_shape=(1, 28, 28))["conv2.conv"]
+        >>> net = nn.Sequential(nn.Conv2d(1, 8, 5), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 4 * 4, 10))
+        >>> units = units_of(net, image_shape=(1, 8, 8))["0"]
         >>> units.num, units.parameters, units.readers
-        (50, ('conv2.conv.weight', 'conv2.conv.bias'), {'fc1': 16})
+        (8, ('0.weight', '0.bias'), {'3': 16})
 
     Args:
         num: number of units, 1 or more.

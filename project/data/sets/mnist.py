@@ -129,7 +129,7 @@ class MNIST(IdxDataModule):
           class_path: project.data.MNIST
           init_args: {batch_size: 128, val_fraction: 0.1}
         model:
-          net: project.models.LeNet5
+          net: project.models.SmallInception
     """
 
     class_names = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")

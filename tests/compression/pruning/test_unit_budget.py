@@ -7,19 +7,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from project import models
 from project.compression.pruning.masks import Group, Masks, apply_masks_, removed_units, thinned_macs
 from project.compression.pruning.pruner import Pruner
 from project.compression.pruning.unit_budget import Macs, least_units, take_cheapest
 from project.compression.thinning.thin import plan_thinning
 from project.metrics.complexity import count_macs
-from project.models import BNGoogLeNet, InceptionV3, LeNet5, SmallInception
+from project.models import SmallInception
 
 SHAPE = (1, 16, 16)
 NETS = {
     "SmallInception": (lambda: SmallInception(10, SHAPE, width=0.5), SHAPE),
-    "LeNet5": (lambda: LeNet5(10, (1, 28, 28)), (1, 28, 28)),
-    "BNGoogLeNet": (lambda: BNGoogLeNet(10, (3, 64, 64), width=0.25), (3, 64, 64)),
-    "InceptionV3": (lambda: InceptionV3(10, (3, 75, 75), width=0.125), (3, 75, 75)),
+    "LeNet5": (lambda: models.LeNet5(10, (1, 28, 28)), (1, 28, 28)),
+    "BNGoogLeNet": (lambda: models.BNGoogLeNet(10, (3, 64, 64), width=0.25), (3, 64, 64)),
+    "InceptionV3": (lambda: models.InceptionV3(10, (3, 75, 75), width=0.125), (3, 75, 75)),
 }
 
 

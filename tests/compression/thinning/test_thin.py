@@ -20,14 +20,10 @@ from helpers.nets import (
 )
 from torch import Tensor, nn
 
+from project import models
 from project.compression.thinning.thin import Thin, Units, plan_thinning, units_of, why_not
 from project.metrics.complexity import count_macs, count_parameters
-from project.models import (
-    GroupNorm,
-    LayerNorm,
-    LeNet300100,
-    SmallInception,
-)
+from project.models import GroupNorm, LayerNorm, SmallInception
 from project.models.inception_blocks import Branches, NaiveInception
 from project.models.layers import GlobalAvgPool
 from project.models.surgery import replay_, to_plain
@@ -354,7 +350,7 @@ def test_plans_that_can_not_be_are_refused(removed: dict[str, list[int]], messag
 def test_nets_that_the_plan_does_not_fit_are_refused_untouched() -> None:
     plan = plan_thinning(build("LeNet5-28x19"), {"conv1.conv": [0], "fc1": [5]}, (3, 28, 19))
     for other, message in [
-        (LeNet300100(5, (3, 28, 19)), "LeNet300100 has no layer conv1.conv"),
+        (models.LeNet300100(5, (3, 28, 19)), "LeNet300100 has no layer conv1.conv"),
         (SmallInception(5, (1, 28, 28)), "SmallInception has no layer"),
     ]:
         before = {key: value.clone() for key, value in other.state_dict().items()}

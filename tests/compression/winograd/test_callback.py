@@ -10,6 +10,7 @@ from helpers.pruning_run import DigitsOnce, TinyNet, fit, pruning, weights_of
 from lightning.pytorch import Callback
 from torch import nn
 
+from project import models
 from project.callbacks import LowRank, PostTrainingQuantization, WinogradConvolutions
 from project.compression import OneShot, WinogradConv2d
 from project.compression.report_rows import read_report
@@ -18,7 +19,7 @@ from project.deployment.model_file import ModelFile
 from project.frame.paths import Run
 from project.frame.verbs import Trainer
 from project.learning.checkpoints import load_net
-from project.models import Classifier, LeNet300100
+from project.models import Classifier
 from project.models.kernels.build import library
 
 
@@ -107,7 +108,7 @@ def refused(callbacks: list[Callback], net: nn.Module | None = None) -> str:
 
 
 def test_set_ups_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "LeNet300100 has no convolution of 3x3" in refused([winograd("auto")], LeNet300100(10, (1, 8, 8)))
+    assert "LeNet300100 has no convolution of 3x3" in refused([winograd("auto")], models.LeNet300100(10, (1, 8, 8)))
     assert "include has 'stem', which finds no" in refused([winograd("auto", include=["stem"])])
     for later in (LowRank(1), pruning()):
         assert f"stands before {type(later).__name__}" in refused([winograd("auto"), later])

@@ -9,10 +9,10 @@ import torch
 from helpers.nets import NETS, build, images_for
 from torch import nn
 
+from project import models
 from project.compression import Winograd, WinogradChooser, WinogradConv2d
 from project.compression.winograd.choice import ERROR_LIMITS, relative_errors
 from project.compression.winograd.convolution import TILES
-from project.models import LeNet300100
 from project.models.kernels.build import library
 
 
@@ -145,4 +145,4 @@ def test_bad_input_is_answered_in_one_sentence(options, message):
 
 def test_a_net_without_such_layers_is_refused():
     with pytest.raises(ValueError, match=r"LeNet300100 has no convolution of 3x3 with stride 1.*leave it out"):
-        WinogradChooser().layers(LeNet300100(5, NETS["LeNet300100-9x5"][1]))
+        WinogradChooser().layers(models.LeNet300100(5, NETS["LeNet300100-9x5"][1]))

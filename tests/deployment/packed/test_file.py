@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.nets import NETS, OTHERS, build, images_for, masked_and_thinned, recipe_of
+from helpers.nets import ALL, NETS, OTHERS, build, images_for, masked_and_thinned, recipe_of
 from PIL import Image
 from torch import Tensor, nn
 
+from project import models
 from project.compression import to_plain
 from project.deployment.export import export
 from project.deployment.model_file import Metadata, ModelFile
@@ -24,7 +25,6 @@ from project.deployment.packed import packing
 from project.deployment.packed.file import open_packed, write_packed
 from project.deployment.recipe import Recipe
 from project.frame.paths import Run
-from project.models import LeNet300100
 
 CLASSES = ("null", "eins", "zwei", "drei", "für")
 
@@ -35,7 +35,7 @@ def read_csv(path: Path) -> list[dict[str, str]]:
 
 
 def metadata_of(name: str) -> Metadata:
-    shape = {**NETS, **OTHERS}[name][1]
+    shape = ALL[name][1]
     return Metadata(CLASSES, shape, (0.3,) * shape[0], (0.4,) * shape[0])
 
 
@@ -101,7 +101,7 @@ def test_minus_zeros_of_a_mask_are_zeros(tmp_path: Path) -> None:
 
 def test_the_table_has_the_papers_arithmetic(tmp_path: Path) -> None:
     """LeNet-300-100's first layer at 8 % kept and six bits: pruning alone is 32 / (0.08 (32 + 5)), and so on."""
-    net = LeNet300100(10, (1, 28, 28))
+    net = models.LeNet300100(10, (1, 28, 28))
     generator = torch.Generator().manual_seed(0)
     weight = torch.randint(1, 65, net.fc1.weight.shape, generator=generator) / 64
     net.fc1.weight.data = weight * (torch.rand(weight.shape, generator=generator) < 0.08)

@@ -20,12 +20,6 @@ from functools import partial
 from torch import Tensor, nn
 
 from project.models.inception_blocks import Branches
-from project.models.inception_v3_blocks import (
-    AsymmetricInception,
-    ExpandedInception,
-    FactorizedInception,
-    GridReduction,
-)
 from project.models.layers import (
     BatchNorm,
     ConvFactory,
@@ -41,6 +35,12 @@ from project.models.layers import (
     init_weights_,
     make_dropout,
     scale_widths,
+)
+from project.models.zoo.inception_v3_blocks import (
+    AsymmetricInception,
+    ExpandedInception,
+    FactorizedInception,
+    GridReduction,
 )
 
 STEM = (32, 32, 64, 80, 192)
