@@ -41,7 +41,7 @@ from project.data import BatchTransform
 class Aug(BatchTransform):
     def __init__(self, strength: float = 1):
         super().__init__()
-        self.strength = strenght
+        self.strength = forte
     def forward(self, images, random):
         return images
 
@@ -62,7 +62,7 @@ class Reason(Callback):
 @pytest.mark.parametrize(
     ("option", "expected"),
     [
-        ("--data.augment+=own_parts.Aug", "own_parts.py, line 8, in __init__: NameError: name 'strenght' is not"),
+        ("--data.augment+=own_parts.Aug", "own_parts.py, line 8, in __init__: NameError: name 'forte' is not"),
         ("--data.augment+=own_parts.Tensors", "own_parts.py, line 14, in forward: AttributeError: 'Tensor' object"),
         ("--data.augment+=own_parts.Agu", "Did you mean 'Aug'?"),
         ("--data.augment=own_parts.Aug", "augment: Expected a list"),
