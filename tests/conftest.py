@@ -108,9 +108,12 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 def skip_without_room() -> Iterator[None]:
     try:
         return (yield)
-    except (MissingRoomError, ImportError) as error:
-        if is_missing_room(error):
-            pytest.skip(str(error))
+    except (MissingRoomError, ImportError, AssertionError) as error:
+        cause: BaseException | None = error  # pytest.raises answers another ValueError with an AssertionError
+        while cause is not None and not is_missing_room(cause):
+            cause = cause.__cause__ or cause.__context__
+        if cause is not None:
+            pytest.skip(str(cause))
         raise
 
 
