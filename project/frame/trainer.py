@@ -151,6 +151,8 @@ class RunTrainer(pl.Trainer):
         """
         if isinstance(model, Classifier):
             model.check_fit(mixed=getattr(datamodule, "mix", None) is not None)
+        if ckpt_path is None and resume is None:
+            self._check_trains()
         new = resume is None
         if resume is not None:
             self.run = Run.find(resume)
@@ -270,7 +272,10 @@ class RunTrainer(pl.Trainer):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning calls this for each of its verbs, in each process."""
         with self.own_kernels():
-            return super()._run(*args, **kwargs)
+            result = super()._run(*args, **kwargs)
+        if self.state.fn == "fit" and kwargs.get("ckpt_path") is None and self.global_step == 0:
+            raise ValueError("the run ended before its first step: raise trainer.max_time, or give it more images.")
+        return result
 
     def own_kernels(self) -> AbstractContextManager[None]:
         """A context in which the C kernels of this process are on or off, as this trainer's ``kernels`` says."""
@@ -314,6 +319,14 @@ class RunTrainer(pl.Trainer):
         self.loggers = [*loggers, self._csv]
         for callback in self._without_folder:
             callback.dirpath = str(self.run.checkpoints)
+
+    def _check_trains(self) -> None:
+        """Refuse a fit without a step, which would test random weights."""
+        limits = {"max_epochs": self.max_epochs, "max_steps": self.max_steps}
+        limits["limit_train_batches"] = self.limit_train_batches  # type: ignore[assignment]
+        zeros = [f"trainer.{name}" for name, value in limits.items() if value == 0]
+        if zeros:
+            raise ValueError(f"{zeros[0]} is 0, so nothing would be trained: choose 1 or more, or give --ckpt_path.")
 
     def _discard_run(self, new: bool) -> None:
         """Delete the folder of a new run that failed before its first step."""

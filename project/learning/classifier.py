@@ -5,6 +5,7 @@ the same paper.
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import MutableMapping
@@ -201,6 +202,24 @@ class Classifier(LightningModule):
         with torch.no_grad():
             self.max_norm(self.net)
 
+    def on_train_start(self) -> None:
+        """Refuse a schedule that follows a metric of the validation if no epoch ends with one.
+
+        Raises:
+            ValueError: if that is so.
+        """
+        trainer = self.trainer
+        monitor = next((str(config.monitor) for config in trainer.lr_scheduler_configs if config.reduce_on_plateau), "")
+        if not monitor.startswith("val/"):
+            return
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()  # a resumed run may not have loaded these images yet
+        if not (trainer.enable_validation and any(trainer.num_val_batches) and trainer.check_val_every_n_epoch):
+            raise ValueError(
+                f"the schedule {type(self.schedule).__name__} follows {monitor}, but no epoch ends with a validation: "
+                "set data.val_fraction, trainer.limit_val_batches and trainer.check_val_every_n_epoch above 0, or let "
+                "model.schedule.init_args.monitor be train/loss."
+            )
+
     def on_train_epoch_start(self) -> None:
         self._train_sums = None
 
@@ -303,14 +322,18 @@ class Classifier(LightningModule):
         scale = self._lr_scale()
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * scale * (self.phase.lr_factor if self.phase else 1.0)
-        total_steps = int(self.trainer.estimated_stepping_batches)
+        if self.trainer.train_dataloader is None:  # Lightning does not count the batches if the run has no last epoch
+            self.trainer.fit_loop.setup_data()
+        total_steps = self.trainer.estimated_stepping_batches
         steps_per_epoch = total_steps / max(self.trainer.max_epochs or 1, 1)
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:  # the epochs do not give total_steps
-            steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+            steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         first_step = 0
         if self.phase is not None:  # the schedule has the length of the phase, not of the run
             total_steps, first_step = round(self.phase.epochs * steps_per_epoch), self.phase.first_step
         scheduler = self.schedule.build(optimizer, total_steps, steps_per_epoch, scale, first_step)
+        if scheduler.get("monitor", "").startswith("val/"):  # an epoch without a validation has no new value
+            scheduler["frequency"] = self.trainer.check_val_every_n_epoch or 1
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
 
     def parameter_groups(self) -> list[dict[str, Any]]:
