@@ -117,7 +117,7 @@ class RunTrainer(pl.Trainer):
         self.origin: Run | None = None
         """The run whose checkpoint the last fit has continued; ``None`` without one."""
         self.configuration: dict[str, Any] | None = None
-        """All values of a run, as in its config.yaml. Only the command line of ``tune`` sets them."""
+        """All values of a run, as in its config.yaml. Only the command line of the verbs that need them sets them."""
         self.searched: dict[str, Any] = {}
         """The values that a study has chosen for this run."""
         self._wanted_loggers = logger
