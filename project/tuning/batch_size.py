@@ -180,7 +180,7 @@ def borrowed(model: Any) -> Iterator[None]:
     """Train a classifier with a constant rate for a while; its schedule, weights and mode are restored.
 
     Args:
-        model: classifier to train.
+        model: classifier that is trained inside the context.
     """
     schedule, training = model.schedule, model.training
     state = {name: value.detach().clone() for name, value in model.state_dict().items()}

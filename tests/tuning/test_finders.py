@@ -168,10 +168,10 @@ def test_a_size_that_hangs_or_kills_the_process_does_not_fit(command, digits, lo
     digits = [option for option in digits if "width" not in option]
     net = ["--model.net=narrow_net.Narrow", f"--model.net.init_args.how={how}", "--trainer.kernels=off"]
     began = time.perf_counter()
-    status, out, err = command("find_batch_size", *digits, *net, "--patience_s=20")
+    status, out, err = command("find_batch_size", *digits, *net, "--patience_s=30")
     assert status == 0, err
     assert re.search(r"batch_size 32$", out, re.MULTILINE) and reason in out
-    assert time.perf_counter() - began < 90
+    assert time.perf_counter() - began < 300, "the net sleeps for 600 seconds"
     assert not list(logs.glob("*/version_*"))
 
 
