@@ -260,11 +260,13 @@ class _OtherProcess:
         self._process.start()
         theirs.close()
         try:
-            ready = self._connection.poll(2 * self._patience_s) and self._connection.recv()
+            ready = self._connection.poll(self._patience_s) and self._connection.recv()
         except (EOFError, OSError):
             ready = False
         if not ready:
-            raise ValueError(f"the process that tries the sizes did not start ({self._stop()}): free some memory.")
+            raise ValueError(
+                f"the process that tries the sizes did not start ({self._stop()}): free some memory, or raise --patience_s."
+            )
 
     def _stop(self) -> str:
         """End the process, and say in words how it ended."""
