@@ -265,7 +265,8 @@ class _OtherProcess:
             ready = False
         if not ready:
             raise ValueError(
-                f"the process that tries the sizes did not start ({self._stop()}): free some memory, or raise --patience_s."
+                f"the process that tries the sizes did not start ({self._stop()}): free some memory, or raise "
+                "--patience_s."
             )
 
     def _stop(self) -> str:
