@@ -5,6 +5,7 @@ the same paper.
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import MutableMapping
@@ -320,10 +321,12 @@ class Classifier(LightningModule):
         scale = self._lr_scale()
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * scale * (self.phase.lr_factor if self.phase else 1.0)
-        total_steps = int(self.trainer.estimated_stepping_batches)
+        if self.trainer.train_dataloader is None:  # Lightning does not count the batches if the run has no last epoch
+            self.trainer.fit_loop.setup_data()
+        total_steps = self.trainer.estimated_stepping_batches
         steps_per_epoch = total_steps / max(self.trainer.max_epochs or 1, 1)
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:  # the epochs do not give total_steps
-            steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+            steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         first_step = 0
         if self.phase is not None:  # the schedule has the length of the phase, not of the run
             total_steps, first_step = round(self.phase.epochs * steps_per_epoch), self.phase.first_step
@@ -335,7 +338,21 @@ class Classifier(LightningModule):
                 f"of {total_steps}: resume with the same epochs, batch size and devices, or choose Linear or Cosine."
             )
         self._steps_per_epoch = steps_per_epoch
+        if scheduler.get("monitor", "").startswith("val/"):  # an epoch without a validation has no new value
+            scheduler["frequency"] = self.trainer.check_val_every_n_epoch or 1
+            self._check_validates(scheduler["monitor"])
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
+
+    def _check_validates(self, monitor: str) -> None:
+        """Refuse a schedule that follows a metric of the validation if no epoch ends with one."""
+        trainer = self.trainer
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        if not (trainer.enable_validation and any(trainer.num_val_batches) and trainer.check_val_every_n_epoch):
+            raise ValueError(
+                f"the schedule {type(self.schedule).__name__} follows {monitor}, but no epoch ends with a validation: "
+                "set data.val_fraction, trainer.limit_val_batches and trainer.check_val_every_n_epoch above 0, or let "
+                "model.schedule.init_args.monitor be train/loss."
+            )
 
     def on_train_start(self) -> None:
         """Keep the schedule's place in epochs, if a resumed run takes other numbers of steps for an epoch."""
