@@ -173,8 +173,7 @@ class RunTrainer(pl.Trainer):
         if resume is not None:
             self.run = Run.find(resume)
             ckpt_path = ckpt_path or _last_checkpoint(self.run)
-        if ckpt_path is None:
-            self._check_trains()
+        self._check_trains(new=ckpt_path is None)
         checkpoint = check_checkpoint(ckpt_path)
         self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parents[1]) if new else self.run
         if new and not self.fast_dev_run:  # type: ignore[attr-defined]
@@ -355,13 +354,12 @@ class RunTrainer(pl.Trainer):
         for callback in self._without_folder:
             callback.dirpath = str(self.run.checkpoints)
 
-    def _check_trains(self) -> None:
-        """Refuse a fit without a step, which would test random weights."""
-        limits = {"max_epochs": self.max_epochs, "max_steps": self.max_steps}
+    def _check_trains(self, new: bool) -> None:
+        """Refuse a fit without a step; with a checkpoint, only one without images of which the epochs are not done."""
+        limits = {"max_epochs": self.max_epochs, "max_steps": self.max_steps} if new else {}
         limits["limit_train_batches"] = self.limit_train_batches  # type: ignore[assignment]
-        zeros = [f"trainer.{name}" for name, value in limits.items() if value == 0]
-        if zeros:
-            raise ValueError(f"{zeros[0]} is 0, so nothing would be trained: choose 1 or more.")
+        for name in (name for name, value in limits.items() if value == 0):
+            raise ValueError(f"trainer.{name} is 0, so nothing would be trained: choose 1 or more.")
 
     def _forget_last_fit(self) -> None:
         """Let a further fit begin with epoch 0, and without the best checkpoint of the fit before."""
