@@ -47,6 +47,9 @@ def test_zero_epochs_from_a_checkpoint_test_its_weights(command, digits, logs):
     assert status == 0, err
     line = next(line for line in out.splitlines() if line.startswith("test accuracy"))
     assert line in again
+    status, _, err = command("fit", *digits, "--trainer.max_epochs=0", "--weights", str(best))
+    assert status == 2 and err == "error: trainer.max_epochs is 0, so nothing would be trained: choose 1 or more.\n"
+    assert not (logs / "digits/version_2").exists()
 
 
 @pytest.mark.parametrize("epochs", ["-1", "null"])

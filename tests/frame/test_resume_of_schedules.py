@@ -163,6 +163,21 @@ def test_plateau_takes_settings_from_the_configuration_and_counts_anew_in_a_new_
     assert new[::10] == pytest.approx([2.5e-7, 2.5e-7, 1.25e-7], abs=0)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"limit_val_batches": 0}, "Plateau follows val/loss, but no epoch ends with a validation"),
+        ({"limit_train_batches": 0}, "limit_train_batches is 0, so nothing would be trained"),
+    ],
+)
+def test_a_resume_that_cannot_be_leaves_the_folder_as_it_was(options, message, folder, tmp_path):
+    part = shutil.copytree(stopped(folder, "Plateau", 6), tmp_path / "part")
+    before = contents(part)
+    with pytest.raises(ValueError, match=message):
+        fit(tmp_path, Plateau(), resume=part, **options)
+    assert contents(part) == before
+
+
 # -- the command line -------------------------------------------------------------------------------------------------
 
 
