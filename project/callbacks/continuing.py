@@ -9,13 +9,16 @@ from lightning.pytorch.callbacks import EarlyStopping, Timer
 
 log = logging.getLogger(__name__)
 
+_COUNTED = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch", "_last_lr")
+"""What torch's ReduceLROnPlateau counts in a run."""
+
 
 class ContinueFromCheckpoint(Callback):
     """Compares optimizer and schedule of a fit with those of the checkpoint that it continues.
 
     The optimizer goes on with the settings of the checkpoint; a line names the settings that differ. A new run, which
-    begins with the checkpoint of another run, does not take over the best score and the count of ``EarlyStopping``, nor
-    the time that counts for ``max_time``. The patience of ``EarlyStopping`` is that of the configuration.
+    begins with the checkpoint of another run, does not take over the best score and the count of ``EarlyStopping`` and
+    ``Plateau``, nor the time that counts for ``max_time``. Their patience is that of the configuration.
 
     Every run has this callback.
 
@@ -47,7 +50,11 @@ class ContinueFromCheckpoint(Callback):
         """
         found, self._found = self._found, {}
         for config, saved in zip(trainer.lr_scheduler_configs, found.get("lr_schedulers", []), strict=False):
-            _check_kind("schedule", config.scheduler, config.scheduler.state_dict(), saved)
+            made = config.scheduler.state_dict()
+            _check_kind("schedule", config.scheduler, made, saved)
+            if config.reduce_on_plateau:  # its settings are those of the configuration
+                new = is_of_another_run(trainer) or made["mode"] != saved["mode"]
+                saved.update({key: made[key] for key in made if new or key not in _COUNTED})
         for optimizer, saved in zip(trainer.optimizers, found.get("optimizer_states", []), strict=False):
             group = saved["param_groups"][0]
             _check_kind("optimizer", optimizer, optimizer.defaults, group)

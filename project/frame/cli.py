@@ -177,8 +177,11 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def before_tune(self) -> None:
-        assert isinstance(self.trainer, Trainer)
-        self.trainer.configuration = yaml.safe_load(whole_config(self._parser("tune"), self.config["tune"]))
+        assert isinstance(self.trainer, Trainer) and self.subcommand
+        config = self.config[self.subcommand]
+        self.trainer.configuration = yaml.safe_load(whole_config(self._parser(self.subcommand), config))
+
+    before_find_batch_size = before_tune
 
     def after_fit(self) -> None:
         """Log the result, the folder of the run, and the next commands."""

@@ -123,7 +123,7 @@ class RunTrainer(pl.Trainer):
         self.origin: Run | None = None
         """The run whose checkpoint the last fit has continued; ``None`` without one."""
         self.configuration: dict[str, Any] | None = None
-        """All values of a run, as in its config.yaml. Only the command line of ``tune`` sets them."""
+        """All values of a run, as in its config.yaml. Only the command line of the verbs that need them sets them."""
         self.searched: dict[str, Any] = {}
         """The values that a study has chosen for this run."""
         self._wanted_loggers = logger
@@ -173,6 +173,7 @@ class RunTrainer(pl.Trainer):
         if resume is not None:
             self.run = Run.find(resume)
             ckpt_path = ckpt_path or _last_checkpoint(self.run)
+        self._check_trains(new=ckpt_path is None)
         checkpoint = check_checkpoint(ckpt_path)
         self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parents[1]) if new else self.run
         if new and not self.fast_dev_run:  # type: ignore[attr-defined]
@@ -295,7 +296,10 @@ class RunTrainer(pl.Trainer):
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         """Lightning calls this for each of its verbs, in each process."""
         with self.own_kernels():
-            return super()._run(*args, **kwargs)
+            result = super()._run(*args, **kwargs)
+        if self.state.fn == "fit" and kwargs.get("ckpt_path") is None and self.global_step == 0:
+            raise ValueError("the run ended before its first step: raise trainer.max_time, or give it more images.")
+        return result
 
     def _run_stage(self) -> Any:
         """Lightning calls this after a checkpoint is restored, and before the first step."""
@@ -349,6 +353,13 @@ class RunTrainer(pl.Trainer):
         self.loggers = [*loggers, self._csv]
         for callback in self._without_folder:
             callback.dirpath = str(self.run.checkpoints)
+
+    def _check_trains(self, new: bool) -> None:
+        """Refuse a fit without a step; with a checkpoint, only one without images of which the epochs are not done."""
+        limits = {"max_epochs": self.max_epochs, "max_steps": self.max_steps} if new else {}
+        limits["limit_train_batches"] = self.limit_train_batches  # type: ignore[assignment]
+        for name in (name for name, value in limits.items() if value == 0):
+            raise ValueError(f"trainer.{name} is 0, so nothing would be trained: choose 1 or more.")
 
     def _forget_last_fit(self) -> None:
         """Let a further fit begin with epoch 0, and without the best checkpoint of the fit before."""

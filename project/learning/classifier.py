@@ -5,6 +5,7 @@ the same paper.
 """
 
 import logging
+import math
 import os
 import warnings
 from collections.abc import MutableMapping
@@ -14,10 +15,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
@@ -151,7 +153,8 @@ class Classifier(LightningModule):
         """A teacher whose outputs are learned beside the labels, in training only; ``None`` without one."""
         self._is_checked = False
         self._train_sums: Tensor | None = None
-        self._steps_per_epoch = 0.0
+        self._steps_per_epoch, self._scale = 0.0, 1.0
+        self._plateau_at: tuple[int, int] | None = None  # epoch and batch of the last update of the schedule
         self._schedule_before: dict[str, Any] = {}  # the lengths of the schedule of a run that is resumed
         self.phase: Phase | None = None
         """The part of the run that the next optimizer is for; ``None`` for the whole run."""
@@ -226,6 +229,10 @@ class Classifier(LightningModule):
     def on_train_epoch_end(self) -> None:
         if means := self.train_means():
             self._log(means)
+        loop = self.trainer.fit_loop.epoch_loop
+        if loop._num_ready_batches_reached():
+            # Lightning does this after the checkpoint of the epoch, so that a resumed run would miss it.
+            loop.update_lr_schedulers("epoch", update_plateau_schedulers=True)
 
     def train_means(self) -> dict[str, Tensor]:
         """Mean loss and accuracy over this process's training images since the epoch began; empty before any batch."""
@@ -318,43 +325,82 @@ class Classifier(LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.make_optimizer(self.parameter_groups())
         scale = self._lr_scale()
+        if self.base_batch_size is not None:
+            log.info("linear scaling rule: the learning rate is multiplied by %g", scale)
         for group in optimizer.param_groups:
             group["lr"] = group["lr"] * scale * (self.phase.lr_factor if self.phase else 1.0)
-        total_steps = int(self.trainer.estimated_stepping_batches)
+        if self.trainer.train_dataloader is None:  # Lightning does not count the batches if the run has no last epoch
+            self.trainer.fit_loop.setup_data()
+        total_steps = self.trainer.estimated_stepping_batches
         steps_per_epoch = total_steps / max(self.trainer.max_epochs or 1, 1)
         if self.trainer.max_epochs in (None, -1) or self.trainer.max_steps > 0:  # the epochs do not give total_steps
-            steps_per_epoch = self.trainer.num_training_batches / self.trainer.accumulate_grad_batches
+            steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         first_step = 0
         if self.phase is not None:  # the schedule has the length of the phase, not of the run
             total_steps, first_step = round(self.phase.epochs * steps_per_epoch), self.phase.first_step
         scheduler = self.schedule.build(optimizer, total_steps, steps_per_epoch, scale, first_step)
-        before = self._schedule_before.get("total_steps", total_steps)
-        if before != getattr(scheduler["scheduler"], "total_steps", before):
+        before = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch} | self._schedule_before
+        if hasattr(scheduler["scheduler"], "total_steps") and (
+            before["total_steps"] != scheduler["scheduler"].total_steps or before["steps_per_epoch"] != steps_per_epoch
+        ):
             raise ValueError(
-                f"the schedule {type(self.schedule).__name__} was made for {before} steps and cannot continue in a run "
-                f"of {total_steps}: resume with the same epochs, batch size and devices, or choose Linear or Cosine."
+                f"the schedule {type(self.schedule).__name__} was made for {before['total_steps']} steps, "
+                f"{before['steps_per_epoch']:g} an epoch, and cannot continue in a run of {total_steps}, "
+                f"{steps_per_epoch:g} an epoch: resume with the same epochs, batch size and devices, or choose Linear "
+                "or Cosine."
             )
-        self._steps_per_epoch = steps_per_epoch
+        self._steps_per_epoch, self._scale = steps_per_epoch, scale
+        if scheduler.get("monitor", "").startswith("val/"):  # an epoch without a validation has no new value
+            scheduler["frequency"] = self.trainer.check_val_every_n_epoch or 1
+            self._check_validates(scheduler["monitor"])
         return {"optimizer": optimizer, "lr_scheduler": scheduler}  # type: ignore[return-value]
 
+    def _check_validates(self, monitor: str) -> None:
+        """Refuse a schedule that follows a metric of the validation if no epoch ends with one."""
+        trainer = self.trainer
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        if not (trainer.enable_validation and any(trainer.num_val_batches) and trainer.check_val_every_n_epoch):
+            raise ValueError(
+                f"the schedule {type(self.schedule).__name__} follows {monitor}, but no epoch ends with a validation: "
+                "set data.val_fraction, trainer.limit_val_batches and trainer.check_val_every_n_epoch above 0, or let "
+                "model.schedule.init_args.monitor be train/loss."
+            )
+
     def on_train_start(self) -> None:
-        """Keep the schedule's place in epochs, if a resumed run takes other numbers of steps for an epoch."""
-        before = self._schedule_before.get("steps_per_epoch", self._steps_per_epoch)
-        self._schedule_before = {}
+        """Keep the schedule's place in epochs, if a resumed run has another length or other steps per epoch."""
+        resumed, before = self._schedule_before, self._schedule_before.get("steps_per_epoch", self._steps_per_epoch)
+        self._schedule_before, self._plateau_at = {}, None
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
-            if before == self._steps_per_epoch or type(scheduler) is not LambdaLR:
+            if not resumed or type(scheduler) is not LambdaLR:
                 continue
             scheduler.last_epoch = round(scheduler.last_epoch * self._steps_per_epoch / before)
             factors = [factor(scheduler.last_epoch) for factor in scheduler.lr_lambdas]
             scheduler._last_lr = [rate * factor for rate, factor in zip(scheduler.base_lrs, factors, strict=True)]
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
                 group["lr"] = rate
+        if before != self._steps_per_epoch:
             log.info(
                 "an epoch has %g steps and had %g: the schedule goes on at the same share",
                 self._steps_per_epoch,
                 before,
             )
+
+    def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """Update a schedule that follows a metric once at most for each batch.
+
+        If a ``GradientAccumulationScheduler`` changes the number k of batches of a step, a step counts as k steps.
+        """
+        place = (self.current_epoch, self.trainer.fit_loop.epoch_loop.batch_idx)
+        if metric is not None and place == self._plateau_at:
+            return
+        self._plateau_at = place
+        callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+        if isinstance(scheduler, LambdaLR | OneCycleLR) and any(
+            isinstance(callback, GradientAccumulationScheduler) for callback in callbacks
+        ):
+            scheduler.last_epoch += place[1] % self.trainer.accumulate_grad_batches
+        super().lr_scheduler_step(scheduler, metric)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The optimizer's two groups of parameters: weights, and norms and biases, which have no weight decay."""
@@ -368,9 +414,7 @@ class Classifier(LightningModule):
         if self.base_batch_size is None:
             return 1.0
         batch_size = self.trainer.datamodule.batch_size  # type: ignore[attr-defined]
-        scale = batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches / self.base_batch_size
-        log.info("linear scaling rule: the learning rate is multiplied by %g", scale)
-        return scale
+        return batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches / self.base_batch_size
 
     # -- surgery -------------------------------------------------------------------------------------------------
 
@@ -422,6 +466,7 @@ class Classifier(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["surgeries"], checkpoint["steps_per_epoch"] = self.surgeries, self._steps_per_epoch
+        checkpoint["lr_scale"] = self._scale
         trainer = self._trainer
         if trainer is None or self._train_sums is None or trainer.fit_loop.epoch_loop._num_ready_batches_reached():
             return
@@ -436,7 +481,8 @@ class Classifier(LightningModule):
                 keys.
         """
         self._follow_surgeries(checkpoint.get("surgeries", []))
-        if checkpoint.get("lr_schedulers"):
+        if checkpoint.get("lr_schedulers") and self._trainer is not None and self._trainer.state.fn == "fit":
+            _multiply_rates_(checkpoint, self._lr_scale() / checkpoint.get("lr_scale", self._lr_scale()))
             self._schedule_before = {
                 "steps_per_epoch": checkpoint.get("steps_per_epoch"),
                 "total_steps": checkpoint["lr_schedulers"][0].get("total_steps"),
@@ -450,6 +496,14 @@ class Classifier(LightningModule):
                 f"the checkpoint belongs to another net ({problem}): give the configuration that it was trained with, "
                 "as `--run DIR` does, or another checkpoint."
             )
+
+
+def _multiply_rates_(checkpoint: dict[str, Any], factor: float) -> None:
+    """Multiply the learning rates of a checkpoint, for a resumed run with another factor of the linear scaling rule."""
+    for group in [group for state in checkpoint["optimizer_states"] for group in state["param_groups"]]:
+        group.update({key: group[key] * factor for key in ("lr", "initial_lr") if key in group})
+    for state in checkpoint["lr_schedulers"]:
+        state.update({key: [rate * factor for rate in state[key]] for key in ("base_lrs",) if key in state})
 
 
 def _in_full(logits: Tensor) -> Tensor:

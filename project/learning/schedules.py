@@ -44,7 +44,8 @@ class Schedule:
         """The factor on the rate, after the warm-up.
 
         Args:
-            progress: share of the steps after the warm-up that are done, in [0, 1].
+            progress: share of the steps after the warm-up that are done before this one, in [0, 1); 0 at the highest
+                rate.
             epoch: epochs done since the start of training, 0 or more; a fraction within an epoch.
         """
         return 1.0
@@ -52,7 +53,7 @@ class Schedule:
     def build(
         self,
         optimizer: Optimizer,
-        total_steps: int,
+        total_steps: float,
         steps_per_epoch: float,
         lr_scale: float = 1.0,
         first_step: int = 0,
@@ -61,16 +62,21 @@ class Schedule:
 
         Args:
             optimizer: optimizer of which the learning rates are scheduled.
-            total_steps: number of optimizer steps of the whole run, at least 1.
+            total_steps: number of optimizer steps of the whole run, at least 1; infinity for a run without an end.
             steps_per_epoch: number of optimizer steps of one epoch, above 0.
             lr_scale: factor k of the linear scaling rule, above 0, which the optimizer's rate already contains.
             first_step: step of the schedule to begin with, 0 or more. It is above 0 for a run that is rewound to a
                 step.
+
+        Raises:
+            ValueError: if the run has no end, and the rate depends on how far the end is.
         """
+        if self.decay(0.0, 1.0) != self.decay(0.5, 1.0):
+            _check_has_end(self, total_steps)
         factor = self._factor(total_steps, steps_per_epoch, lr_scale)
         return {"scheduler": LambdaLR(optimizer, lambda step: factor(first_step + step)), "interval": "step"}
 
-    def _factor(self, total_steps: int, steps_per_epoch: float, lr_scale: float) -> Callable[[int], float]:
+    def _factor(self, total_steps: float, steps_per_epoch: float, lr_scale: float) -> Callable[[int], float]:
         """The function that gives the factor on the rate at each step."""
         warmup = min(self.warmup_epochs * steps_per_epoch, total_steps)
         start = self.warmup_start
@@ -78,10 +84,12 @@ class Schedule:
             start = 1 / lr_scale if lr_scale > 1 else 0.0
 
         def factor(step: int) -> float:
-            # Warm-up and decay count the steps that are done after this one. So step 0 already has a rate above 0.
+            # The warm-up counts the steps that are done after this one, so that step 0 has a rate above 0. The decay
+            # begins one step earlier and counts those before this one, so that the last step has a rate above 0.
             if step + 1 < warmup:
                 return start + (1 - start) * (step + 1) / warmup
-            progress = min((step + 1 - warmup) / max(total_steps - warmup, 1), 1.0)
+            begin = max(warmup, 1) - 1
+            progress = min((step - begin) / max(total_steps - begin, 1), 1.0)
             return self.decay(progress, (step + 1) / steps_per_epoch)
 
         return factor
@@ -89,6 +97,9 @@ class Schedule:
 
 class Cosine(Schedule):
     """The rate falls along half a cosine, to ``final`` times the rate.
+
+    The last step is one step before this end, as in torch's ``CosineAnnealingLR``. So it trains even if
+    ``final`` is 0.
 
     Example::
 
@@ -101,7 +112,7 @@ class Cosine(Schedule):
         warmup_epochs: length of the linear warm-up in epochs, 0 or more; fractions are allowed.
         warmup_start: factor on the rate at the start of the warm-up, in [0, 1]. The default ``None`` is explained in
             :class:`Schedule`.
-        final: factor on the rate at the end, in [0, 1].
+        final: factor on the rate at the end, after the last step, in [0, 1].
     """
 
     def __init__(self, warmup_epochs: float = 0.0, warmup_start: float | None = None, final: float = 0.0) -> None:
@@ -122,6 +133,8 @@ class Cosine(Schedule):
 class Linear(Cosine):
     """The rate falls along a straight line, to ``final`` times the rate. With a warm-up the schedule is a triangle.
 
+    The last step is one step before this end. So it trains even if ``final`` is 0.
+
     Example::
 
         model:
@@ -133,7 +146,7 @@ class Linear(Cosine):
         warmup_epochs: length of the linear warm-up in epochs, 0 or more; fractions are allowed.
         warmup_start: factor on the rate at the start of the warm-up, in [0, 1]. The default ``None`` is explained in
             :class:`Schedule`.
-        final: factor on the rate at the end, in [0, 1].
+        final: factor on the rate at the end, after the last step, in [0, 1].
     """
 
     def decay(self, progress: float, epoch: float) -> float:
@@ -224,7 +237,7 @@ class OneCycle(Schedule):
     def build(
         self,
         optimizer: Optimizer,
-        total_steps: int,
+        total_steps: float,
         steps_per_epoch: float,
         lr_scale: float = 1.0,
         first_step: int = 0,
@@ -237,13 +250,17 @@ class OneCycle(Schedule):
             steps_per_epoch: number of optimizer steps of one epoch, any number; it is not used.
             lr_scale: factor of the linear scaling rule, any number; it is not used.
             first_step: step of the schedule to begin with; only 0 is possible.
+
+        Raises:
+            ValueError: if the run has no end, or if ``first_step`` is above 0.
         """
         _check_begins_at_0(self, first_step)
+        _check_has_end(self, total_steps)
         scheduler = OneCycleLR(
             optimizer,
             max_lr=[group["lr"] for group in optimizer.param_groups],
-            total_steps=total_steps,
-            pct_start=self.warmup_fraction,
+            total_steps=max(int(total_steps), 2),
+            pct_start=max(self.warmup_fraction, (1 + 1e-9) / max(total_steps, 2)),  # at exactly 1 torch divides by 0
             div_factor=1 / self.start_factor,
             final_div_factor=self.start_factor / self.final_factor,
             cycle_momentum=self.cycle_momentum,
@@ -253,6 +270,8 @@ class OneCycle(Schedule):
 
 class Plateau(Schedule):
     """The rate is multiplied by ``factor`` if ``monitor`` has not improved for more than ``patience`` epochs.
+
+    For a metric of the validation, epochs without a validation (``trainer.check_val_every_n_epoch``) do not count.
 
     Example::
 
@@ -277,7 +296,7 @@ class Plateau(Schedule):
     def build(
         self,
         optimizer: Optimizer,
-        total_steps: int,
+        total_steps: float,
         steps_per_epoch: float,
         lr_scale: float = 1.0,
         first_step: int = 0,
@@ -302,6 +321,14 @@ def _check_begins_at_0(schedule: Schedule, first_step: int) -> None:
         raise ValueError(
             f"the schedule {type(schedule).__name__} cannot begin at step {first_step}: rewind to step 0, or choose "
             "Linear, Cosine or Steps."
+        )
+
+
+def _check_has_end(schedule: Schedule, total_steps: float) -> None:
+    if total_steps == math.inf:
+        raise ValueError(
+            f"trainer.max_epochs is -1, but the schedule {type(schedule).__name__} needs the length of the run: set "
+            "trainer.max_epochs or trainer.max_steps, or choose the schedule Schedule, Steps or Plateau."
         )
 
 

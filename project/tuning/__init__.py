@@ -6,7 +6,7 @@ _HOMES = {
     "Dimension": "project.tuning.dimension",
     "Plan": "project.tuning.plan",
     "Space": "project.tuning.space",
-    "find_batch_size": "project.tuning.finders",
+    "find_batch_size": "project.tuning.batch_size",
     "find_lr": "project.tuning.finders",
     "open_storage": "project.tuning.storage",
     "tune": "project.tuning.study",

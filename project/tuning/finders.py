@@ -1,6 +1,6 @@
-"""Two quick tests before a search: a learning rate range test, and the largest batch size. Both use Lightning's tuner.
+"""A quick test before a search: a learning rate range test, with Lightning's tuner.
 
-Learning rate: Smith 2017, Cyclical learning rates for training neural networks (arXiv:1506.01186, sec. 3.3). The rate
+Smith 2017, Cyclical learning rates for training neural networks (arXiv:1506.01186, sec. 3.3). The rate
 rises step by step in one short run. The test proposes the rate at which the loss falls most steeply. All parameters get
 this one rate.
 
@@ -14,15 +14,15 @@ import itertools
 import logging
 import math
 import tempfile
-import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.tuner import Tuner
 
 from project.frame.paths import write_whole
+from project.tuning.batch_size import borrowed, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -55,9 +55,11 @@ def find_lr(
     if num_steps < 20:
         raise ValueError(f"num_steps is {num_steps}, but the loss of a few steps is too noisy: choose 20 or more.")
     with tempfile.TemporaryDirectory() as scratch:
-        tuner = Tuner(_plain(trainer, scratch))
+        # The test takes its own number of steps, whatever the trainer's epochs are, and needs no validation.
+        tuner = Tuner(plain(trainer, scratch, check_val_every_n_epoch=10**9))
         options: dict[str, Any] = {"min_lr": min_lr, "max_lr": max_lr, "num_training": num_steps}
-        finder = tuner.lr_find(model, datamodule=datamodule, update_attr=False, **options)
+        with borrowed(model):
+            finder = tuner.lr_find(model, datamodule=datamodule, update_attr=False, **options)
         scale = model._lr_scale() if model.base_batch_size else 1.0
     assert finder is not None
     rates, losses = finder.results["lr"], smooth(unsmoothed(finder.results["loss"]))
@@ -105,49 +107,6 @@ def steepest(rates: list[float], losses: list[float], skip: int = 10) -> float:
     return math.exp(float(x[slopes.argmin()]))
 
 
-def find_batch_size(
-    trainer: pl.Trainer,
-    model: Any,
-    datamodule: Any,
-    *,
-    mode: Literal["power", "binsearch"],
-    first: int,
-    largest: int | None,
-) -> int:
-    """The largest batch size that fits into memory, at most the size of the training set.
-
-    On a CPU, memory is seldom the limit.
-
-    Args:
-        trainer: trainer whose device, precision and gradient settings are used; nothing is saved in its run.
-        model: classifier that is trained; its weights are restored.
-        datamodule: data module that gives the training images.
-        mode: ``power`` doubles the size until a step fails. ``binsearch`` then also tries sizes between the last one
-            that fitted and the one that failed.
-        first: batch size of the first try; from 1 to ``largest``.
-        largest: largest batch size to try; 1 or more. ``None`` takes the size of the training set.
-
-    Raises:
-        ValueError: if ``first`` is not from 1 to ``largest``.
-    """
-    datamodule.setup("fit")
-    most = len(datamodule.train_data)
-    largest = most if largest is None else min(largest, most)
-    if not 0 < first <= largest:
-        raise ValueError(f"first is {first}: choose a batch size from 1 to {largest}.")
-    with tempfile.TemporaryDirectory() as scratch:
-        tuner = Tuner(_plain(trainer, scratch))
-        options: dict[str, Any] = {"mode": mode, "init_val": first, "max_val": largest}
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Total length of .* across ranks is zero")  # in the step too many
-            size = tuner.scale_batch_size(model, datamodule=datamodule, **options)
-    assert size is not None
-    size = min(size, largest)  # Lightning 2.6 takes one step too many
-    log.info("batch size     %d of at most %d", size, largest)
-    log.info("take it        --data.init_args.batch_size %d", size)
-    return size
-
-
 def plot_rates(rates: list[float], losses: list[float], proposed: float) -> "Figure":
     """Plot the loss over the rates, up to twice its smallest value."""
     from matplotlib.figure import Figure
@@ -163,22 +122,3 @@ def plot_rates(rates: list[float], losses: list[float], proposed: float) -> "Fig
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     return figure
-
-
-def _plain(trainer: pl.Trainer, scratch: str) -> pl.Trainer:
-    """A trainer with the same device, precision and gradient settings that saves nothing."""
-    return pl.Trainer(
-        accelerator=trainer.accelerator,
-        devices=1,
-        precision=trainer.precision,
-        max_epochs=trainer.max_epochs,
-        accumulate_grad_batches=trainer.accumulate_grad_batches,
-        gradient_clip_val=trainer.gradient_clip_val,
-        gradient_clip_algorithm=trainer.gradient_clip_algorithm,
-        num_sanity_val_steps=0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=scratch,
-    )

@@ -6,6 +6,7 @@ asynchronous halving (ASHA, Li et al. 2020, arXiv:1810.05934).
 """
 
 import difflib
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -50,7 +51,8 @@ class Plan:
         trials: number of trials of the whole study; 1 or more. ``None`` takes every point of a grid, or 30 for another
             sampler.
         baseline: whether the first trial is the base configuration without changes.
-        seeds: number of runs of each trial, with consecutive seeds; 1 or more. The objective is their mean.
+        seeds: number of runs of each trial; 1 or more. The objective is their mean. The first run has the seed of the
+            configuration, the others have seeds derived from it (:func:`run_seed`).
         study: name of the study.
         storage: URL of a database, or path of a file (:func:`project.tuning.open_storage`).
         search_seed: seed of the sampler; any int.
@@ -156,15 +158,15 @@ class SeededByTrial(BaseSampler):
 
     Args:
         make: function that makes a sampler from a seed.
-        seed: number that is added to each trial's number to give its seed; any int.
+        seed: seed of the study, from which the seed of each trial is derived; any int.
     """
 
     def __init__(self, make: Callable[[int], BaseSampler], seed: int) -> None:
         self._make, self._seed = make, seed
-        self._sampler = make(seed)
+        self._sampler = make(derived_seed("study", seed, 0))
 
     def before_trial(self, study: "Study", trial: "FrozenTrial") -> None:
-        self._sampler = self._make(self._seed + trial.user_attrs.get("ticket", trial.number))
+        self._sampler = self._make(derived_seed("trial", self._seed, trial.user_attrs.get("ticket", trial.number)))
         self._sampler.before_trial(study, trial)
 
     def infer_relative_search_space(self, study: "Study", trial: "FrozenTrial") -> "dict[str, BaseDistribution]":
@@ -184,6 +186,27 @@ class SeededByTrial(BaseSampler):
         self, study: "Study", trial: "FrozenTrial", state: "TrialState", values: Sequence[float] | None
     ) -> None:
         self._sampler.after_trial(study, trial, state, values)
+
+
+def derived_seed(purpose: str, seed: int, number: int) -> int:
+    """A seed of 32 bits that depends on all three arguments. A sum of seed and number would repeat for other seeds.
+
+    Args:
+        purpose: use of the seed, such as ``"trial"``; the seeds of two uses are independent.
+        seed: seed that the new one is derived from; any int.
+        number: number of the new seed; any int.
+    """
+    return int.from_bytes(hashlib.sha256(f"{purpose} {seed} {number}".encode()).digest()[:4], "little")
+
+
+def run_seed(seed: int, number: int) -> int:
+    """The seed of one of a trial's runs: the configuration's own for the first, and a derived one for each other.
+
+    Args:
+        seed: seed of the configuration; any int.
+        number: number of the run; 0 or more.
+    """
+    return seed if number == 0 else derived_seed("run", seed, number)
 
 
 def falls(objective: str) -> bool:

@@ -13,7 +13,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from project.frame.paths import write_whole
 from project.frame.plots import round_ticks
-from project.tuning.plan import Plan
+from project.tuning.plan import Plan, run_seed
 from project.tuning.progress import (
     FINISHED,
     best_trials,
@@ -59,7 +59,8 @@ def write_best(trial: FrozenTrial, plan: Plan, path: Path) -> None:
     ]
     if plan.seeds > 1:
         figures = "; ".join(", ".join(map(number, values)) for values in trial.user_attrs["by_seed"])
-        lines.append(f"This is the mean of seeds {seed} to {seed + plan.seeds - 1}: {figures}.")
+        seeds = ", ".join(str(run_seed(seed, index)) for index in range(plan.seeds))
+        lines.append(f"This is the mean of seeds {seeds}: {figures}.")
     head = "".join(f"# {line}".rstrip() + "\n" for line in lines)
     text = head + yaml.safe_dump(config, sort_keys=False)
     write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))

@@ -17,7 +17,7 @@ from project.frame.cli import CLI
 from project.frame.parser import one_sentence
 from project.frame.paths import Run
 from project.metrics.complexity import count_macs, count_parameters, parameter_bytes
-from project.tuning.plan import Plan
+from project.tuning.plan import Plan, run_seed
 from project.tuning.report_trial import ReportTrial
 
 
@@ -35,7 +35,7 @@ def run_trial(trial: optuna.Trial, plan: Plan) -> list[float]:
     config = plan.space.apply(plan.base, params)
     results, runs = [], []
     for number in range(plan.seeds):
-        seed = int(config["seed_everything"] or 0) + number
+        seed = run_seed(int(config["seed_everything"] or 0), number)
         reporter = ReportTrial(trial if number == 0 else None, plan.objectives[0], plan.pruner != "none")
         run, result = train(trial_config(config, plan, seed), reporter, plan, params)
         results.append(result)

@@ -106,6 +106,7 @@ class Verbs(RunTrainer):
         mode: Literal["power", "binsearch"] = "power",
         first: int = 16,
         largest: int | None = None,
+        patience_s: int = 45,
     ) -> int:
         """Find the largest batch size that fits into memory, with a few training steps at each size.
 
@@ -114,10 +115,12 @@ class Verbs(RunTrainer):
             datamodule: data module that gives the training images.
             mode: power doubles the size until a step fails; binsearch then also tries sizes between the last one that
                 fitted and the one that failed.
-            first: batch size of the first try; 1 or more.
+            first: batch size of the first try; 1 or more. If it fails, it is halved until a size fits.
             largest: largest batch size to try; 1 or more. null takes the size of the training set.
+            patience_s: number of seconds after which a try counts as failed; 1 or more. A size gets more time if that
+                is expected from the smaller sizes.
         """
-        from project.tuning.finders import find_batch_size
+        from project.tuning.batch_size import find_batch_size
 
         model.check_fit(mixed=getattr(datamodule, "mix", None) is not None)  # type: ignore[operator]
-        return find_batch_size(self, model, datamodule, mode=mode, first=first, largest=largest)
+        return find_batch_size(self, model, datamodule, mode=mode, first=first, largest=largest, patience_s=patience_s)

@@ -66,9 +66,11 @@ def test_in_float32_two_processes_are_as_near_to_float64_as_one(tmp_path):
     for name in ("exact", "single", "apart"):
         (tmp_path / name).mkdir()
     (exact,) = fit(tmp_path / "exact", 1)
-    (one,) = fit(tmp_path / "single", 1, precision="32-true")
-    pair = fit(tmp_path / "single", 2, precision="32-true")
-    assert distance(pair[0]["net"], exact["net"]) < 4 * distance(one["net"], exact["net"])
+    # The reference is torch's own rounding. The C kernels, which run in one process alone, add blocks in double,
+    # and their error is 5 to 10 times smaller. Over 12 seeds two processes had 0.01 to 0.98 times the error of torch.
+    (one,) = fit(tmp_path / "single", 1, precision="32-true", kernels="off")
+    pair = fit(tmp_path / "single", 2, precision="32-true", kernels="off")
+    assert distance(pair[0]["net"], exact["net"]) < 2 * distance(one["net"], exact["net"])
     apart = fit(tmp_path / "apart", 2, sync_batchnorm=False)
     assert distance(apart[0]["net"], exact["net"]) > 1e-3, "statistics of half a batch"
 

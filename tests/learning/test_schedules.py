@@ -27,23 +27,37 @@ def test_a_constant_rate_stays():
     assert rates(Schedule(), 20, 10, lr=0.3) == [0.3] * 20
 
 
-def test_cosine_is_torchs_cosine_one_step_ahead():
-    """Ours ends at the final factor in the last step; torch's would get there in the step after it."""
-    total = 50
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
-    theirs = CosineAnnealingLR(optimizer, T_max=total)
-    expected = []
-    for _ in range(total):
-        optimizer.step()
-        theirs.step()
-        expected.append(optimizer.param_groups[0]["lr"])
-    assert rates(Cosine(), total, 10) == pytest.approx(expected, abs=1e-12)
+def test_cosine_is_torchs_cosine():
+    """So the last step still trains. The rate is 0 after it."""
+    for total in (1, 2, 5, 50):
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+        theirs = CosineAnnealingLR(optimizer, T_max=total)
+        expected = []
+        for _ in range(total):
+            expected.append(optimizer.param_groups[0]["lr"])
+            optimizer.step()
+            theirs.step()
+        assert rates(Cosine(), total, 10) == pytest.approx(expected, abs=1e-12)
+
+
+def test_every_step_of_a_run_trains():
+    assert rates(Linear(), 5, 5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    assert rates(Linear(warmup_epochs=1), 6, 3) == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25])
+    for total in (1, 2, 3, 10):
+        for warmup in (0, 0.5, 1, 1.5, 2, 10):
+            for kind in (Schedule, Cosine, Linear):
+                assert min(rates(kind(warmup_epochs=warmup), total, 1)) > 0
+        for fraction in (0.1, 0.3, 0.5, 0.9):
+            found = rates(OneCycle(warmup_fraction=fraction), total, 1)
+            assert min(found) > 0 and found[0] >= 0.04
 
 
 @pytest.mark.parametrize("kind", [Cosine, Linear])
 def test_decays_end_where_they_should_and_never_rise(kind):
-    found = rates(kind(final=0.1), 100, 10)
-    assert found[-1] == pytest.approx(0.1)
+    found = rates(kind(final=0.1), 101, 10)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = kind(final=0.1).build(optimizer, 101, 10)["scheduler"].lr_lambdas[0]
+    assert factor(101) == pytest.approx(0.1) and 0.1 < found[-1] < 0.11
     assert all(a >= b for a, b in pairwise(found))
 
 
@@ -51,7 +65,7 @@ def test_warmup_rises_linearly_to_the_full_rate():
     found = rates(Linear(warmup_epochs=2), 100, 10)
     assert found[:19] == pytest.approx([(step + 1) / 20 for step in range(19)])
     assert found[19] == pytest.approx(1.0)
-    assert found[-1] == pytest.approx(0.0)
+    assert found[19:] == pytest.approx([1 - step / 81 for step in range(81)])
 
 
 def test_warmup_of_a_scaled_rate_starts_from_the_unscaled_one():
@@ -103,3 +117,25 @@ def test_bad_numbers_are_refused_by_name(make, name):
 
 def test_factor_is_finite_when_the_warmup_is_the_whole_run():
     assert all(math.isfinite(rate) for rate in rates(Cosine(warmup_epochs=10), 20, 10))
+
+
+class TillTheEnd(Schedule):
+    """A schedule of a user, whose rate depends on the end of the run."""
+
+    def decay(self, progress: float, epoch: float) -> float:
+        return 1 - progress**2
+
+
+@pytest.mark.parametrize("schedule", [Cosine(), Linear(warmup_epochs=1), OneCycle(), TillTheEnd()])
+def test_a_schedule_that_needs_an_end_is_refused_without_one(schedule):
+    with pytest.raises(ValueError, match=f"the schedule {type(schedule).__name__} needs the length of the run"):
+        schedule.build(torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0), math.inf, 10)
+
+
+def test_the_others_work_without_an_end():
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    warm = Schedule(warmup_epochs=2).build(optimizer, math.inf, 10)["scheduler"].lr_lambdas[0]
+    assert [warm(step) for step in (0, 9, 19, 10**6)] == pytest.approx([0.05, 0.5, 1.0, 1.0])
+    steps = Steps([3], gamma=0.1).build(optimizer, math.inf, 10)["scheduler"].lr_lambdas[0]
+    assert [steps(step) for step in (29, 30, 10**6)] == pytest.approx([1.0, 0.1, 0.1])
+    Plateau().build(optimizer, math.inf, 10)

@@ -1,11 +1,18 @@
 """The learning-rate finder and the batch-size finder."""
 
 import math
+import os
 import re
+import time
 
 import pytest
+import torch
+from torch import nn
 
-from project.tuning.finders import smooth, steepest, unsmoothed
+from project.learning import Linear, Plateau
+from project.models import Classifier
+from project.tuning.batch_size import attempt, failure_of, find_batch_size, largest_that_fits
+from project.tuning.finders import find_lr, smooth, steepest, unsmoothed
 
 
 def test_losses_are_taken_back_from_lightnings_average():
@@ -46,3 +53,142 @@ def test_both_finders_propose_options_that_a_run_takes(command, digits, logs):
     options = ["--trainer.max_epochs", "1", "--trainer.test_after_fit", "false"]
     status, _, err = command("fit", *digits, rate[1], rate[2], size[1], size[2], *options)
     assert status == 0, err
+
+
+# -- batch size -------------------------------------------------------------------------------------------------------
+
+SHORT = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99999999999 bytes."
+
+
+class Narrow(nn.Module):
+    """A net that runs out of memory, hangs or dies above some number of images in training."""
+
+    def __init__(self, num_classes: int = 10, limit: int = 40, how: str = "error", pixels: int = 64) -> None:
+        super().__init__()
+        self.fc, self.limit, self.how = nn.Linear(pixels, num_classes), limit, how
+        self.tried: list[int] = []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        if self.training and len(images) not in self.tried:
+            self.tried.append(len(images))
+        if self.training and len(images) > self.limit:
+            if self.how == "hang":
+                time.sleep(600)
+            if self.how == "die":
+                os.abort()
+            raise RuntimeError(SHORT if self.how == "error" else "shapes do not fit")
+        return self.fc(images.flatten(1))
+
+
+@pytest.mark.parametrize("mode", ["power", "binsearch"])
+def test_each_proposed_size_was_tried(mode):
+    for limit in (1, 2, 13, 31, 32, 33, 40, 41, 63, 64, 65, 100):
+        for first in (1, 7, 16, 64):
+            for largest in (64, 65, 99):
+                fitted = []
+
+                def trial(size, fitted=fitted, limit=limit):
+                    assert size >= 1
+                    if size > limit:
+                        return failure_of(RuntimeError(SHORT))
+                    return fitted.append(size)
+
+                size = largest_that_fits(trial, mode, first, largest)
+                assert size in fitted and size == max(fitted) <= largest and len(set(fitted)) == len(fitted)
+                assert mode == "power" or size == min(limit, largest)
+                assert mode != "power" or 2 * size > min(limit, largest)
+
+
+@pytest.mark.parametrize(
+    ("mode", "limit", "largest", "size"),
+    [("power", 40, None, 32), ("binsearch", 40, None, 40), ("power", 40, 38, 38), ("power", 35, 40, 32)],
+)
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_net_that_is_short_of_memory_gets_the_size_that_it_was_trained_with(tiny, mode, limit, largest, size):
+    data, net = tiny.data(batch_size=7), Narrow(limit=limit)
+    data.train_data = range(96)
+    model = Classifier(net, 10, (1, 8, 8), schedule=Plateau())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    found = find_batch_size(tiny.trainer(max_epochs=1), model, data, mode=mode, first=16, largest=largest)
+    assert found == size and size in net.tried
+    assert data.batch_size == 7 and isinstance(model.schedule, Plateau)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_an_error_that_is_not_of_memory_is_told(tiny):
+    data, net = tiny.data(), Narrow(limit=0, how="wrong")
+    data.train_data = range(96)
+    model = Classifier(net, 10, (1, 8, 8))
+    with pytest.raises(ValueError, match="batch size of 16 fails: shapes do not fit"):
+        find_batch_size(tiny.trainer(), model, data, mode="power", first=16, largest=None)
+    net.limit = 20
+    assert find_batch_size(tiny.trainer(), model, data, mode="binsearch", first=16, largest=None) == 20
+    net.how, net.limit = "error", 0
+    with pytest.raises(ValueError, match="batch size of 1 fails: DefaultCPUAllocator"):
+        find_batch_size(tiny.trainer(), model, data, mode="power", first=16, largest=None)
+
+
+def test_a_step_takes_place_with_accumulated_gradients_too(tiny):
+    steps = []
+
+    class Counted(torch.optim.SGD):
+        def step(self, closure=None):
+            steps.append(super().step(closure))
+
+    model = Classifier(Narrow(), 10, (1, 8, 8), schedule=Linear(), optimizer=lambda weights: Counted(weights, lr=0.1))
+    trainer = tiny.trainer(accumulate_grad_batches=2)
+    assert attempt(trainer, model, tiny.data(), 40) is None and len(steps) == 3
+
+
+OUTSIDE = """
+import os
+import time
+
+from torch import nn
+
+
+class Narrow(nn.Module):
+    def __init__(self, num_classes: int = 10, how: str = "hang") -> None:
+        super().__init__()
+        self.fc, self.how = nn.Linear(64, num_classes), how
+
+    def forward(self, images):
+        if self.training and len(images) > 40:
+            time.sleep(600) if self.how == "hang" else os._exit(137)
+        return self.fc(images.flatten(1))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "reason"), [("hang", "no answer within"), ("die", "the process died")])
+def test_a_size_that_hangs_or_kills_the_process_does_not_fit(command, digits, logs, tmp_path, monkeypatch, how, reason):
+    (tmp_path / "narrow_net.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    digits = [option for option in digits if "width" not in option]
+    net = ["--model.net=narrow_net.Narrow", f"--model.net.init_args.how={how}", "--trainer.kernels=off"]
+    began = time.perf_counter()
+    status, out, err = command("find_batch_size", *digits, *net, "--patience_s=30")
+    assert status == 0, err
+    assert re.search(r"batch_size 32$", out, re.MULTILINE) and reason in out
+    assert time.perf_counter() - began < 300, "the net sleeps for 600 seconds"
+    assert not list(logs.glob("*/version_*"))
+
+
+# -- learning rate ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("max_epochs", "batch_size"), [(2, 16), (-1, 16), (1, 96)])
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_the_range_test_takes_all_its_steps(tiny, tmp_path, max_epochs, batch_size, monkeypatch):
+    """96 images are one batch or six. Neither a few epochs nor a schedule without validations cuts the test short."""
+    from project.tuning import finders
+
+    seen = []
+    monkeypatch.setattr(finders, "steepest", lambda rates, losses: seen.append(rates) or steepest(rates, losses))
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), 10, (1, 8, 8), schedule=Plateau())
+    trainer = tiny.trainer(max_epochs=max_epochs)
+    data = tiny.data(batch_size=batch_size)
+    proposed = find_lr(trainer, model, data, tmp_path, min_lr=1e-5, max_lr=0.5, num_steps=60)
+    assert len(seen[0]) >= 59 and 1e-5 < proposed < 0.5
+    assert isinstance(model.schedule, Plateau)

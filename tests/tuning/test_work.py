@@ -2,14 +2,16 @@
 
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pytest
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import fail_stale_trials
 from optuna.trial import TrialState
 
-from project.tuning.plan import Plan
+from project.tuning.plan import Plan, derived_seed, run_seed
 from project.tuning.report import for_pictures
 from project.tuning.work import MAX_LOSSES, fill, open_study, take
 
@@ -79,3 +81,21 @@ def test_pictures_number_trials_as_the_table_does_when_one_was_lost(plan):
         study.tell(trial, 0.5 if state == TrialState.COMPLETE else None, state=state)
     drawn = for_pictures(study, plan, [0]).get_trials(states=[TrialState.COMPLETE])
     assert [(trial.number, trial.value) for trial in drawn] == [(1, 0.5)]
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "cma-es"])
+def test_studies_of_neighbouring_seeds_have_no_point_in_common(plan, sampler):
+    found = []
+    for seed in (-1, 0, 1, 2):
+        fresh = replace(plan, sampler=sampler, spec={"a": {"float": [0.0, 1.0]}}, search_seed=seed, trials=8)
+        study = optuna.create_study(sampler=fresh.make_sampler())
+        study.optimize(lambda trial: trial.suggest_float("a", 0, 1), n_trials=8)
+        found += [trial.params["a"] for trial in study.trials]
+    assert len(set(found)) == len(found) == 32
+
+
+def test_seeds_of_neighbouring_configurations_do_not_meet():
+    seeds = [run_seed(seed, number) for seed in range(20) for number in range(20)]
+    assert len(set(seeds)) == 400 and max(seeds) < 2**32 and min(seeds) == 0
+    assert [run_seed(7, number) for number in (0, 1)] == [7, derived_seed("run", 7, 1)]
+    assert derived_seed("run", 7, 1) != derived_seed("trial", 7, 1)

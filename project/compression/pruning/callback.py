@@ -293,7 +293,7 @@ class IterativeMagnitudePruning(Callback):
             amount,
             images=images,
             labels=labels,
-            seed=_seed(trainer) + trainer.global_step,
+            seed=hash((_seed(trainer), trainer.global_step)) % 2**32,  # a sum would repeat in runs of other seeds
             image_shape=module.image_shape,
         )
         self.masks = trainer.strategy.broadcast(masks)

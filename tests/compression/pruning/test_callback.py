@@ -6,6 +6,7 @@ import sys
 from datetime import timedelta
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -537,3 +538,19 @@ def test_other_models_and_data_are_refused(tmp_path):
     with pytest.raises(ValueError, match="there is no ImageDataModule") as error:
         trainer.fit(Classifier(TinyNet(), 10, (1, 8, 8)), loader, loader)
     assert "\n" not in str(error.value)
+
+
+def test_runs_of_neighbouring_seeds_draw_from_other_seeds_at_each_step():
+    seeds, pruner = [], Pruner(criterion="random")
+    pruner.prune = lambda *_, seed, **__: seeds.append(seed) or {}
+    callback = pruning(pruner=pruner)
+    callback._groups, callback.hold = {}, lambda *_: None
+    for seed in range(4):
+        data = DigitsOnce(seed=seed)
+        for step in range(4):
+            strategy = SimpleNamespace(broadcast=lambda masks: masks)
+            trainer = SimpleNamespace(
+                datamodule=data, global_step=step, strategy=strategy, callbacks=[], is_global_zero=False
+            )
+            callback._prune(trainer, SimpleNamespace(net=None, image_shape=None), 0.5)
+    assert len(set(seeds)) == 16 and max(seeds) < 2**32 and min(seeds) >= 0
