@@ -5,7 +5,8 @@
     <data>/                                 Paths().data     PROJECT_DATA_DIR, else ./data
     <logs>/<experiment>/<version>/          Run              PROJECT_LOGS_DIR, else ./logs
         config.yaml  environment.json  metrics.csv  summary.json  events.out.tfevents.*  checkpoints/{best,last}.ckpt
-    <cache>/                                Paths().cache    PROJECT_CACHE_DIR, else ~/.cache/project: compiled kernels
+    <cache>/                                Paths().cache    PROJECT_CACHE_DIR, else ~/.cache/project: compiled kernels,
+                                                             and which runs are this user's own
 """
 
 import os

@@ -174,7 +174,7 @@ class RunTrainer(pl.Trainer):
             self.run = Run.find(resume)
             ckpt_path = ckpt_path or _last_checkpoint(self.run)
         checkpoint = check_checkpoint(ckpt_path)
-        self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parents[1]) if new else self.run
+        self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parent.parent) if new else self.run
         if new and not self.fast_dev_run:  # type: ignore[attr-defined]
             self.run = self._new_run()
         self._forget_last_fit()
