@@ -221,6 +221,22 @@ def as_argument(path: Path) -> str:
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
 
 
+def writable(path: Path, remedy: str = "give --output FILE.") -> Path:
+    """``path``, where a verb will write a file after its work.
+
+    Args:
+        path: path of the file; its folder need not exist.
+        remedy: end of the error message: what to do instead.
+
+    Raises:
+        ValueError: if no file can be made there.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path} cannot be written, because {folder} is read-only: {remedy}")
+    return path
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file atomically: a reader sees the whole old file or the whole new one.
 

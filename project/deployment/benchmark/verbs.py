@@ -52,14 +52,15 @@ class Verbs(RunTrainer):
         from project.deployment.benchmark import measure as work
         from project.deployment.benchmark.publish import how_to_repeat, publish
         from project.deployment.benchmark.subjects import load_subjects
+        from project.frame.paths import Run
 
         if run is None:
             raise ValueError("benchmark needs --run DIR, the folder of a run, because it writes its results there.")
         checkpoint = self._weights_of(run, ckpt_path)
-        assert self.run is not None and checkpoint is not None
+        assert checkpoint is not None
         options = {"engines": engines, "num_images": num_images, "rounds": rounds, "budget_s": budget_s}
         subjects = load_subjects(
-            self.run,
+            Run.find(run),
             checkpoint,
             model,  # type: ignore[arg-type]
             compare=compare or [],
