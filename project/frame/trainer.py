@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -369,7 +369,8 @@ class RunTrainer(pl.Trainer):
             return
         if self.global_step == 0 or (failed and not any(self.run.checkpoints.glob("*.ckpt"))):
             for logger in self.loggers:
-                logger.finalize("failed")
+                with suppress(OSError):  # TensorBoard's, where nothing can be written
+                    logger.finalize("failed")
             shutil.rmtree(self.run.folder, ignore_errors=True)
 
     def _weights_of(self, run: str | None, ckpt_path: str | None) -> str | None:

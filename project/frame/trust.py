@@ -6,6 +6,7 @@ torchvision, torchmetrics and Lightning, and of the packages that the user names
 imported. It writes into its own folder only: its loggers, and the places that its configuration names, are left out.
 """
 
+import logging
 import re
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,6 +20,8 @@ import yaml
 import project
 from project.frame.paths import Paths, Run
 from project.frame.yaml_text import read_yaml
+
+log = logging.getLogger(__name__)
 
 OF_A_RUN = ("seed_everything", "trainer", "model", "net_arguments", "data")
 """The keys of a run's configuration. All others are options of one verb."""
@@ -77,9 +80,10 @@ def configuration(run: Run) -> str:
         return str(run.config)
     found = yaml.safe_load(read_yaml(run.config))
     values = {key: found[key] for key in OF_A_RUN if found.get(key) is not None}
+    left_out: set[str] = set()
     for part in [part for part in _parts(values, set()) if isinstance(part, dict)]:
         for key in [key for key in part if key in _PLACES or (key in _WRITERS and not isinstance(part[key], bool))]:
-            del part[key]
+            left_out |= {key} if part.pop(key) is not None else set()
             part |= {key: str(run.checkpoints)} if key == "dirpath" else {}
     if isinstance(trainer := values.get("trainer"), dict):
         trainer["default_root_dir"] = str(run.folder)
@@ -87,6 +91,8 @@ def configuration(run: Run) -> str:
     for path in run.folder.rglob("*"):
         if not path.resolve().is_relative_to(run.folder.resolve()):
             raise ValueError(f"{path} is a link that leads out of the run's folder: replace it by a copy of the file.")
+    if left_out:
+        log.warning("You have not made %s: its %s count for nothing.", run.folder, ", ".join(sorted(left_out)))
     return str(yaml.safe_dump(values))
 
 
