@@ -15,6 +15,7 @@ configuration or the run's config.yaml. The form is .github/ISSUE_TEMPLATE/bug.y
 
 def main() -> None:
     """Entry point of ``project`` and ``python -m project``."""
+    from project.frame.errors import sentence  # now, because a process that has no free file handle cannot load it
     from project.frame.logger import leave_stdout, setup_logging
 
     setup_logging()
@@ -34,8 +35,6 @@ def main() -> None:
         leave_stdout()
         sys.exit(141)  # as shells have it after SIGPIPE
     except Exception as error:
-        from project.frame.errors import sentence
-
         text = sentence(error)
         if os.environ.get("PROJECT_DEBUG"):
             raise
@@ -43,6 +42,7 @@ def main() -> None:
             traceback.print_exc()
             sys.stderr.write(_BUG)
         elif not _first_process_tells():
+            sys.unraisablehook = lambda _: None  # a loader that is not whole fails once more when it is deleted
             sys.stderr.write(f"error: {text}\n")
         sys.exit(1 if text is None else 2)
     except (KeyboardInterrupt, SystemExit) as error:

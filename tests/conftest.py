@@ -3,6 +3,7 @@
 import logging
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -165,6 +166,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
         logger = logging.getLogger("project")
         before = (logger.handlers, logger.level, logger.propagate)
+        hooks = sys.unraisablehook, threading.excepthook
         levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
         monkeypatch.setattr("sys.argv", ["project", *map(str, args)])
         monkeypatch.setattr("sys.path", [*sys.path])  # the console script adds the working directory
@@ -176,6 +178,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
             status = int(exit_.code or 0)
         finally:
             logger.handlers, logger.level, logger.propagate = before
+            sys.unraisablehook, threading.excepthook = hooks
             for name, level in levels.items():
                 logging.getLogger(name).setLevel(level)
         out, err = capsys.readouterr()

@@ -74,13 +74,15 @@ class BestAndLast(ModelCheckpoint):
     ) -> None:
         """Correct the paths if the run's folder was moved, so that its best score stays valid.
 
-        The best score of another run is dropped.
+        The best score of another run is dropped, and a state that names files elsewhere.
         """
         states = checkpoint.get("callbacks", {})
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and callback.state_key in states:
-                moved = _in_folder(states[callback.state_key], Path(str(callback.dirpath)))
-                states[callback.state_key] = {} if is_of_another_run(trainer) else moved
+                folder = Path(str(callback.dirpath))
+                moved = _in_folder(states[callback.state_key], folder)
+                is_foreign = is_of_another_run(trainer) or not _is_inside(moved, folder)
+                states[callback.state_key] = {} if is_foreign else moved
 
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Let the last checkpoint be written in every epoch.
@@ -218,6 +220,13 @@ def _in_folder(state: dict[str, Any], folder: Path) -> dict[str, Any]:
         return {}
     models = {moved(path): score for path, score in state["best_k_models"].items()}
     return {**state, **paths, "dirpath": str(folder), "best_k_models": models}
+
+
+def _is_inside(state: dict[str, Any], folder: Path) -> bool:
+    """Whether all files of a state are below ``folder``. The callback deletes them when it has better ones."""
+    keys = ("best_model_path", "kth_best_model_path", "last_model_path")
+    paths = [*(state.get(key) for key in keys), *state.get("best_k_models", ())]
+    return all(Path(path).resolve().is_relative_to(folder.resolve()) for path in paths if path)
 
 
 def _check_filename(callback: ModelCheckpoint, folder: str) -> None:

@@ -10,7 +10,7 @@ _HOMES = {
     "Metadata": "project.deployment.metadata",
     "ModelFile": "project.deployment.model_file",
     "Recipe": "project.deployment.recipe",
-    "UntrustedError": "project.deployment.recipe",
+    "UntrustedError": "project.frame.trust",
     "best": "project.deployment.latency",
     "engine": "project.deployment.engines",
     "export_checkpoint": "project.deployment.export",

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 import project.models as own
+from project.frame.trust import UntrustedError
 from project.models.signature import find, parameters
 from project.models.surgery import replay_
 
@@ -25,20 +26,6 @@ _TORCH = (nn.modules.activation, nn.modules.dropout, nn.modules.batchnorm, nn.mo
 _TORCH_NAMES = {"Identity", "GroupNorm", "LayerNorm"}.union(*(module.__all__ for module in _TORCH))
 _MAX_ITEMS = 2000
 """Largest number of parts of a description. Each part may be a block of layers, which takes time to build."""
-
-
-class UntrustedError(ValueError):
-    """A description names code that the caller does not trust.
-
-    Example::
-
-        >>> from project.deployment import Recipe, UntrustedError
-        >>> try:
-        ...     Recipe({"class_path": "os.system"}).build()
-        ... except UntrustedError as error:
-        ...     print(error)
-        its net needs os.system, which is neither of this package nor trusted: ...
-    """
 
 
 @dataclass(frozen=True)

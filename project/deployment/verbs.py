@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import lightning.pytorch as pl
 
-from project.frame.paths import MODEL_FILES
+from project.frame.paths import MODEL_FILES, Run, writable
 from project.frame.rooms import optional
 from project.frame.trainer import RunTrainer
 
@@ -50,8 +50,9 @@ class Verbs(RunTrainer):
         """
         from project.deployment.export import export_checkpoint
 
+        target = Path(output) if output else Run.find(run).model_file(format) if run else Path(MODEL_FILES[format])
+        writable(target)
         path = self._weights_of(run, ckpt_path)
-        target = Path(output) if output else self.run.model_file(format) if self.run else Path(MODEL_FILES[format])
         assert path is not None
         return export_checkpoint(
             model,  # type: ignore[arg-type]

@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import nn
 
 from project.data import ImageDataModule
+from project.frame import trust
 from project.frame.net_arguments import give_
 from project.frame.parser import Parser
 from project.frame.paths import Run, as_argument, write_whole
@@ -32,10 +33,9 @@ _FURTHER = (
     "On a model file alone: project {predict,test,unpack} --model FILE. A function of a file in the working directory: "
     "project FILE.FUNCTION."
 )
-_OF_A_RUN = ("seed_everything", "trainer", "model", "net_arguments", "data")
 _RUN_OPTIONS = ("--run", "--resume")
+_TRUST = "Packages whose classes a run or checkpoint of somebody else may name, with commas between them."
 _DOTTED = re.compile(r"[^\W\d]\w*(\.\w+)+")
-_LIST_OPTIONS = ("--compare", "--engines")
 
 
 class CLI(LightningCLI):
@@ -94,12 +94,14 @@ class CLI(LightningCLI):
         assert isinstance(parser, Parser)
         parser.add_net_arguments("model.net")
         parser.name_items_of("trainer.callbacks")
+        parser.add_argument("--trust", type=str | None, help=_TRUST)
         for key in _FROM_DATA_TO_CLASSIFIER:
             parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if isinstance(args, list):
-            self.config = parser.parse_args(_with_lists(_with_config_of_run(args)))
+            words = getattr(Trainer, "_words", list)  # of the benchmark, which takes lists
+            self.config = parser.parse_args(words(_with_config_of_run(args)))
         else:
             self.config = parser.parse_object(args)
 
@@ -224,13 +226,14 @@ class SaveConfig(SaveConfigCallback):
         if self._waiting is not None:
             text = whole_config(self.parser, self.config)
             write_whole(self._waiting.config, lambda part: part.write_text(text, encoding="utf-8"))
+            trust.remember(self._waiting.config)
             self._waiting = None
 
 
 def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:
     """The configuration of a run as YAML, with all defaults and without the arguments of the verb."""
     config = config.clone()
-    for key in [key for key in config.__dict__ if key not in _OF_A_RUN]:
+    for key in [key for key in config.__dict__ if key not in trust.OF_A_RUN]:
         del config[key]
     return parser.dump(config, skip_none=False, skip_validation=True)
 
@@ -240,11 +243,12 @@ def _with_config_of_run(args: list[str]) -> list[str]:
 
     The configuration of a checkpoint below a run's folder is found in the same way, if there is no other.
     """
-    for index, arg in enumerate(args):
-        option, _, value = arg.partition("=")
-        value = value or next(iter(args[index + 1 :]), "")
+    words = [arg.partition("=") for arg in args]
+    given = [(option, value or next(iter(args[index + 1 :]), "")) for index, (option, _, value) in enumerate(words)]
+    trust.trusted[:] = ",".join(value for option, value in given if option == "--trust").split(",")
+    for index, (option, value) in enumerate(given):
         if index > 0 and option in _RUN_OPTIONS:
-            return [args[0], "--config", str(Run.find(value).config), *args[1:]]
+            return [args[0], "--config", trust.configuration(Run.find(value)), *args[1:]]
         if (
             index > 0
             and option == "--ckpt_path"
@@ -252,26 +256,7 @@ def _with_config_of_run(args: list[str]) -> list[str]:
             and not any(a.startswith("--config") for a in args)
         ):
             check_checkpoint(value)
-            if not (run := Run(Path(value).resolve().parents[1])).config.is_file():
+            if not (run := Run(Path(value).resolve().parent.parent)).config.is_file():
                 raise ValueError(f"ckpt_path is {value!r}, and no config.yaml belongs to it: give --config or --run.")
-            return [args[0], "--config", str(run.config), *args[1:]]
+            return [args[0], "--config", trust.configuration(run), *args[1:]]
     return args
-
-
-def _with_lists(args: list[str]) -> list[str]:
-    """``--compare DIR DIR`` -> ``--compare ["DIR", "DIR"]``, which jsonargparse reads. Lists in brackets stay."""
-    done: list[str] = []
-    rest = list(args)
-    while rest:
-        option, equals, value = rest.pop(0).partition("=")
-        done.append(f"{option}{equals}{value}")
-        if option not in _LIST_OPTIONS:
-            continue
-        values = [value] if equals else []
-        while rest and not rest[0].startswith("--"):
-            values.append(rest.pop(0))
-        if values and not values[0].startswith(("[", "null")):
-            done[-1:] = [option, json.dumps(values)]
-        else:
-            done += values[1:] if equals else values
-    return done

@@ -13,7 +13,18 @@ _CHECKS = re.compile(r"[/\\](lightning|torch[/\\](optim|utils[/\\]data))[/\\]")
 """Libraries that check what the user has chosen: Lightning, optimizers and loaders."""
 _FRAME = re.compile(r'^  File "(.+)", line (\d+), in (.+)\n    (.*)', re.MULTILINE)
 _OWN = "(PROJECT_DEBUG=1 shows the traceback)"
-_NO_MEMORY = re.compile("out of memory|can't allocate memory|Unable to allocate|MemoryError")
+_ELSEWHERE = "choose another folder with --trainer.logs_dir DIR, or another file with --output FILE."
+_CIRCUMSTANCES = {
+    "out of memory|can't allocate memory|Unable to allocate|MemoryError": "the memory is too small ({}): lower "
+    "data.batch_size, or take a smaller net.",
+    "DataLoader worker .*(killed by signal|exited unexpectedly)": "a process that reads images was killed ({}), "
+    "perhaps because the memory is too small: lower data.num_workers or data.batch_size.",
+    "Too many open files|items of ancdata": "too many files are open ({}): raise the limit (ulimit -n), or lower "
+    "data.num_workers.",
+    "No space left on device|Disk quota exceeded": f"the disk is full ({{}}): free some space, or {_ELSEWHERE}",
+    "Read-only file system|Permission denied": f"a file cannot be opened ({{}}): {_ELSEWHERE}",
+}
+"""What may be wrong with the machine, whatever kind of exception tells it: a pattern of its text, and the answer."""
 
 
 def sentence(error: BaseException) -> str | None:
@@ -26,11 +37,14 @@ def sentence(error: BaseException) -> str | None:
     Args:
         error: exception that has ended the command, with its traceback.
     """
-    text = "".join(traceback.format_exception(error, chain=False))
-    from_worker = "Original Traceback" in str(error)  # then the message holds the traceback of a loader's process
-    message = text.strip().splitlines()[-1].partition(": ")[2] if from_worker else one_sentence(str(error))
-    if _NO_MEMORY.search(f"{type(error).__name__} {message}"):
-        return f"the memory is too small ({message[:150]}): lower data.batch_size, or take a smaller net."
+    told: BaseException | None = error
+    while told is not None:  # Lightning may have met a further error while it ended the run
+        message = _message(told)
+        for pattern, answer in _CIRCUMSTANCES.items():
+            if re.search(pattern, f"{type(told).__name__} {message}"):
+                return answer.format(message[:200].rstrip(". "))
+        told = None if isinstance(told, ValueError | OSError) else told.__context__
+    text, message = "".join(traceback.format_exception(error, chain=False)), _message(error)
     frames = _FRAME.findall(text)
     last, code = frames[-1][0::3] if frames else ("", "")
     if "jsonargparse" in last and error.__cause__ and (own := sentence(error.__cause__)) and own.endswith(_OWN):
@@ -41,3 +55,9 @@ def sentence(error: BaseException) -> str | None:
         file, line, function, _ = own_frames[-1]
         return f"{file}, line {line}, in {function}: {type(error).__name__}: {message} {_OWN}"
     return message if is_plain or (code.startswith("raise ") and _CHECKS.search(last)) else None
+
+
+def _message(error: BaseException) -> str:
+    """An exception's text as one sentence; of an error in a loader's process the last line, after its traceback."""
+    text = str(error)
+    return text.strip().splitlines()[-1].partition(": ")[2] if "Original Traceback" in text else one_sentence(text)

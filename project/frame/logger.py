@@ -4,6 +4,7 @@ import csv
 import logging
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,13 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.ERROR if rank_zero_only.rank else level)  # type: ignore[attr-defined]
     logger.propagate = False
+    threading.excepthook = _tell
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*isinstance.*LeafSpec.*")  # Lightning itself causes it
+
+
+def _tell(found: threading.ExceptHookArgs) -> None:
+    """Print the traceback of a thread, but not of TensorBoard's, whose error the main thread raises again."""
+    if "tensorboard" not in type(found.thread).__module__:
+        threading.__excepthook__(found)

@@ -5,7 +5,8 @@
     <data>/                                 Paths().data     PROJECT_DATA_DIR, else ./data
     <logs>/<experiment>/<version>/          Run              PROJECT_LOGS_DIR, else ./logs
         config.yaml  environment.json  metrics.csv  summary.json  events.out.tfevents.*  checkpoints/{best,last}.ckpt
-    <cache>/                                Paths().cache    PROJECT_CACHE_DIR, else ~/.cache/project: compiled kernels
+    <cache>/                                Paths().cache    PROJECT_CACHE_DIR, else ~/.cache/project: compiled kernels,
+                                                             and which runs are this user's own
 """
 
 import os
@@ -218,6 +219,22 @@ def as_argument(path: Path) -> str:
     """``path`` as a user types it in a shell: relative to the working directory if it is below it, quoted if needed."""
     here = Path.cwd()
     return shlex.quote(str(path.relative_to(here) if path.is_relative_to(here) else path))
+
+
+def writable(path: Path, remedy: str = "give --output FILE.") -> Path:
+    """``path``, where a verb will write a file after its work.
+
+    Args:
+        path: path of the file; its folder need not exist.
+        remedy: end of the error message: what to do instead.
+
+    Raises:
+        ValueError: if no file can be made there.
+    """
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{path} cannot be written, because {folder} is read-only: {remedy}")
+    return path
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:

@@ -6,7 +6,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from project.callbacks.continuing import nothing_to_train
 from project.callbacks.defaults import default_callbacks
 from project.frame.logger import MetricsCSV
-from project.frame.paths import Paths, Run
+from project.frame.paths import Paths, Run, writable
 from project.frame.rooms import optional
 from project.learning.checkpoints import check_checkpoint, take_weights_
 from project.learning.classifier import Classifier
@@ -172,10 +172,11 @@ class RunTrainer(pl.Trainer):
         new = resume is None
         if resume is not None:
             self.run = Run.find(resume)
+            writable(self.run.metrics, "copy the run's folder, and resume the copy.")
             ckpt_path = ckpt_path or _last_checkpoint(self.run)
         self._check_trains(new=ckpt_path is None)
         checkpoint = check_checkpoint(ckpt_path)
-        self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parents[1]) if new else self.run
+        self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parent.parent) if new else self.run
         if new and not self.fast_dev_run:  # type: ignore[attr-defined]
             self.run = self._new_run()
         self._forget_last_fit()
@@ -276,6 +277,7 @@ class RunTrainer(pl.Trainer):
         """
         from project.frame.prediction import image_loader, mark_unreadable_, of_all_processes, write_predictions
 
+        path = writable(Path(output) if output else Run.find(run).predictions if run else Path("predictions.csv"))
         ckpt_path = self._weights_of(run, ckpt_path)
         names = None
         if images is not None:
@@ -288,7 +290,6 @@ class RunTrainer(pl.Trainer):
             predictions = [mark_unreadable_(part, dataloaders, self.global_rank, self.world_size)]
         probabilities = of_all_processes(part)
         if self.is_global_zero:
-            path = Path(output) if output else (self.run.predictions if self.run else Path("predictions.csv"))
             classes = self.lightning_module.class_names
             write_predictions(path, names, probabilities, classes)  # type: ignore[arg-type]
         return predictions
@@ -379,7 +380,8 @@ class RunTrainer(pl.Trainer):
             return
         if self.global_step == 0 or (failed and not any(self.run.checkpoints.glob("*.ckpt"))):
             for logger in self.loggers:
-                logger.finalize("failed")
+                with suppress(OSError):  # TensorBoard's, where nothing can be written
+                    logger.finalize("failed")
             shutil.rmtree(self.run.folder, ignore_errors=True)
 
     def _weights_of(self, run: str | None, ckpt_path: str | None) -> str | None:
@@ -387,6 +389,9 @@ class RunTrainer(pl.Trainer):
         if run is not None:
             self.run = Run.find(run)
             ckpt_path = ckpt_path or str(self.run.weights())
+            if not os.access(self.run.folder, os.W_OK):
+                log.warning("%s is read-only: nothing is saved in it.", self.run.folder)
+                self.run = None
             self._open_loggers()
         # Only the weights are needed here, not the state of the callbacks of the training.
         warnings.filterwarnings("ignore", "Be aware that when using `ckpt_path`, callbacks used to create")

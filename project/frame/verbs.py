@@ -21,7 +21,7 @@ _FILES = [
 _NAMES = [".".join(file.relative_to(_PACKAGE).with_suffix("").parts) for file in _FILES]
 _CLASSES: list[Any] = [needed(name, "a verb").Verbs for name in _NAMES]
 
-_TAKEN = ("run", "ckpt_path", "self", "data", "config", "net_arguments", "seed_everything")
+_TAKEN = ("run", "ckpt_path", "self", "data", "config", "net_arguments", "seed_everything", "trust")
 """Names that no option of a verb from outside may have."""
 
 

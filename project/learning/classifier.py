@@ -11,6 +11,7 @@ import warnings
 from collections.abc import MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -446,19 +447,24 @@ class Classifier(LightningModule):
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Classifier":
         """Lightning's ``load_from_checkpoint``. If ``net`` is not given, it is built as the command line built it.
 
+        A checkpoint of somebody else's run may name classes of known packages only; see :mod:`project.frame.trust`.
+
         Args:
             checkpoint_path: path of the checkpoint, or an open file.
             args: other positional arguments of Lightning's method.
             kwargs: other keyword arguments of Lightning's method, such as ``net`` or ``map_location``.
         """
+        from project.frame.net_arguments import build_net
+        from project.frame.trust import check_trusted, is_own
+
         described = None
-        if "net" not in kwargs and isinstance(checkpoint_path, str | os.PathLike):
-            checkpoint = check_checkpoint(checkpoint_path)
-            described = checkpoint and checkpoint.get("hyper_parameters", {}).get("net")
+        if isinstance(checkpoint_path, str | os.PathLike):
+            values = (check_checkpoint(checkpoint_path) or {}).get("hyper_parameters", {})
+            if not is_own(Path(checkpoint_path).resolve().parent.parent / "config.yaml"):
+                check_trusted(values, str(checkpoint_path))
+            described = None if "net" in kwargs else values.get("net")
         if not described:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        from project.frame.net_arguments import build_net
-
         with refused_if_damaged():
             module = super().load_from_checkpoint(checkpoint_path, *args, net=build_net(described), **kwargs)
         module.hparams["net"] = described

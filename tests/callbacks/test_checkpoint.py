@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -196,3 +197,14 @@ def test_a_run_without_checkpoints_ends_with_commands_that_work(command, digits,
     status, out, err = command("fit", *digits, *options)
     assert status == 0, err
     assert "project test" not in out and "tensorboard" not in out
+
+
+@pytest.mark.parametrize("place", ["{folder}/../../mine.ckpt", "/elsewhere/mine.ckpt"])
+def test_a_checkpoint_cannot_make_the_callback_delete_files_elsewhere(place, tmp_path):
+    callback = BestAndLast()
+    callback.dirpath = str(tmp_path / "run/checkpoints")
+    path = place.format(folder=callback.dirpath)
+    state = {"dirpath": callback.dirpath, "best_model_path": "", "kth_best_model_path": path, "last_model_path": ""}
+    checkpoint = {"callbacks": {callback.state_key: {**state, "best_k_models": {path: torch.tensor(0.1)}}}}
+    callback.on_load_checkpoint(SimpleNamespace(checkpoint_callbacks=[callback]), None, checkpoint)
+    assert checkpoint["callbacks"][callback.state_key] == {}

@@ -58,7 +58,7 @@ class LookAtBatch(Callback):
             return
         if tensorboard(trainer) is None and run_of(trainer) is None:
             return
-        from project.frame.plots import plot_images
+        from project.callbacks.observe.plots import plot_images
 
         images, targets = (tensor[: self.num_images].detach().cpu() for tensor in batch[:2])
         titles = describe_targets(targets, pl_module.class_names)

@@ -87,7 +87,7 @@ class TestReport(Callback):
 
     def _figures(self, module: Any) -> "dict[str, Figure]":
         from project.callbacks.observe.confusion_plot import plot_confusion_matrix
-        from project.frame.plots import plot_images
+        from project.callbacks.observe.plots import plot_images
 
         assert self.matrix is not None and self.mistakes is not None
         names = module.class_names

@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def publish(rows: Sequence[BenchmarkRow], run: Run, command: str, writer: "SummaryWriter | None" = None) -> None:
+def publish(rows: Sequence[BenchmarkRow], run: Run | None, command: str, writer: "SummaryWriter | None" = None) -> None:
     """Write ``benchmark.csv``, ``.md`` and ``.png`` into the run's folder, and show the table on the terminal.
 
     Args:
         rows: rows that :func:`project.deployment.benchmark.measure.benchmark` returned.
-        run: run whose folder the files are written to.
+        run: run whose folder the files are written to; ``None`` writes none.
         command: command that repeats the benchmark; the Markdown file shows it.
         writer: TensorBoard's writer, which gets the table and the picture too; ``None`` leaves TensorBoard out.
     """
@@ -40,9 +40,10 @@ def publish(rows: Sequence[BenchmarkRow], run: Run, command: str, writer: "Summa
     notes = [*slow_files(rows), *([f"Not on this machine: {left_out}."] if left_out else [])]
     text = to_markdown(rows, title, _facts(rows, command), notes)
     pixels = figure_to_image(plot_benchmark(rows), dpi=130)
-    write_whole(run.benchmark("csv"), lambda part: write_csv(rows, BenchmarkRow, part))
-    write_whole(run.benchmark("md"), lambda part: part.write_text(text, encoding="utf-8"))
-    write_whole(run.benchmark("png"), Image.fromarray(pixels).save)
+    if run is not None:
+        write_whole(run.benchmark("csv"), lambda part: write_csv(rows, BenchmarkRow, part))
+        write_whole(run.benchmark("md"), lambda part: part.write_text(text, encoding="utf-8"))
+        write_whole(run.benchmark("png"), Image.fromarray(pixels).save)
     if writer is not None:
         writer.add_text("benchmark", text)
         writer.add_image("benchmark", pixels, dataformats="HWC")
@@ -50,7 +51,8 @@ def publish(rows: Sequence[BenchmarkRow], run: Run, command: str, writer: "Summa
     _show(rows)
     for sentence in slow_files(rows):
         log.info(sentence)
-    log.info("written        %s (also .csv, .png)", run.benchmark("md"))
+    if run is not None:
+        log.info("written        %s (also .csv, .png)", run.benchmark("md"))
 
 
 def how_to_repeat(**options: object) -> str:

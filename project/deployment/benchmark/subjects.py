@@ -9,6 +9,7 @@ import torch
 
 from project.data import ImageDataModule
 from project.frame.paths import Run
+from project.frame.trust import UntrustedError
 from project.learning.checkpoints import with_weights
 from project.learning.classifier import Classifier
 
@@ -89,6 +90,8 @@ def first_line(error: Exception) -> str:
 def _from(checkpoint: str | os.PathLike[str]) -> Classifier:
     try:
         return Classifier.load_from_checkpoint(Path(checkpoint), map_location="cpu", weights_only=True).eval()
+    except UntrustedError:
+        raise
     except Exception as error:
         raise ValueError(
             f"the checkpoint is {str(checkpoint)!r}, but its net cannot be built from it ({first_line(error)}): give a "

@@ -1,11 +1,14 @@
 """The verb ``benchmark``."""
 
+import json
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 
 from project.frame.trainer import RunTrainer
+
+_LIST_OPTIONS = ("--compare", "--engines")
 
 
 class Verbs(RunTrainer):
@@ -49,14 +52,15 @@ class Verbs(RunTrainer):
         from project.deployment.benchmark import measure as work
         from project.deployment.benchmark.publish import how_to_repeat, publish
         from project.deployment.benchmark.subjects import load_subjects
+        from project.frame.paths import Run
 
         if run is None:
             raise ValueError("benchmark needs --run DIR, the folder of a run, because it writes its results there.")
         checkpoint = self._weights_of(run, ckpt_path)
-        assert self.run is not None and checkpoint is not None
+        assert checkpoint is not None
         options = {"engines": engines, "num_images": num_images, "rounds": rounds, "budget_s": budget_s}
         subjects = load_subjects(
-            self.run,
+            Run.find(run),
             checkpoint,
             model,  # type: ignore[arg-type]
             compare=compare or [],
@@ -67,3 +71,22 @@ class Verbs(RunTrainer):
             named = {"run": run, "ckpt_path": ckpt_path, "compare": compare, "threads": torch.get_num_threads()}
             publish(rows, self.run, how_to_repeat(**named, **options, memory=memory), tensorboard(self))
         return rows
+
+    @staticmethod
+    def _words(args: list[str]) -> list[str]:
+        """``--compare DIR DIR`` -> ``--compare ["DIR", "DIR"]``, which jsonargparse reads. Lists in brackets stay."""
+        done: list[str] = []
+        rest = list(args)
+        while rest:
+            option, equals, value = rest.pop(0).partition("=")
+            done.append(f"{option}{equals}{value}")
+            if option not in _LIST_OPTIONS:
+                continue
+            values = [value] if equals else []
+            while rest and not rest[0].startswith("--"):
+                values.append(rest.pop(0))
+            if values and not values[0].startswith(("[", "null")):
+                done[-1:] = [option, json.dumps(values)]
+            else:
+                done += values[1:] if equals else values
+        return done

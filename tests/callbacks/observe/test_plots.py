@@ -4,11 +4,9 @@ import sys
 import pytest
 import torch
 
+from project.callbacks.observe.plots import plot_curves, plot_images, read_curves
 from project.frame.plots import (
     figure_to_image,
-    plot_curves,
-    plot_images,
-    read_curves,
 )
 
 
