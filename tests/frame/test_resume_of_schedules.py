@@ -118,10 +118,13 @@ def folder(tmp_path_factory):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key")
 @pytest.mark.parametrize("stop", STOPS)
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_rate_goes_on_at_its_share(schedule, change, stop, folder, tmp_path):
+    if (schedule, change) == ("Plateau", "fewer steps"):
+        pytest.xfail("a resumed run that max_steps ends has an epoch without a validation")
     check(schedule, change, stop, folder, tmp_path)
 
 
