@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loops.loop import _Loop
 from lightning.pytorch.loops.utilities import _reset_progress
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 
@@ -305,9 +306,12 @@ class RunTrainer(pl.Trainer):
     def _run_stage(self) -> Any:
         """Lightning calls this after a checkpoint is restored, and before the first step."""
         self._has_begun = True
+        progress = self.fit_loop.epoch_progress.current
+        if progress.ready == progress.processed > progress.completed:  # type: ignore[attr-defined] # an epoch's end
+            # If max_steps is set, Lightning 2.6 would add an epoch without a batch.
+            _Loop.restarting.fset(self.fit_loop, False)  # type: ignore[attr-defined]
         if self.state.fn == "fit" and (reason := nothing_to_train(self)) is not None:
             log.info("Nothing to train: %s.", reason)
-            progress = self.fit_loop.epoch_progress.current
             progress.completed = progress.processed  # type: ignore[attr-defined] # as after the last epoch
             self.should_stop = True
         return super()._run_stage()
