@@ -1,5 +1,6 @@
 """What the user is told of an error: one sentence if the user can mend it, otherwise it is a bug of the package."""
 
+import errno
 import os
 import re
 import traceback
@@ -31,6 +32,9 @@ def sentence(error: BaseException) -> str | None:
     message = text.strip().splitlines()[-1].partition(": ")[2] if from_worker else one_sentence(str(error))
     if _NO_MEMORY.search(f"{type(error).__name__} {message}"):
         return f"the memory is too small ({message[:150]}): lower data.batch_size, or take a smaller net."
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        place = f", so that {error.filename} cannot be written" if error.filename else ""
+        return f"the disk is full{place}: free some space. A run goes on with `project fit --resume DIR`."
     frames = _FRAME.findall(text)
     last, code = frames[-1][0::3] if frames else ("", "")
     if "jsonargparse" in last and error.__cause__ and (own := sentence(error.__cause__)) and own.endswith(_OWN):

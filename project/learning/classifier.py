@@ -224,8 +224,12 @@ class Classifier(LightningModule):
             torch.get_device_module(self.device).manual_seed(seed)
 
     def on_train_epoch_end(self) -> None:
+        """Log the means at once. Lightning would log them after the checkpoint, so that a kill could lose them."""
         if means := self.train_means():
-            self._log(means)
+            means = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in means.items()}
+            self.log_dict(means, logger=False)
+            step = self.trainer.fit_loop.epoch_loop._batches_that_stepped - 1
+            self.trainer._logger_connector.log_metrics(means, step=step)
 
     def train_means(self) -> dict[str, Tensor]:
         """Mean loss and accuracy over this process's training images since the epoch began; empty before any batch."""
