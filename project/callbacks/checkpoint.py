@@ -82,6 +82,10 @@ class BestAndLast(ModelCheckpoint):
                 moved = _in_folder(states[callback.state_key], Path(str(callback.dirpath)))
                 states[callback.state_key] = {} if is_of_another_run(trainer) else moved
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, which is the same whether the run was stopped between the best and the last checkpoint or not."""
+        return super().state_dict() | {"last_model_path": str(Path(str(self.dirpath)) / "last.ckpt")}
+
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Let the last checkpoint be written in every epoch.
 
@@ -94,6 +98,11 @@ class BestAndLast(ModelCheckpoint):
     def forget_best(self) -> None:
         """Forget the best score so far. ``best.ckpt`` stays on disk until the next checkpoint replaces it."""
         _forget_best(self)
+
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Write the last checkpoint, unless it is that of this step already."""
+        if trainer.global_step and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.followed is None and (not trainer.enable_validation or not any(trainer.num_val_batches)):
@@ -134,8 +143,7 @@ class BestAndLast(ModelCheckpoint):
         """
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().on_train_end(trainer, pl_module)
-            if self._last_global_step_saved != trainer.global_step:  # between two epochs of every_n_epochs
-                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self.save_now(trainer)  # between two epochs of every_n_epochs
             self._follow(trainer)
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:

@@ -40,7 +40,7 @@ def held(folder: Path) -> Iterator[None]:
 
 
 def _lock(folder: Path) -> FileIO | None:
-    deadline = time.monotonic() + PATIENCE_S
+    deadline, file = time.monotonic() + PATIENCE_S, None
     try:
         file = FileIO(folder / ".lock", "a+")
         while not _is_free(file):
@@ -53,6 +53,8 @@ def _lock(folder: Path) -> FileIO | None:
                 )
             time.sleep(0.1)
     except OSError as error:
+        if file is not None:
+            file.close()
         log.warning("%s cannot be locked (%s): take care that no other process trains this run.", folder, error)
         return None
     with suppress(OSError):  # a full disk

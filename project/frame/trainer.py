@@ -351,7 +351,7 @@ class RunTrainer(pl.Trainer):
         return run
 
     def _open_loggers(self, first_step: int | None = None) -> None:
-        """Let loggers and checkpoints write to the run's folder. TensorBoard drops what it has from ``first_step`` on."""
+        """Let loggers and checkpoints write to the run's folder. In TensorBoard a resume replaces the old values."""
         if self.run is None:
             return
         folder = self.run.folder
