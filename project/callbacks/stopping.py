@@ -63,7 +63,10 @@ class TellHowToResume(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
-        if progress.current.completed % trainer.accumulate_grad_batches == 0 and self._is_asked(trainer):
+        done = progress.current.completed
+        # Lightning 2.6 counts a step too many after a checkpoint of before the first batch of an epoch.
+        is_whole = done % trainer.accumulate_grad_batches == 0 if done else self._is_saved(trainer)
+        if is_whole and self._is_asked(trainer):
             progress.current.ready -= 1  # the checkpoint is one of before this batch
             progress.total.ready -= 1
             progress.is_last_batch = False
@@ -78,10 +81,12 @@ class TellHowToResume(Callback):
         """Whether one of the processes has received a signal. All processes must call this in the same batch."""
         return trainer.strategy.reduce_boolean_decision(self._received is not None, all=False)
 
+    def _is_saved(self, trainer: Trainer) -> bool:
+        return all(each._last_global_step_saved == trainer.global_step for each in _checkpoints(trainer))
+
     def _stop(self, trainer: Trainer) -> None:
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, BestAndLast):
-                callback.save_now(trainer)
+        for callback in _checkpoints(trainer):
+            callback.save_now(trainer)
         raise self._exception()
 
     def _exception(self) -> BaseException:
@@ -109,10 +114,14 @@ class TellHowToResume(Callback):
         log.info("resume         project fit --resume %s", as_argument(run.folder))
 
 
+def _checkpoints(trainer: Trainer) -> list[BestAndLast]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestAndLast)]
+
+
 def _content(checkpoint: dict[str, Any]) -> str:
     """The part of the training that a checkpoint holds, in words."""
     progress = checkpoint["loops"]["fit_loop"]
     epochs = progress["epoch_progress"]["current"]["processed"]
     batches = progress["epoch_loop.batch_progress"]["current"]["processed"] if epochs == checkpoint["epoch"] else 0
-    words = [f"epochs 1 to {epochs}" if epochs else "", f"{batches} batches of epoch {epochs + 1}" if batches else ""]
+    words = [f"epochs 1 to {epochs}" if epochs else "", f"epoch {epochs + 1} to batch {batches}" if batches else ""]
     return " and ".join(filter(None, words))

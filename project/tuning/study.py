@@ -108,14 +108,14 @@ def tune(
             else:
                 work_in_processes(plan, workers)
     except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit
+        log.info("stopped: the same command continues study %s", study)
         stopped = error
     except StorageInternalError:
         raise ValueError(GONE) from None
     publish(joined, plan, folder)
-    if stopped is not None:
-        log.info("stopped: the same command continues study %s", study)
-        raise stopped
     _say_end(joined, plan, folder)
+    if stopped is not None:
+        raise stopped
     return joined
 
 
