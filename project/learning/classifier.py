@@ -7,14 +7,15 @@ the same paper.
 import logging
 import os
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable, instantiate_module
+from lightning.pytorch.core import saving
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -118,6 +119,8 @@ class Classifier(LightningModule):
             warnings.filterwarnings("ignore", "Attribute '.*' is an instance of `nn.Module`")
             self.save_hyperparameters(logger=False)
         _keep_plain_(self.hparams)
+        if "_instantiator" in self.hparams:  # the command line builds this classifier
+            self.hparams["_instantiator"] = _INSTANTIATOR
         self.net = net
         self.num_classes = num_classes
         self.class_names = tuple(class_names or map(str, range(num_classes)))
@@ -227,7 +230,7 @@ class Classifier(LightningModule):
         """Log the means at once. Lightning would log them after the checkpoint, so that a kill could lose them."""
         if means := self.train_means():
             means = {name: self.trainer.strategy.reduce(value, reduce_op="mean") for name, value in means.items()}
-            self.log_dict(means, logger=False)
+            self._log(means, logger=False)
             step = self.trainer.fit_loop.epoch_loop._batches_that_stepped - 1
             self.trainer._logger_connector.log_metrics(means, step=step)
 
@@ -238,9 +241,9 @@ class Classifier(LightningModule):
         loss, correct, count = self._train_sums
         return {"train/loss": loss / count, "train/accuracy": correct / count}
 
-    def _log(self, values: dict[str, Tensor]) -> None:
+    def _log(self, values: dict[str, Tensor], logger: bool = True) -> None:
         """Log the mean of each value over the processes. A metric that is already synchronised keeps its value."""
-        self.log_dict(values, sync_dist=self.trainer.world_size > 1)
+        self.log_dict(values, logger=logger, sync_dist=self.trainer.world_size > 1)
 
     def _add_up(self, loss: Tensor, logits: Tensor, targets: Tensor) -> None:
         """Add a batch to the sums of the epoch. They stay on the device, because to read one makes each step wait."""
@@ -417,12 +420,8 @@ class Classifier(LightningModule):
             described = checkpoint and checkpoint.get("hyper_parameters", {}).get("net")
         if not described:
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
-        from project.frame.net_arguments import build_net
-
         with refused_if_damaged():
-            module = super().load_from_checkpoint(checkpoint_path, *args, net=build_net(described), **kwargs)
-        module.hparams["net"] = described
-        return module
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs, _instantiator=_INSTANTIATOR)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["surgeries"], checkpoint["steps_per_epoch"] = self.surgeries, self._steps_per_epoch
@@ -454,6 +453,28 @@ class Classifier(LightningModule):
                 f"the checkpoint belongs to another net ({problem}): give the configuration that it was trained with, "
                 "as `--run DIR` does, or another checkpoint."
             )
+
+
+def instantiate(kind: type[LightningModule], config: dict[str, Any]) -> LightningModule:
+    """Build the classifier that the hyperparameters of a checkpoint describe. Lightning calls this when it loads one.
+
+    Args:
+        kind: class whose ``load_from_checkpoint`` was called; for LightningModule it is a classifier that is built.
+        config: arguments of the classifier. A net that is described and not given is built as the command line does.
+    """
+    from project.frame.net_arguments import build_net
+
+    described = config.get("net")
+    net = build_net(described) if isinstance(described, Mapping) else described
+    module = instantiate_module(kind if issubclass(kind, Classifier) else Classifier, config | {"net": net})
+    if net is not described:
+        module.hparams["net"] = described
+    return module
+
+
+_INSTANTIATOR = f"{__name__}.{instantiate.__name__}"
+_allowed: set[str] = getattr(saving, "_ALLOWED_INSTANTIATORS", set())
+_allowed.add(_INSTANTIATOR)  # Lightning calls no other functions that a checkpoint names
 
 
 def _in_full(logits: Tensor) -> Tensor:
