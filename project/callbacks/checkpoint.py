@@ -84,6 +84,10 @@ class BestAndLast(ModelCheckpoint):
                 is_foreign = is_of_another_run(trainer) or not _is_inside(moved, folder)
                 states[callback.state_key] = {} if is_foreign else moved
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state, which is the same whether the run was stopped between the best and the last checkpoint or not."""
+        return super().state_dict() | {"last_model_path": str(Path(str(self.dirpath)) / "last.ckpt")}
+
     def _save_topk_checkpoint(self, trainer: pl.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
         """Let the last checkpoint be written in every epoch.
 
@@ -97,6 +101,11 @@ class BestAndLast(ModelCheckpoint):
         """Forget the best score so far. ``best.ckpt`` stays on disk until the next checkpoint replaces it."""
         _forget_best(self)
 
+    def save_now(self, trainer: pl.Trainer) -> None:
+        """Write the last checkpoint, unless it is that of this step already."""
+        if trainer.global_step and self._last_global_step_saved != trainer.global_step:
+            self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self.followed is None and (not trainer.enable_validation or not any(trainer.num_val_batches)):
             self.monitor = None
@@ -106,9 +115,14 @@ class BestAndLast(ModelCheckpoint):
         super().on_train_start(trainer, pl_module)
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
-        """Write the last checkpoint within an epoch, if a callback with ``save_last`` has just saved there."""
+        """Write the last checkpoint within an epoch, if a callback with ``save_last`` has just saved there.
+
+        After the last batch it waits for the end of the epoch: a resume would leave out its validation.
+        """
         super().on_train_batch_end(trainer, *args)
         step = trainer.global_step
+        if self._is_due(trainer) and trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+            return
         if self._asked_at != step and any(other._last_global_step_saved == step for other in self._asked_by):
             self._asked_at = step
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -119,8 +133,7 @@ class BestAndLast(ModelCheckpoint):
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_epoch_end(trainer, pl_module)
-        is_due = (trainer.current_epoch + 1) % self._every_n_epochs == 0
-        if is_due and not trainer.fast_dev_run and not self._should_save_on_train_epoch_end(trainer):  # type: ignore[attr-defined]
+        if self._is_due(trainer) and not trainer.fast_dev_run and not self._should_save_on_train_epoch_end(trainer):  # type: ignore[attr-defined]
             # Lightning 2.6 saves after validation only, if that is not at the end of every epoch.
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._follow(trainer)
@@ -132,8 +145,7 @@ class BestAndLast(ModelCheckpoint):
         """
         if not trainer.fast_dev_run:  # type: ignore[attr-defined]
             super().on_train_end(trainer, pl_module)
-            if self._last_global_step_saved != trainer.global_step:  # between two epochs of every_n_epochs
-                self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+            self.save_now(trainer)  # between two epochs of every_n_epochs
             self._follow(trainer)
 
     def check_monitor_top_k(self, trainer: pl.Trainer, current: Tensor | None = None) -> bool:
@@ -145,6 +157,10 @@ class BestAndLast(ModelCheckpoint):
             better = current <= self.best_model_score if self.mode == "min" else current >= self.best_model_score
             return bool(trainer.strategy.reduce_boolean_decision(bool(better)))
         return super().check_monitor_top_k(trainer, current)
+
+    def _is_due(self, trainer: pl.Trainer) -> bool:
+        """Whether the end of this epoch has a checkpoint."""
+        return (trainer.current_epoch + 1) % self._every_n_epochs == 0
 
     @property
     def _best(self) -> Path:

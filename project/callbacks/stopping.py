@@ -1,16 +1,21 @@
 """Ctrl-C and SIGTERM during a fit.
 
-The first signal ends the run in order and shows how to resume it. A second signal ends the process at once.
+The first signal ends the run after the batch, with a checkpoint, and shows how to resume it. A second signal ends the
+process at once.
 """
 
 import logging
+import os
 import signal
+import sys
 import threading
 from types import FrameType
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.places import run_of
 from project.frame.paths import as_argument
 from project.learning.checkpoints import check_checkpoint
@@ -19,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 class TellHowToResume(Callback):
-    """Logs what a stopped run has kept, and the command that resumes it.
+    """Stops a fit at Ctrl-C and SIGTERM: saves a checkpoint, and logs what is kept and the command that resumes it.
 
     :func:`~project.callbacks.default_callbacks` puts it into every run.
 
@@ -30,21 +35,62 @@ class TellHowToResume(Callback):
         True
     """
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let a second SIGTERM end the process.
+    def __init__(self) -> None:
+        self._received: int | None = None  # the signal
+        self._is_training = False
 
-        Lightning waits for the end of the batch after the first SIGTERM, and ignores further ones.
-        """
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Wait for the end of the batch at the first signal. A second one ends the process."""
+        self._received, self._is_training = None, True
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may set signal handlers
-        handler = signal.getsignal(signal.SIGTERM)
 
         def stop(signum: int, frame: FrameType | None) -> None:
+            self._received = signum
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
-            if callable(handler):
-                handler(signum, frame)
+            # Otherwise Ctrl-C would end a notebook's kernel.
+            signal.signal(signal.SIGINT, signal.default_int_handler if "ipykernel" in sys.modules else signal.SIG_DFL)
+            if signum == signal.SIGTERM and trainer.strategy.launcher is not None:
+                trainer.strategy.launcher.kill(signum)  # the processes that this one has started
+            if not self._is_training:
+                raise self._exception()
+            if trainer.is_global_zero:  # `print` may not be called while another one is being written
+                os.write(2, b"\nStopping after this batch. A second signal stops at once.\n")
 
         signal.signal(signal.SIGTERM, stop)
+        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+            signal.signal(signal.SIGINT, stop)
+
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        progress = trainer.fit_loop.epoch_loop.batch_progress
+        done = progress.current.completed
+        # Lightning 2.6 counts a step too many after a checkpoint of before the first batch of an epoch.
+        is_whole = done % trainer.accumulate_grad_batches == 0 if done else self._is_saved(trainer)
+        if is_whole and self._is_asked(trainer):
+            progress.current.ready -= 1  # the checkpoint is one of before this batch
+            progress.total.ready -= 1
+            progress.is_last_batch = False
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_training = False  # what follows is done again by a resumed run: a signal need not wait
+        if self._is_asked(trainer):
+            self._stop(trainer)
+
+    def _is_asked(self, trainer: Trainer) -> bool:
+        """Whether one of the processes has received a signal. All processes must call this in the same batch."""
+        return trainer.strategy.reduce_boolean_decision(self._received is not None, all=False)
+
+    def _is_saved(self, trainer: Trainer) -> bool:
+        return all(each._last_global_step_saved == trainer.global_step for each in _checkpoints(trainer))
+
+    def _stop(self, trainer: Trainer) -> None:
+        for callback in _checkpoints(trainer):
+            callback.save_now(trainer)
+        raise self._exception()
+
+    def _exception(self) -> BaseException:
+        return KeyboardInterrupt() if self._received == signal.SIGINT else SIGTERMException()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         if not isinstance(exception, KeyboardInterrupt | SIGTERMException):
@@ -63,6 +109,19 @@ class TellHowToResume(Callback):
         if checkpoint is None and trainer.global_step == 0:
             log.info("Stopped before the first step: nothing is kept.")
             return
-        kept = "no checkpoint yet" if checkpoint is None else f"epochs 1 to {checkpoint['epoch'] + 1}"
+        kept = "no checkpoint yet" if checkpoint is None else _content(checkpoint)
         log.info("Stopped. Kept: %s, in %s", kept, as_argument(run.folder))
         log.info("resume         project fit --resume %s", as_argument(run.folder))
+
+
+def _checkpoints(trainer: Trainer) -> list[BestAndLast]:
+    return [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, BestAndLast)]
+
+
+def _content(checkpoint: dict[str, Any]) -> str:
+    """The part of the training that a checkpoint holds, in words."""
+    progress = checkpoint["loops"]["fit_loop"]
+    epochs = progress["epoch_progress"]["current"]["processed"]
+    batches = progress["epoch_loop.batch_progress"]["current"]["processed"] if epochs == checkpoint["epoch"] else 0
+    words = [f"epochs 1 to {epochs}" if epochs else "", f"epoch {epochs + 1} to batch {batches}" if batches else ""]
+    return " and ".join(filter(None, words))

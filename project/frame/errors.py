@@ -21,7 +21,8 @@ _CIRCUMSTANCES = {
     "perhaps because the memory is too small: lower data.num_workers or data.batch_size.",
     "Too many open files|items of ancdata": "too many files are open ({}): raise the limit (ulimit -n), or lower "
     "data.num_workers.",
-    "No space left on device|Disk quota exceeded": f"the disk is full ({{}}): free some space, or {_ELSEWHERE}",
+    "No space left on device|Disk quota exceeded": "the disk is full ({}): free some space, then go on with "
+    f"`project fit --resume DIR`; or {_ELSEWHERE}",
     "Read-only file system|Permission denied": f"a file cannot be opened ({{}}): {_ELSEWHERE}",
 }
 """What may be wrong with the machine, whatever kind of exception tells it: a pattern of its text, and the answer."""

@@ -29,10 +29,11 @@ class MetricsCSV(Logger):
         self.columns: list[str] = ["step"]
         self._is_stale = False
         if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                reader = csv.DictReader(file)
-                self.rows = [{key: value for key, value in row.items() if value} for row in reader]
-                self.columns = list(reader.fieldnames or self.columns)
+            lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+            reader = csv.DictReader(line for line in lines if line.endswith("\n"))
+            self.rows = [{key: value for key, value in row.items() if value} for row in reader]
+            self.columns = list(reader.fieldnames or self.columns)
+            self._is_stale = not lines or not lines[-1].endswith("\n")  # a full disk has cut the last row
 
     @property
     def name(self) -> str:

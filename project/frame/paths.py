@@ -9,8 +9,10 @@
                                                              and which runs are this user's own
 """
 
+import errno
 import os
 import shlex
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -238,11 +240,14 @@ def writable(path: Path, remedy: str = "give --output FILE.") -> Path:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file atomically: a reader sees the whole old file or the whole new one.
+    """Write a file atomically: a reader sees the whole old file or the whole new one, also after a power failure.
 
     Args:
         path: path of the file; its folder is made if it is missing.
         write: function that fills a file beside ``path``, whose path it gets. That file is then renamed to ``path``.
+
+    Raises:
+        OSError: if the file cannot be written. The old file is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(
@@ -250,6 +255,25 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     )  # the suffix stays at the end, because image writers choose the format by it
     try:
         write(part)
+        _flush(part)
         part.replace(path)
+        if os.name == "posix":
+            _flush(path.parent)  # the new name
+    except Exception as error:
+        if shutil.disk_usage(path.parent).free < 2**16:  # torch and others then raise errors of many kinds
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error
+        raise
     finally:
         part.unlink(missing_ok=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot wait
+            raise
+    finally:
+        os.close(handle)

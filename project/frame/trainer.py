@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch.accelerators import Accelerator
 from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
@@ -21,10 +22,11 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 
 from project.callbacks.continuing import nothing_to_train
 from project.callbacks.defaults import default_callbacks
+from project.frame.lock import held
 from project.frame.logger import MetricsCSV
 from project.frame.paths import Paths, Run, writable
 from project.frame.rooms import optional
-from project.learning.checkpoints import check_checkpoint, take_weights_
+from project.learning.checkpoints import WholeFiles, check_checkpoint, newest_whole, take_weights_
 from project.learning.classifier import Classifier
 from project.learning.process import fastest_precision, tune_process
 from project.learning.whole_batch import WholeBatch
@@ -110,6 +112,10 @@ class RunTrainer(pl.Trainer):
             precision=fastest_precision(accelerator) if precision == "auto" else precision,  # type: ignore[arg-type]
             **kwargs,
         )
+        written = self.strategy.checkpoint_io
+        written = getattr(written, "checkpoint_io", written)  # a plugin may be wrapped around it
+        if type(written) is TorchCheckpointIO:
+            written.__class__ = WholeFiles
         environment = getattr(self.strategy, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment):
             # Lightning's requeue saves in the middle of an epoch, whose images would start again, and it saves in the
@@ -170,27 +176,36 @@ class RunTrainer(pl.Trainer):
             take_weights_(model, weights)
         if isinstance(model, Classifier):
             model.check_fit(mixed=getattr(datamodule, "mix", None) is not None)
-        new = resume is None
+        check_checkpoint(ckpt_path)
         if resume is not None:
             self.run = Run.find(resume)
             writable(self.run.metrics, "copy the run's folder, and resume the copy.")
-            ckpt_path = ckpt_path or _last_checkpoint(self.run)
-        self._check_trains(new=ckpt_path is None)
+        else:
+            self._check_trains(new=ckpt_path is None)
+            self.run = self.run if self.fast_dev_run else self._new_run()  # type: ignore[attr-defined]
+        data = train_dataloaders, val_dataloaders, datamodule
+        with held(self.run.folder) if self.run is not None and self.global_rank == 0 else nullcontext():
+            self._fit(model, data, ckpt_path, weights_only, resume is None)
+
+    def _fit(self, model: Any, data: tuple[Any, Any, Any], ckpt_path: str | None, weights_only: Any, new: bool) -> None:
+        if not new:
+            assert self.run is not None
+            ckpt_path = ckpt_path or newest_whole(self.run.checkpoints, alone=self.global_rank == 0)
+            self._check_trains(new=ckpt_path is None)
         checkpoint = check_checkpoint(ckpt_path)
         self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parent.parent) if new else self.run
-        if new and not self.fast_dev_run:  # type: ignore[attr-defined]
-            self.run = self._new_run()
         self._forget_last_fit()
-        self._open_loggers()
+        step = 0 if checkpoint is None else checkpoint["global_step"]
+        self._open_loggers(None if new else step)
         events = set(self._event_files())
         if not new and self._csv is not None:
-            self._csv.forget_after(-1 if checkpoint is None else checkpoint["global_step"] - 1)
+            self._csv.forget_after(step - 1)
         # Means of epochs are logged at any interval, so this warning about small data sets is not needed.
         warnings.filterwarnings("ignore", "The number of training batches .* is smaller than the logging interval")
         # A weight with one input channel fits two memory layouts at once, so this warning means nothing.
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
         try:
-            super().fit(model, train_dataloaders, val_dataloaders, datamodule, ckpt_path, weights_only)
+            super().fit(model, *data, ckpt_path, weights_only)
         except BaseException as error:
             self._discard_run(new, failed=isinstance(error, Exception))
             for path in () if self._has_begun else set(self._event_files()) - events:
@@ -199,7 +214,7 @@ class RunTrainer(pl.Trainer):
         finally:
             os.environ.pop(_RUN_FOLDER, None)
         if self.test_after_fit and self.run is not None and self.state.finished:
-            self._test_best(model, datamodule)
+            self._test_best(model, data[-1])
 
     def validate(  # type: ignore[override]
         self,
@@ -341,15 +356,16 @@ class RunTrainer(pl.Trainer):
         assert run is not None
         return run
 
-    def _open_loggers(self) -> None:
-        """Let loggers and checkpoints write to the run's folder."""
+    def _open_loggers(self, first_step: int | None = None) -> None:
+        """Let loggers and checkpoints write to the run's folder. In TensorBoard a resume replaces the old values."""
         if self.run is None:
             return
         folder = self.run.folder
         wanted = self._wanted_loggers
         loggers: list[Logger]
         if wanted is None or wanted is True:
-            loggers = [TensorBoardLogger(save_dir=str(folder), name="", version="", default_hp_metric=False)]
+            options: dict[str, Any] = {"default_hp_metric": False, "purge_step": first_step}
+            loggers = [TensorBoardLogger(save_dir=str(folder), name="", version="", **options)]
         elif wanted is False:
             loggers = []
         else:
@@ -410,10 +426,3 @@ class RunTrainer(pl.Trainer):
             log.info("There are no test images, so that nothing is tested")
             return
         self.test(model, datamodule=datamodule, ckpt_path=str(best) if best.is_file() else None, verbose=False)
-
-
-def _last_checkpoint(run: Run) -> str | None:
-    if run.last_checkpoint.is_file():
-        return str(run.last_checkpoint)
-    log.info("%s has no checkpoint yet: it starts from the beginning", run.folder)
-    return None

@@ -1,5 +1,7 @@
 """Checkpoints of a :class:`~project.learning.classifier.Classifier`: read a file, load its net, write a new file."""
 
+import io
+import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -9,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 from zipfile import ZIP_STORED, ZipFile
 
 import torch
+from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor, nn
+
+from project.frame.paths import write_whole
 
 if TYPE_CHECKING:
     from project.learning.classifier import Classifier
+
+log = logging.getLogger(__name__)
 
 
 def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_path") -> dict[str, Any] | None:
@@ -60,6 +67,60 @@ def read_checkpoint(path: str | os.PathLike[str], device: str = "cpu", argument:
     return checkpoint
 
 
+def save_checkpoint(checkpoint: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a checkpoint beside its place, then rename it. If the disk is full, the older file stays whole.
+
+    Args:
+        checkpoint: content of the checkpoint.
+        path: path of the file; its folder is made if it is missing.
+    """
+    content = io.BytesIO()  # not the file itself, whose name would be part of the content
+    torch.save(checkpoint, content)
+    write_whole(Path(path), lambda part: part.write_bytes(content.getbuffer()))
+
+
+def newest_whole(folder: Path, *, alone: bool) -> str | None:
+    """The checkpoint with which a run goes on: ``last.ckpt``, or the newest other one if that is missing or damaged.
+
+    Args:
+        folder: folder of the run's checkpoints; ``None`` is returned if none of them is whole.
+        alone: whether this process is the only one that trains the run. It then renames damaged files, and deletes
+            those that killed processes have left half written.
+    """
+    found: dict[tuple[int, int], Path] = {}
+    for path in sorted(folder.glob("*.ckpt"), key=lambda path: path.name != "last.ckpt"):
+        if path.name.startswith("."):
+            path.unlink() if alone else None
+            continue
+        try:
+            checkpoint = read_checkpoint(path, "meta")
+        except ValueError:
+            if alone:
+                aside = path.replace(f"{path}.damaged")
+                log.warning("%s is damaged and was renamed to %s", path, aside.name)
+            continue
+        if path.name == "last.ckpt":
+            return str(path)
+        if checkpoint.get("loops") and checkpoint.get("optimizer_states"):  # not the end of a compression
+            found[checkpoint["global_step"], path.stat().st_mtime_ns] = path
+    log.info("There is no last.ckpt: the run goes on with %s", found[max(found)] if found else "its first epoch")
+    return str(found[max(found)]) if found else None
+
+
+class WholeFiles(TorchCheckpointIO):
+    """Lightning's way to write checkpoints, but with :func:`save_checkpoint`.
+
+    Lightning 2.6 writes into the folder for temporary files, then moves the file, which copies it if that folder is on
+    another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        if storage_options is None and "://" not in str(path):
+            save_checkpoint(checkpoint, path)
+        else:
+            super().save_checkpoint(checkpoint, path, storage_options)
+
+
 def take_weights_(module: Any, path: str | os.PathLike[str]) -> None:
     """Give ``module`` the structure and the weights of a checkpoint, and nothing of its training.
 
@@ -101,9 +162,9 @@ def refused_if_damaged() -> Iterator[None]:
     """Raise a ValueError of one sentence for any error while a net takes what a checkpoint holds."""
     try:
         yield
-    except ValueError:
-        raise
     except Exception as error:
+        if isinstance(error, ValueError) and len(str(error)) < 1000:
+            raise
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the checkpoint does not fit its net ({reason}): give another checkpoint.") from error
 

@@ -8,7 +8,7 @@ import logging
 import math
 import os
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.cli import OptimizerCallable, instantiate_module
+from lightning.pytorch.core import saving
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
@@ -121,8 +122,14 @@ class Classifier(LightningModule):
             warnings.filterwarnings("ignore", "Attribute '.*' is an instance of `nn.Module`")
             self.save_hyperparameters(logger=False)
         _keep_plain_(self.hparams)
+        if "_instantiator" in self.hparams:  # the command line builds this classifier
+            self.hparams["_instantiator"] = _INSTANTIATOR
         self.net = net
         self.num_classes = num_classes
+        if class_names and len(class_names) != num_classes:
+            raise ValueError(
+                f"num_classes is {num_classes}, but there are {len(class_names)} class_names: correct one."
+            )
         self.class_names = tuple(class_names or map(str, range(num_classes)))
         self.mean = tuple(mean)
         self.std = tuple(std)
@@ -454,7 +461,6 @@ class Classifier(LightningModule):
             args: other positional arguments of Lightning's method.
             kwargs: other keyword arguments of Lightning's method, such as ``net`` or ``map_location``.
         """
-        from project.frame.net_arguments import build_net
         from project.frame.trust import check_trusted, is_own
 
         described = None
@@ -463,12 +469,10 @@ class Classifier(LightningModule):
             if not is_own(Path(checkpoint_path).resolve().parent.parent / "config.yaml"):
                 check_trusted(values, str(checkpoint_path))
             described = None if "net" in kwargs else values.get("net")
-        if not described:
-            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+        if described:
+            kwargs["_instantiator"] = _INSTANTIATOR
         with refused_if_damaged():
-            module = super().load_from_checkpoint(checkpoint_path, *args, net=build_net(described), **kwargs)
-        module.hparams["net"] = described
-        return module
+            return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["surgeries"], checkpoint["steps_per_epoch"] = self.surgeries, self._steps_per_epoch
@@ -510,6 +514,31 @@ def _multiply_rates_(checkpoint: dict[str, Any], factor: float) -> None:
         group.update({key: group[key] * factor for key in ("lr", "initial_lr") if key in group})
     for state in checkpoint["lr_schedulers"]:
         state.update({key: [rate * factor for rate in state[key]] for key in ("base_lrs",) if key in state})
+
+
+def instantiate(kind: type[LightningModule], config: dict[str, Any]) -> LightningModule:
+    """Build the classifier that the hyperparameters of a checkpoint describe. Lightning calls this when it loads one.
+
+    Args:
+        kind: class whose ``load_from_checkpoint`` was called; for LightningModule it is a classifier that is built.
+        config: arguments of the classifier. A net that is described and not given is built as the command line does.
+    """
+    from project.frame.net_arguments import build_net
+    from project.frame.trust import check_trusted
+
+    described = config.get("net")
+    if not issubclass(kind, Classifier):  # whose load_from_checkpoint has checked it
+        check_trusted(described, "the checkpoint")
+    net = build_net(described) if isinstance(described, Mapping) else described
+    module = instantiate_module(kind if issubclass(kind, Classifier) else Classifier, config | {"net": net})
+    if net is not described:
+        module.hparams["net"] = described
+    return module
+
+
+_INSTANTIATOR = f"{__name__}.{instantiate.__name__}"
+_allowed: set[str] = getattr(saving, "_ALLOWED_INSTANTIATORS", set())
+_allowed.add(_INSTANTIATOR)  # Lightning calls no other functions that a checkpoint names
 
 
 def _in_full(logits: Tensor) -> Tensor:

@@ -77,6 +77,7 @@ def tune(
     Raises:
         ValueError: if an argument is outside its range, or the configuration does not take a key or a value of the
             space. This is checked before the first trial.
+        KeyboardInterrupt, SystemExit: if a signal has stopped the search. The tables are written before.
     """
     if workers < 1:
         raise ValueError(f"workers is {workers}: choose 1 or more.")
@@ -99,18 +100,22 @@ def tune(
     check_space(plan)
     joined = open_study(plan)
     begin(joined, plan)
+    stopped: BaseException | None = None
     try:
         if _is_unfinished(joined, plan):
             if workers == 1:
                 work(plan)
             else:
                 work_in_processes(plan, workers)
-    except (KeyboardInterrupt, SystemExit):  # Lightning turns Ctrl-C into SystemExit
+    except (KeyboardInterrupt, SystemExit) as error:  # Lightning turns Ctrl-C into SystemExit
         log.info("stopped: the same command continues study %s", study)
+        stopped = error
     except StorageInternalError:
         raise ValueError(GONE) from None
     publish(joined, plan, folder)
     _say_end(joined, plan, folder)
+    if stopped is not None:
+        raise stopped
     return joined
 
 

@@ -6,6 +6,7 @@ import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 from typing import Any
 
 from optuna.exceptions import StorageInternalError
@@ -29,6 +30,8 @@ def work_in_processes(plan: Plan, workers: int) -> None:
     # With more threads than cores, threads wait for each other, and a trial takes ten times as long.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // workers)))
     processes = [_start(context, plan, number) for number in range(workers)]
+    in_main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGTERM, _end) if in_main else None
     try:
         while processes:
             multiprocessing.connection.wait([process.sentinel for process in processes])
@@ -44,8 +47,15 @@ def work_in_processes(plan: Plan, workers: int) -> None:
             process.terminate()
         for process in processes:
             process.join()
+        if in_main:
+            signal.signal(signal.SIGTERM, handler)
         os.environ.clear()
         os.environ.update(before)
+
+
+def _end(*_: Any) -> None:
+    """A handler of SIGTERM that raises an exception, so that trials go back to the queue."""
+    sys.exit(143)
 
 
 def _start(context: Any, plan: Plan, number: int) -> Any:
@@ -60,7 +70,8 @@ def _start(context: Any, plan: Plan, number: int) -> Any:
 
 def _worker(plan: Plan) -> None:
     setup_logging()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # an exception, so that the trial goes back to the queue
+    signal.signal(signal.SIGTERM, _end)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, but the first one ends the others
     try:
         work(plan)
     except (ValueError, OSError) as error:

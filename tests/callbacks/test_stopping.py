@@ -1,15 +1,27 @@
 """Ctrl-C and SIGTERM: what is kept, the command that resumes it, the exit status, and what a second signal does."""
 
 import json
+import os
 import shlex
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
+import torch
 from helpers.signal_at import SignalAt
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+from project.callbacks import BestAndLast
+from project.data import Digits
 from project.frame.paths import Run
+from project.frame.verbs import Trainer
+from project.models import Classifier, SmallInception
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(autouse=True)
@@ -29,7 +41,7 @@ def test_a_stopped_fit_says_how_to_resume_and_that_works(number, status, command
     got, out, err = command("fit", *digits, *options, *stop, "--trainer.callbacks.step=9")
     assert (got, err) == (status, "")
     run = Run.find(logs / "my run")
-    assert f"Stopped. Kept: epochs 1 to 2, in '{run.folder}'" in out
+    assert f"Stopped. Kept: epochs 1 to 2 and epoch 3 to batch 2, in '{run.folder}'" in out
     resume = next(line for line in out.splitlines() if line.startswith("resume "))
     assert SignalAt.handlers == [signal.SIG_DFL, signal.SIG_DFL]
     got, out, err = command(*shlex.split(resume)[2:], "--trainer.callbacks=null")
@@ -37,12 +49,135 @@ def test_a_stopped_fit_says_how_to_resume_and_that_works(number, status, command
     assert json.loads(run.summary.read_text())["num_epochs"] == 3 and "test accuracy" in out
 
 
-@pytest.mark.parametrize(("step", "words"), [(0, "nothing is kept"), (2, "Kept: no checkpoint yet")])
-def test_a_fit_that_is_stopped_early_promises_nothing(step, words, command, digits, logs):
-    stop = ["--trainer.callbacks+=helpers.signal_at.SignalAt", f"--trainer.callbacks.step={step}"]
-    status, out, _ = command("fit", *digits, *stop)
-    assert status == 130 and words in out
-    assert bool(list(logs.glob("digits/version_*"))) == ("resume  " in out) == (step > 0)
+def test_a_fit_without_checkpoints_promises_nothing(command, digits, logs):
+    stop = ["--trainer.callbacks+=helpers.signal_at.SignalAt", "--trainer.callbacks.step=2"]
+    status, out, _ = command("fit", *digits, *stop, "--trainer.enable_checkpointing=false")
+    assert status == 130 and "Kept: no checkpoint yet" in out
+
+
+class SignalBefore(Callback):
+    """Sends a signal before the first batch; the sanity check of the validation is over then."""
+
+    def on_sanity_check_end(self, trainer, pl_module):
+        os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_a_fit_that_is_stopped_before_its_first_step_leaves_nothing(command, digits, logs):
+    status, out, _ = command("fit", *digits, f"--trainer.callbacks+={__name__}.SignalBefore")
+    assert status == 130 and "nothing is kept" in out and "resume  " not in out
+    assert not list(logs.glob("digits/version_*"))
+
+
+STEPS = 5
+"""Steps of an epoch."""
+
+
+def fit(logs, epochs=2, callbacks=(), **options):
+    """A small fit; ``SystemExit`` and ``SIGTERMException`` end it as a signal does."""
+    seed_everything(0, verbose=False)
+    resume = options.pop("resume", None)
+    trainer = Trainer(
+        accelerator="cpu",
+        logs_dir=str(logs),
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        observe=False,
+        logger=False,
+        max_epochs=epochs,
+        test_after_fit=False,
+        **{"limit_train_batches": STEPS, **options},
+    )
+    with suppress(SystemExit):
+        module = Classifier(SmallInception(10, (1, 8, 8), width=0.125), 10, (1, 8, 8))
+        trainer.fit(module, datamodule=Digits(batch_size=64), resume=resume)
+    trainer.run.config.touch()
+    return trainer.run
+
+
+def content(run):
+    return torch.load(run.last_checkpoint, weights_only=True)
+
+
+CASES = {
+    "within an epoch": (7, {}, 8),
+    "Ctrl-C": (7, {"number": signal.SIGINT}, 8),
+    "after the first batch": (0, {}, 1),
+    "in the batch before the last one of an epoch": (3, {}, 4),
+    "in the last batch of an epoch": (4, {}, 5),
+    "in the last batch of an epoch without checkpoint": (4, {"every": 5}, 6),
+    "in the last batch": (9, {"every": 5}, 10),
+    "beside step checkpoints": (7, {"steps": 3}, 8),
+    "between two steps of the optimizer": (2, {"accumulate_grad_batches": 2}, 3),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
+@pytest.mark.parametrize("name", CASES)
+def test_the_first_signal_waits_for_the_batch_and_keeps_it(name, logs):
+    step, options, kept = CASES[name]
+    options = dict(options)
+    number, every, steps = options.pop("number", signal.SIGTERM), options.pop("every", 1), options.pop("steps", None)
+
+    def callbacks():
+        own = [ModelCheckpoint(every_n_train_steps=steps, save_last=True)] if steps else []
+        return [BestAndLast(every_n_epochs=every), *own]
+
+    whole = fit(logs / "whole", 2, callbacks(), **options)
+    run = fit(logs / "stopped", 2, [*callbacks(), SignalAt(number, step)], **options)
+    assert content(run)["global_step"] == kept
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    fit(logs / "stopped", 2, callbacks(), resume=str(run.folder), **options)
+    first, second = content(whole), content(run)
+    assert all(torch.equal(value, second["state_dict"][key]) for key, value in first["state_dict"].items())
+    assert first["loops"]["fit_loop"] == second["loops"]["fit_loop"]
+    assert first["lr_schedulers"] == second["lr_schedulers"]
+    rows = [run.metrics.read_text().split() for run in (whole, run)]
+    assert sorted(rows[0]) == sorted(rows[1])
+
+
+def test_a_signal_at_the_end_of_the_training_need_not_wait(logs):
+    """What follows is done again by a resumed run."""
+    done = []
+
+    class Finish(Callback):
+        def on_train_end(self, trainer, pl_module):
+            os.kill(os.getpid(), signal.SIGTERM)
+            done.append("to the end")
+
+    run = fit(logs, 1, [Finish()])
+    assert not done and content(run)["global_step"] == STEPS
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("steps", [None, 3])
+def test_two_processes_stop_after_the_same_batch(number, status, steps, logs, digits):
+    """The signal reaches the first process alone."""
+    config = [*digits, "--trainer.max_epochs=2", "--trainer.test_after_fit=false", "--trainer.accelerator=cpu"]
+    config += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=64"]
+    if steps:
+        config += ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
+        config += [f"--trainer.callbacks.every_n_train_steps={steps}", "--trainer.callbacks.save_last=true"]
+    stop = ["--trainer.callbacks+=helpers.signal_at.SignalAt", f"--trainer.callbacks.number={int(number)}"]
+    stop += ["--trainer.callbacks.step=14", "--trainer.callbacks.rank=0"]
+
+    def run(*args):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+        command = [sys.executable, "-m", "project", "fit", *args]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120)
+
+    assert run(*config, "--trainer.experiment=whole").returncode == 0
+    done = run(*config, *stop, "--trainer.experiment=stopped")
+    assert done.returncode == status, done.stderr
+    assert "Kept: epochs 1 to 1 and epoch 2 to batch 5" in done.stdout and "Traceback" not in done.stderr
+    whole, stopped = Run.find(logs / "whole"), Run.find(logs / "stopped")
+    options = ["--trainer.callbacks=null"] if not steps else []
+    done = run(
+        "--resume", str(stopped.folder), *options, *(["--trainer.callbacks.SignalAt.step=1000"] if steps else [])
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = content(whole)["state_dict"], content(stopped)["state_dict"]
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
 
 
 def test_a_monitor_that_nothing_logs_is_named_in_one_sentence(command, digits, logs):

@@ -7,16 +7,16 @@ from lightning.pytorch import Callback
 
 
 class SignalAt(Callback):
-    """Sends signal ``number`` when the optimizer step ``step`` is to be made."""
+    """Sends signal ``number`` when the step ``step`` is to be made, in all processes or in that of ``rank``."""
 
     handlers: list = []
     """What a second SIGINT and SIGTERM would do while the first one ends the run."""
 
-    def __init__(self, number: int = 2, step: int = 0) -> None:
-        self.number, self.step = number, step
+    def __init__(self, number: int = 2, step: int = 0, rank: int | None = None) -> None:
+        self.number, self.step, self.rank = number, step, rank
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        if trainer.global_step == self.step:
+        if trainer.global_step == self.step and self.rank in (None, trainer.global_rank):
             os.kill(os.getpid(), self.number)
 
     def on_exception(self, trainer, pl_module, exception):

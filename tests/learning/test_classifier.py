@@ -61,6 +61,22 @@ def test_a_checkpoint_alone_brings_the_classifier_back(command, digits, logs):
     assert saved.keys() == loaded.state_dict().keys()
 
 
+@pytest.mark.parametrize("described", ["project.models.LeNet300100", "helpers.foreign_nets.build_digits"])
+def test_lightnings_own_class_loads_a_checkpoint_too(described, command, digits, logs):
+    """As in a notebook, also with a function that makes the net, and from a checkpoint of before."""
+    options = ["--trainer.max_epochs=1", "--trainer.test_after_fit=false", f"--model.net={described}"]
+    status, _, err = command("fit", digits[0], digits[1], *options)
+    assert status == 0, err
+    path = logs / "digits" / "version_0" / "checkpoints" / "best.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    for loaded in (pl.LightningModule.load_from_checkpoint(path), Classifier.load_from_checkpoint(path)):
+        assert type(loaded) is Classifier and loaded.hparams["net"]["class_path"] == described
+        assert all(torch.equal(value, checkpoint["state_dict"][key]) for key, value in loaded.state_dict().items())
+    checkpoint["hyper_parameters"]["_instantiator"] = "lightning.pytorch.cli.instantiate_module"
+    torch.save(checkpoint, path)
+    assert type(Classifier.load_from_checkpoint(path)) is Classifier
+
+
 def test_built_in_python_a_checkpoint_still_holds_plain_values_only(logs):
     model = Classifier(net(), 10, SHAPE)
     trainer(experiment="python").fit(model, datamodule=Digits(batch_size=64))

@@ -19,8 +19,8 @@ from project.compression.low_bit.ternary import Freezing, LowBitWeights, Method
 from project.compression.norm_folding import fold_norms_
 from project.compression.report import Step, add_step_row, report_steps
 from project.data import ImageDataModule
-from project.frame.paths import Run, write_whole
-from project.learning.checkpoints import fresh_checkpoint, with_weights
+from project.frame.paths import Run
+from project.learning.checkpoints import fresh_checkpoint, save_checkpoint, with_weights
 from project.learning.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -271,4 +271,4 @@ class TernaryWeights(Callback):
             small.load_state_dict(weights)
         fold_norms_(small.net)  # saves 6 of 102 kB of a file of configs/fashion_mnist.yaml
         finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.step}
-        write_whole(run.best_checkpoint, lambda part: torch.save(finished, part))
+        save_checkpoint(finished, run.best_checkpoint)

@@ -8,7 +8,6 @@ import logging
 import shutil
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from project.callbacks.checkpoint import BestAndLast
@@ -18,7 +17,7 @@ from project.compression.low_rank.factorizer import Factorizer, load_
 from project.compression.report import Step, report_steps
 from project.data import ImageDataModule
 from project.frame.paths import write_whole
-from project.learning.checkpoints import fresh_checkpoint, load_with_weights
+from project.learning.checkpoints import fresh_checkpoint, load_with_weights, save_checkpoint
 from project.learning.classifier import Classifier, Phase
 from project.metrics.complexity import count_macs
 
@@ -128,7 +127,7 @@ class LowRank(Callback):
             return
         write_whole(kept, lambda part: shutil.copyfile(source, part))
         same, checkpoint = load_with_weights(pl_module, kept)
-        write_whole(run.best_checkpoint, lambda part: torch.save(fresh_checkpoint(same, checkpoint), part))
+        save_checkpoint(fresh_checkpoint(same, checkpoint), run.best_checkpoint)
         if self.report and isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
             steps = [Step("dense", dense), Step("low_rank", run.best_checkpoint)]
             report_steps(trainer, pl_module, steps, measured=[step.name for step in steps] if self.latency else [])

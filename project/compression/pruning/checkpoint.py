@@ -3,12 +3,9 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import torch
-
 from project.compression.pruning.masks import Masks, apply_masks_
 from project.compression.thinning.thin import plan_thinning
-from project.frame.paths import write_whole
-from project.learning.checkpoints import fresh_checkpoint, load_with_weights
+from project.learning.checkpoints import fresh_checkpoint, load_with_weights, save_checkpoint
 from project.learning.classifier import Classifier
 
 
@@ -27,4 +24,4 @@ def thin_checkpoint(
     small, checkpoint = load_with_weights(module, source)
     apply_masks_(small.net, {name: mask.cpu() for name, mask in masks.items()})
     small.operate_(plan_thinning(small.net, removed, small.image_shape))
-    write_whole(target, lambda part: torch.save(fresh_checkpoint(small, checkpoint), part))
+    save_checkpoint(fresh_checkpoint(small, checkpoint), target)

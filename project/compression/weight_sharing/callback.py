@@ -26,8 +26,8 @@ from project.compression.weight_sharing.bit_budget import choose_bits, estimated
 from project.compression.weight_sharing.checks import COMPANY, check_sharing
 from project.compression.weight_sharing.codebook import Codebook, Sharer
 from project.data import ImageDataModule
-from project.frame.paths import Run, write_whole
-from project.learning.checkpoints import fresh_checkpoint, with_weights
+from project.frame.paths import Run
+from project.learning.checkpoints import fresh_checkpoint, save_checkpoint, with_weights
 from project.learning.classifier import Classifier, Phase
 
 log = logging.getLogger(__name__)
@@ -317,7 +317,7 @@ class WeightSharing(Callback):
         fold_norms_(small.net)  # needs the final statistics, and rounding needs the folded vectors
         round_vectors_(small.net, self.vector_bits)
         finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.bits}
-        write_whole(run.best_checkpoint, lambda part: torch.save(finished, part))
+        save_checkpoint(finished, run.best_checkpoint)
 
     def _phase(self, trainer: Trainer, module: Classifier) -> Phase:
         """The run's schedule over the shared epochs, without its warm-up.

@@ -18,7 +18,7 @@ from project.compression.report import Step, add_step_row, report_steps
 from project.compression.winograd.choice import Algorithm, WinogradChooser, WinogradPlan
 from project.compression.winograd.convolution import WinogradConv2d
 from project.frame.paths import Run, write_whole
-from project.learning.checkpoints import fresh_checkpoint, with_weights
+from project.learning.checkpoints import fresh_checkpoint, save_checkpoint, with_weights
 from project.learning.classifier import Classifier
 from project.models.kernels.build import library
 
@@ -106,7 +106,7 @@ class WinogradConvolutions(AfterFit):
             write_whole(dense, lambda part: shutil.copyfile(source, part))
         if plan.surgery.tiles or any(isinstance(layer, WinogradConv2d) for layer in best.net.modules()):
             best.operate_(plan.surgery)
-            write_whole(run.best_checkpoint, lambda part: torch.save(fresh_checkpoint(best, checkpoint), part))
+            save_checkpoint(fresh_checkpoint(best, checkpoint), run.best_checkpoint)
         if self.report:
             self._report(trainer, module, dense, run.best_or_last, changed=bool(plan.surgery.tiles))
 
