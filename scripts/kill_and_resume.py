@@ -109,7 +109,7 @@ def main(args: Sequence[str] | None = None) -> int:
             reference = references.setdefault(name, found) if name not in references else references[name]
             chance = random.Random(f"{options.seed} {num_runs}")
             most = min(chance.choice((1, 1, 2, 3)), options.kills - same - different)
-            place = root / f"{name}_{num_runs}"
+            place = root / f"{name}_{num_runs:05}"  # as long as the reference's path, which is part of a checkpoint
             kills, too_early, verdict = kill_and_resume(name, reference, place, chance, most)
             for line in kills:
                 say(f"{name:12} {line}  {verdict}")
@@ -229,7 +229,7 @@ def choose(reference: Reference, seen: Counter[tuple[str, str]], chance: random.
         return Moment("doing", "start", 1, chance.uniform(0, events[1].time - events[0].time))
     if not seen and chance.random() < 0.05:
         first = 0
-    ends = [event.time for event in events if event.kind == "doing"][1:] + [reference.end]
+    ends = [*[event.time for event in events if event.kind == "doing"][1:], reference.end]
     for index, event in enumerate(events):
         key = (event.kind, event.name)
         counts[key] += 1
@@ -306,7 +306,8 @@ class Process:
 def _context() -> Any:
     """Starts the process that imports everything and forks the others."""
     folder = str(Path(__file__).resolve().parent)
-    wanted = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": folder}
+    path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
+    wanted = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": path}
     before = {name: os.environ.get(name) for name in wanted}
     os.environ |= wanted
     context = multiprocessing.get_context("forkserver")

@@ -423,9 +423,9 @@ class Classifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["surgeries"], checkpoint["steps_per_epoch"] = self.surgeries, self._steps_per_epoch
         trainer = self._trainer
-        if trainer is None or self._train_sums is None or trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if trainer is None or self._train_sums is None:
             return
-        sums = self._train_sums[None]  # within an epoch, whose means go on in a resumed run
+        sums = self._train_sums[None]  # the means of this epoch go on in a resumed run, if its end is still to come
         checkpoint["train_sums"] = gather(sums) if trainer.world_size > 1 else sums.clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
