@@ -103,10 +103,12 @@ def main(args: Sequence[str] | None = None) -> int:
                 say("no configuration can be killed")
                 return 1
             name = names[num_runs % len(names)]
-            if name not in references and (found := train_reference(name, root)) is None:
-                names.remove(name)
-                continue
-            reference = references.setdefault(name, found) if name not in references else references[name]
+            if name not in references:
+                if (found := train_reference(name, root)) is None:
+                    names.remove(name)
+                    continue
+                references[name] = found
+            reference = references[name]
             chance = random.Random(f"{options.seed} {num_runs}")
             most = min(chance.choice((1, 1, 2, 3)), options.kills - same - different)
             place = root / f"{name}_{num_runs:05}"  # as long as the reference's path, which is part of a checkpoint
@@ -390,10 +392,16 @@ def differences(ours: Any, theirs: Any, name: str = "") -> Iterator[str]:
         for index, (our, their) in enumerate(zip(ours, theirs, strict=False)):
             yield from differences(our, their, f"{name}[{index}]")
     elif isinstance(ours, torch.Tensor) and isinstance(theirs, torch.Tensor):
-        if not torch.equal(ours, theirs):
+        if not _same_bits(ours, theirs):
             yield f"{name} has other values"
     elif ours != theirs and not (ours != ours and theirs != theirs):
         yield f"{name or 'it'} is {str(ours)[:60]!r}, not {str(theirs)[:60]!r}"
+
+
+def _same_bits(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
+    if (ours.dtype, ours.shape) != (theirs.dtype, theirs.shape):
+        return False
+    return torch.equal(*(tensor.contiguous().reshape(-1).view(torch.uint8) for tensor in (ours, theirs)))
 
 
 if __name__ == "__main__":

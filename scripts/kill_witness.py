@@ -77,7 +77,8 @@ class Witness:
         self.note("doing", START)
         threading.Thread(target=self.watch, daemon=True).start()
         sys.addaudithook(self.audit)
-        self.save, torch.save = torch.save, self.save_and_note  # opens files from C++, which no hook sees
+        self.save = torch.save
+        setattr(torch, "save", self.save_and_note)  # noqa: B010  torch opens files from C++, which no hook sees
 
     def note(self, kind: str, name: str, size: int = 0) -> None:
         os.write(self.notes, f"{time.monotonic():.4f}\t{kind}\t{name}\t{size}\n".encode())
