@@ -188,7 +188,7 @@ def test_after_the_end_the_work_after_a_fit_is_done_again(logs):
     assert is_complete(trainer)
 
 
-class FailIn(Callback):
+class Failing(Callback):
     """Ends the process in a hook."""
 
     def __init__(self, hook: str, step: int = 0) -> None:
@@ -212,7 +212,7 @@ class FailIn(Callback):
 def test_a_resumed_run_has_the_metrics_of_its_last_epoch(hook, step, logs):
     whole = ended(logs, max_epochs=2, val_check_interval=0.5)
     with pytest.raises(RuntimeError, match="no power"):
-        ended(logs, FailIn(hook, step), max_epochs=2, val_check_interval=0.5)
+        ended(logs, Failing(hook, step), max_epochs=2, val_check_interval=0.5)
     run = Run(logs / "own/version_1")
     run.config.touch()
     assert not run.summary.is_file()

@@ -18,7 +18,7 @@ from project.compression.low_rank.factorizer import Factorizer, load_
 from project.compression.report import Step, report_steps
 from project.data import ImageDataModule
 from project.frame.paths import write_whole
-from project.learning.checkpoints import fresh_checkpoint, load_with_weights
+from project.learning.checkpoints import fresh_checkpoint, load_with_weights, read_checkpoint
 from project.learning.classifier import Classifier, Phase
 from project.metrics.complexity import count_macs
 
@@ -126,7 +126,8 @@ class LowRank(Callback):
         source = run.best_or_last
         if not source.is_file():
             return
-        write_whole(kept, lambda part: shutil.copyfile(source, part))
+        if not kept.is_file() or "loops" in read_checkpoint(source, "meta"):  # else killed after the next lines
+            write_whole(kept, lambda part: shutil.copyfile(source, part))
         same, checkpoint = load_with_weights(pl_module, kept)
         write_whole(run.best_checkpoint, lambda part: torch.save(fresh_checkpoint(same, checkpoint), part))
         if self.report and isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
