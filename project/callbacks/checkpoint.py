@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
 from project.callbacks.continuing import is_of_another_run
+from project.frame.logger import log_epoch
 from project.frame.paths import Run, write_whole
 
 
@@ -131,7 +132,12 @@ class BestAndLast(ModelCheckpoint):
         super().on_validation_end(trainer, pl_module)
         self._follow(trainer)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        self.current_score = state_dict.get("current_score")  # Lightning 2.6 forgets it
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        log_epoch(trainer)
         super().on_train_epoch_end(trainer, pl_module)
         if self._is_due(trainer) and not trainer.fast_dev_run and not self._should_save_on_train_epoch_end(trainer):  # type: ignore[attr-defined]
             # Lightning 2.6 saves after validation only, if that is not at the end of every epoch.

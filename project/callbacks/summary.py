@@ -11,6 +11,7 @@ from torch import Tensor
 
 from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.clock import Clock
+from project.callbacks.continuing import is_of_another_run
 from project.callbacks.places import run_of
 from project.frame.environment import changes, describe_environment, describe_kernels
 from project.frame.paths import Run, write_whole
@@ -40,17 +41,23 @@ class WriteSummary(Callback):
         self._environment: dict[str, Any] = {}
         self._now = self._environment
         self._has_trained = False
+        self._before: dict[str, float] = {}  # metrics at the checkpoint that a resumed run continues
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         self._train, self._fit, self._num_images = Clock(), Clock(), 0
-        self._has_trained = False
+        self._has_trained, self._before = False, {}
         if (run := run_of(trainer)) is not None:
             self._describe(trainer, run)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._fit.start()
+        if is_of_another_run(trainer):
+            self._before = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._train.start()  # a run that is resumed within an epoch does not start this epoch again
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._train.start()
@@ -79,8 +86,8 @@ class WriteSummary(Callback):
         if self._has_trained:
             self._describe_kernels(trainer)
         if (run := run_of(trainer)) is not None:
-            # A resume that had nothing to train knows no metrics of its last epoch.
-            before = {} if self._has_trained else read_summary(run.summary)
+            # A resume that had nothing to train has measured nothing itself.
+            before = self._before if self._has_trained else read_summary(run.summary) | self._before
             _write_json(run.summary, before | _metrics(trainer) | self._measured(trainer, pl_module))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -95,6 +102,10 @@ class WriteSummary(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._train, self._fit = Clock(state_dict["train_seconds"]), Clock(state_dict["fit_seconds"])
         self._num_images = state_dict["num_images"]
+        self._before = state_dict.get("metrics", {})
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["callbacks"][self.state_key]["metrics"] = self._before | _metrics(trainer)
 
     def _describe(self, trainer: Trainer, run: Run) -> None:
         """Write ``environment.json``. If the fit goes on with a checkpoint, say what changes the bits since then.

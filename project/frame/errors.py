@@ -17,7 +17,8 @@ _ELSEWHERE = "choose another folder with --trainer.logs_dir DIR, or another file
 _CIRCUMSTANCES = {
     "out of memory|can't allocate memory|Unable to allocate|MemoryError": "the memory is too small ({}): lower "
     "data.batch_size, or take a smaller net.",
-    "DataLoader worker .*(killed by signal|exited unexpectedly)": "a process that reads images was killed ({}), "
+    "DataLoader worker .*(killed by signal|exited unexpectedly)|DataLoader (ConnectionReset|EOF|BrokenPipe)Error": "a "
+    "process that reads images was killed ({}), "
     "perhaps because the memory is too small: lower data.num_workers or data.batch_size.",
     "Too many open files|items of ancdata": "too many files are open ({}): raise the limit (ulimit -n), or lower "
     "data.num_workers.",
@@ -42,7 +43,7 @@ def sentence(error: BaseException) -> str | None:
     while told is not None:  # Lightning may have met a further error while it ended the run
         message = _message(told)
         for pattern, answer in _CIRCUMSTANCES.items():
-            if re.search(pattern, f"{type(told).__name__} {message}"):
+            if re.search(pattern, f"{_place(told)} {type(told).__name__} {message}"):
                 return answer.format(message[:200].rstrip(". "))
         told = None if isinstance(told, ValueError | OSError) else told.__context__
     text, message = "".join(traceback.format_exception(error, chain=False)), _message(error)
@@ -56,6 +57,13 @@ def sentence(error: BaseException) -> str | None:
         file, line, function, _ = own_frames[-1]
         return f"{file}, line {line}, in {function}: {type(error).__name__}: {message} {_OWN}"
     return message if is_plain or (code.startswith("raise ") and _CHECKS.search(last)) else None
+
+
+def _place(error: BaseException) -> str:
+    """``DataLoader`` if the loader has raised the error."""
+    return (
+        "DataLoader" if any("torch/utils/data" in frame for frame in traceback.format_tb(error.__traceback__)) else ""
+    )
 
 
 def _message(error: BaseException) -> str:

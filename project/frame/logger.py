@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from lightning.fabric.utilities.apply_func import convert_tensors_to_scalars
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -50,7 +52,10 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         row: dict[str, Any] = {"step": step, **metrics}
-        self.rows.append(row)
+        if not any(_texts(row) == _texts(other) for other in self.rows[-3:]):  # see log_epoch
+            self.rows.append(row)
+        elif not self._is_stale:
+            return
         new = [key for key in row if key not in self.columns]
         if new or self._is_stale or not self.path.is_file():
             self.columns += new
@@ -76,6 +81,22 @@ class MetricsCSV(Logger):
                 writer.writerows(self.rows)
 
         write_whole(self.path, write)
+
+
+def _texts(row: dict[str, Any]) -> dict[str, str]:
+    return {key: str(value) for key, value in row.items()}
+
+
+def log_epoch(trainer: Trainer) -> None:
+    """Write the metrics of an epoch's end into ``metrics.csv`` before the checkpoint of this moment.
+
+    Lightning 2.6 writes them after it: a run that is killed between the two and resumed would not have this row. When
+    Lightning logs the same row, or a resumed run repeats the end of the epoch, it is not written again.
+    """
+    metrics = convert_tensors_to_scalars(trainer._logger_connector.metrics["log"])
+    for logger in trainer.loggers if metrics else ():
+        if isinstance(logger, MetricsCSV):
+            logger.log_metrics({"epoch": trainer.current_epoch, **metrics}, trainer.global_step - 1)
 
 
 class _Stdout(logging.StreamHandler[Any]):

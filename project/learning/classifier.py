@@ -478,9 +478,9 @@ class Classifier(LightningModule):
         checkpoint["surgeries"], checkpoint["steps_per_epoch"] = self.surgeries, self._steps_per_epoch
         checkpoint["lr_scale"] = self._scale
         trainer = self._trainer
-        if trainer is None or self._train_sums is None or trainer.fit_loop.epoch_loop._num_ready_batches_reached():
+        if trainer is None or self._train_sums is None:
             return
-        sums = self._train_sums[None]  # within an epoch, whose means go on in a resumed run
+        sums = self._train_sums[None]  # the means of this epoch go on in a resumed run, if its end is still to come
         checkpoint["train_sums"] = gather(sums) if trainer.world_size > 1 else sums.clone()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -527,8 +527,8 @@ def instantiate(kind: type[LightningModule], config: dict[str, Any]) -> Lightnin
     from project.frame.trust import check_trusted
 
     described = config.get("net")
-    if not issubclass(kind, Classifier):  # whose load_from_checkpoint has checked it
-        check_trusted(described, "the checkpoint")
+    if not issubclass(kind, Classifier):  # which knows runs of one's own by their path
+        check_trusted(described, "a checkpoint that is not loaded by Classifier.load_from_checkpoint")
     net = build_net(described) if isinstance(described, Mapping) else described
     module = instantiate_module(kind if issubclass(kind, Classifier) else Classifier, config | {"net": net})
     if net is not described:

@@ -188,6 +188,62 @@ def test_after_the_end_the_work_after_a_fit_is_done_again(logs):
     assert is_complete(trainer)
 
 
+class Failing(Callback):
+    """Ends the process in a hook."""
+
+    def __init__(self, hook: str, step: int = 0) -> None:
+        def fail(trainer: Trainer, *_: object) -> None:
+            if trainer.global_step >= step:
+                raise RuntimeError("no power")
+
+        setattr(self, hook, fail)
+
+
+@pytest.mark.parametrize(
+    "hook, step",
+    [
+        ("on_fit_end", 0),
+        ("on_train_end", 0),
+        ("on_validation_end", 8),
+        ("on_train_epoch_end", 8),
+        ("on_train_batch_start", 6),
+    ],
+)
+def test_a_resumed_run_has_the_metrics_of_its_last_epoch(hook, step, logs):
+    whole = ended(logs, max_epochs=2, val_check_interval=0.5)
+    with pytest.raises(RuntimeError, match="no power"):
+        ended(logs, Failing(hook, step), max_epochs=2, val_check_interval=0.5)
+    run = Run(logs / "own/version_1")
+    run.config.touch()
+    assert not run.summary.is_file()
+    ended(logs, max_epochs=2, val_check_interval=0.5, resume=run)
+    summaries = [json.loads(each.summary.read_text()) for each in (run, whole)]
+    metrics = [{key: value for key, value in each.items() if "second" not in key} for each in summaries]
+    assert "train/loss" in metrics[1] and metrics[0] == metrics[1]
+    assert run.metrics.read_text() == whole.metrics.read_text()
+    assert summaries[0]["train_seconds"] > 0.3 * summaries[1]["train_seconds"]
+
+
+def test_a_run_that_was_killed_after_an_epochs_checkpoint_has_the_row_of_this_epoch(logs, monkeypatch):
+    written = BestAndLast.on_train_epoch_end
+
+    def fail(self, trainer, pl_module) -> None:
+        written(self, trainer, pl_module)
+        raise RuntimeError("no power")
+
+    whole = ended(logs, max_epochs=2, val_check_interval=0.5)
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError, match="no power"):
+        patch.setattr(BestAndLast, "on_train_epoch_end", fail)
+        ended(logs, max_epochs=2, val_check_interval=0.5)
+    run = Run(logs / "own/version_1")
+    run.config.touch()
+    ended(logs, max_epochs=2, val_check_interval=0.5, resume=run)
+    assert run.metrics.read_text() == whole.metrics.read_text()
+    states = [load(each.last_checkpoint)["callbacks"] for each in (run, whole)]
+    scores = [next(value for key, value in each.items() if "BestAndLast" in key)["current_score"] for each in states]
+    assert scores[0] == scores[1] is not None
+
+
 # -- a new run from another run's checkpoint --------------------------------------------------------------------------
 
 

@@ -196,7 +196,8 @@ def test_the_folder_of_logs_changes_amid_a_run(what, command, digits, logs, here
     run = Run(logs / "digits/version_0")
     kept = here / "kept"
     change = {
-        "read-only": f"mount -o remount,ro {logs}",
+        # Files that are open stay writable, as on a disk that the kernel makes read-only after an error.
+        "read-only": f"cp -r {logs} {here}/copy && mount --bind {here}/copy {logs} && mount -o remount,bind,ro {logs}",
         "gone": f"mv {logs} {here}/moved",
         "full": f"cat /dev/zero > {logs}/zeros 2>/dev/null || true",
     }[what]

@@ -9,6 +9,7 @@ from torch import nn
 
 from project.compression import plan_thinning
 from project.data import Digits, MixUp
+from project.frame import trust
 from project.frame.verbs import Trainer
 from project.learning.schedules import Linear
 from project.losses import CrossEntropy, MaxNorm, Penalties
@@ -62,13 +63,17 @@ def test_a_checkpoint_alone_brings_the_classifier_back(command, digits, logs):
 
 
 @pytest.mark.parametrize("described", ["project.models.LeNet300100", "helpers.foreign_nets.build_digits"])
-def test_lightnings_own_class_loads_a_checkpoint_too(described, command, digits, logs):
+def test_lightnings_own_class_loads_a_checkpoint_too(described, command, digits, logs, monkeypatch):
     """As in a notebook, also with a function that makes the net, and from a checkpoint of before."""
     options = ["--trainer.max_epochs=1", "--trainer.test_after_fit=false", f"--model.net={described}"]
     status, _, err = command("fit", digits[0], digits[1], *options)
     assert status == 0, err
     path = logs / "digits" / "version_0" / "checkpoints" / "best.ckpt"
     checkpoint = torch.load(path, weights_only=True)
+    if described.startswith("helpers"):
+        with pytest.raises(ValueError, match=r"not loaded by Classifier\.load_from_checkpoint needs helpers"):
+            pl.LightningModule.load_from_checkpoint(path)
+        monkeypatch.setattr(trust, "trusted", ["helpers.foreign_nets"])
     for loaded in (pl.LightningModule.load_from_checkpoint(path), Classifier.load_from_checkpoint(path)):
         assert type(loaded) is Classifier and loaded.hparams["net"]["class_path"] == described
         assert all(torch.equal(value, checkpoint["state_dict"][key]) for key, value in loaded.state_dict().items())

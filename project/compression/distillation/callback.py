@@ -6,12 +6,14 @@ The teacher is the net of another run, or this run's own dense net while the run
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import nn
 
 from project.callbacks.places import run_of
+from project.compression.company import stages_of
 from project.compression.distillation.loss import Distillation, check_distillation
 from project.frame.paths import Run
 from project.learning.checkpoints import load_net
@@ -62,6 +64,7 @@ class DistillFrom(Callback):
         self.weight = weight
         self.begin_epoch = begin_epoch
         self._net: nn.Module | None = None
+        self._has_teacher = False
 
     @property
     def stages(self) -> tuple[str, ...]:
@@ -76,35 +79,62 @@ class DistillFrom(Callback):
                 f"the model is a {type(pl_module).__name__}, but DistillFrom needs a Classifier: "
                 "use project.learning.Classifier or a subclass."
             )
+        self._has_teacher = False
         if self.teacher is not None:
             self._net = _net_of(Run.find(self.teacher, "teacher").weights("teacher"), pl_module)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Set the teacher if the run continues within an epoch that has had it: that epoch does not start again."""
+        if self._has_teacher:
+            self._has_teacher = False
+            self._find_teacher(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the teacher. The run's own dense net exists only after the first round of pruning has begun."""
-        assert isinstance(pl_module, Classifier)
+        if trainer.current_epoch >= self.begin_epoch and (self.teacher is not None or _has_dense_net(trainer)):
+            self._find_teacher(trainer, pl_module)
+
+    def _find_teacher(self, trainer: Trainer, module: LightningModule) -> None:
+        assert isinstance(module, Classifier)
         run = getattr(trainer, "run", None)
-        if pl_module.distillation is not None:
+        if module.distillation is not None:
             return
         if self._net is not None:
-            if trainer.current_epoch >= self.begin_epoch:
-                self._teach(pl_module, self._net)
+            self._teach(module, self._net)
         elif run is not None:
             path = run.level_checkpoint(0)
             trainer.strategy.barrier()
             if path.is_file():
-                self._teach(pl_module, load_net(pl_module, path))
+                self._teach(module, load_net(module, path))
                 if run_of(trainer) is not None:
                     log.info("the dense net is the teacher from epoch %d on", trainer.current_epoch + 1)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"has_teacher": self._has_teacher}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._has_teacher = state_dict["has_teacher"]
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, Classifier):
             pl_module.distillation = self._net = None
+            self._has_teacher = False
 
     def _teach(self, module: Classifier, net: nn.Module) -> None:
         if module.channels_last:
             net.to(memory_format=torch.channels_last)
         assert isinstance(module.dtype, torch.dtype)
+        self._has_teacher = True
         module.distillation = Distillation(net.to(module.device, module.dtype), self.temperature, self.weight)
+
+
+def _has_dense_net(trainer: Trainer) -> bool:
+    """Whether the pruning callback, if there is one, has kept the dense net.
+
+    The file alone does not say so: it may come from a later epoch, in a run that was killed and is resumed.
+    """
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    return all(getattr(each, "levels", True) for each in callbacks if "pruning" in stages_of(each))
 
 
 def _net_of(checkpoint: Path, student: Classifier) -> nn.Module:

@@ -17,7 +17,7 @@ from project.compression.low_rank.factorizer import Factorizer, load_
 from project.compression.report import Step, report_steps
 from project.data import ImageDataModule
 from project.frame.paths import write_whole
-from project.learning.checkpoints import fresh_checkpoint, load_with_weights, save_checkpoint
+from project.learning.checkpoints import fresh_checkpoint, load_with_weights, read_checkpoint, save_checkpoint
 from project.learning.classifier import Classifier, Phase
 from project.metrics.complexity import count_macs
 
@@ -125,7 +125,8 @@ class LowRank(Callback):
         source = run.best_or_last
         if not source.is_file():
             return
-        write_whole(kept, lambda part: shutil.copyfile(source, part))
+        if not kept.is_file() or "loops" in read_checkpoint(source, "meta"):  # else killed after the next lines
+            write_whole(kept, lambda part: shutil.copyfile(source, part))
         same, checkpoint = load_with_weights(pl_module, kept)
         save_checkpoint(fresh_checkpoint(same, checkpoint), run.best_checkpoint)
         if self.report and isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]

@@ -174,6 +174,9 @@ class IterativeMagnitudePruning(Callback):
         # round has `self.round == r + 1` already, so that it does not prune twice.
         if self.round < len(self._amounts) and epochs == self.round * self._lengths.round_epochs:
             self._begin_round(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
         pl_module.log("pruning/sparsity", sparsity(self.masks, pl_module.net), sync_dist=trainer.world_size > 1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

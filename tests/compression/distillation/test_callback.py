@@ -6,7 +6,7 @@ import pytest
 from helpers.pruning_run import STEPS, TinyNet, differences, fit, pruning, weights_of
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from project.callbacks import DistillFrom
+from project.callbacks import BestAndLast, DistillFrom
 from project.compression import OneShot
 from project.frame.paths import Run
 from project.losses import Distillation
@@ -65,6 +65,53 @@ def test_the_own_dense_net_teaches_once_it_is_pruned(tmp_path: Path) -> None:
     assert watch.steps == [False] * 2 * STEPS + [True] * 2 * STEPS
     assert watch.last is not None
     assert not differences(watch.last._teacher[0].state_dict(), weights_of(run.level_checkpoint(0)))
+
+
+class FailAt(Callback):
+    """Ends the process before a step."""
+
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Trainer, *_: object) -> None:
+        if trainer.global_step == self.step:
+            raise RuntimeError("no power")
+
+
+@pytest.mark.parametrize("own", [True, False], ids=["own dense net", "another run"])
+def test_a_run_that_is_resumed_within_an_epoch_has_its_teacher_again(own: bool, teacher: Run, tmp_path: Path) -> None:
+    def run(name: str, step: int | None, watch: Teachers, resume: Run | None = None) -> Run:
+        taught = DistillFrom() if own else DistillFrom(str(teacher.folder), begin_epoch=2)
+        callbacks = [pruning(schedule=OneShot(0.5)), taught, watch, FailAt(step)]
+        return fit(tmp_path / name, *callbacks, resume=resume, val_check_interval=0.5).run
+
+    whole = run("whole", None, Teachers())
+    with pytest.raises(RuntimeError, match="no power"):
+        run("resumed", 3 * STEPS + 4, Teachers())
+    resumed = run("resumed", None, watch := Teachers(), _configured(tmp_path))
+    assert watch.steps == [True] * 3
+    assert not differences(weights_of(resumed.last_checkpoint), weights_of(whole.last_checkpoint))
+
+
+def test_the_file_of_a_later_epoch_teaches_no_earlier_one(tmp_path: Path) -> None:
+    """The run was killed in its first round, and the last checkpoint is older than the end of the dense training."""
+
+    def run(name: str, step: int | None, resume: Run | None = None) -> Run:
+        callbacks = [pruning(schedule=OneShot(0.5)), DistillFrom(), FailAt(step), BestAndLast(every_n_epochs=2)]
+        return fit(tmp_path / name, *callbacks, epochs=3, resume=resume).run
+
+    whole = run("whole", None)
+    with pytest.raises(RuntimeError, match="no power"):
+        run("resumed", 3 * STEPS + 2)
+    resumed = run("resumed", None, _configured(tmp_path))
+    assert not differences(weights_of(resumed.last_checkpoint), weights_of(whole.last_checkpoint))
+
+
+def _configured(folder: Path) -> Run:
+    """The stopped run, with the file that a resume looks for."""
+    run = Run(folder / "resumed/pruning/version_0")
+    run.config.touch()
+    return run
 
 
 def test_others_teachers_are_refused(teacher: Run, tmp_path: Path) -> None:

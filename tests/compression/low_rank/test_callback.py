@@ -27,7 +27,7 @@ from helpers.pruning_run import (
     weights_of,
 )
 from helpers.stop_after import StopAfter
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import Callback, EarlyStopping
 from torch import nn
 
 from project.callbacks import EMA, DistillFrom, LowRank, PostTrainingQuantization
@@ -118,6 +118,19 @@ def test_what_was_kept_before_stays_when_the_first_epoch_after_is_trained_again(
     assert torch.load(run.best_checkpoint, weights_only=True)["surgeries"]
     assert not torch.load(run.last_checkpoint, weights_only=True)["surgeries"]
     assert_same_runs(fit(tmp_path / "resumed", low_rank(), FailBetween(99), epochs=4, seed=1, resume=run).run, whole)
+
+
+def test_killed_after_the_end_of_training_the_trained_checkpoint_is_kept(tmp_path):
+    class Fail(Callback):
+        def on_fit_end(self, *_: object) -> None:
+            raise RuntimeError("no power")
+
+    whole = fit(tmp_path / "whole", low_rank(), epochs=3).run
+    with pytest.raises(RuntimeError, match="no power"):
+        fit(tmp_path / "resumed", low_rank(), Fail(), epochs=3)
+    run = Run(tmp_path / "resumed/pruning/version_0")
+    run.config.touch()
+    assert_same_runs(fit(tmp_path / "resumed", low_rank(), epochs=3, resume=run).run, whole)
 
 
 def test_the_report_has_both_rows(tmp_path):
