@@ -287,16 +287,18 @@ class Process:
         """
         deadline = time.monotonic() + MAX_SECONDS
         at = deadline
-        while self.process.exitcode is None and time.monotonic() < at:
-            if moment is not None and moment.kind == "doing" and at == deadline:
-                found = [event for event in self.events() if (event.kind, event.name) == (moment.kind, moment.name)]
-                if len(found) >= moment.number:
-                    at = found[moment.number - 1].time + moment.delay
-            self.process.join(0.002)
-        hangs = time.monotonic() >= deadline
-        with suppress(ProcessLookupError):
+        try:
+            while self.process.exitcode is None and time.monotonic() < at:
+                if moment is not None and moment.kind == "doing" and at == deadline:
+                    found = [event for event in self.events() if (event.kind, event.name) == (moment.kind, moment.name)]
+                    if len(found) >= moment.number:
+                        at = found[moment.number - 1].time + moment.delay
+                self.process.join(0.002)
+            hangs = time.monotonic() >= deadline
+        finally:
             assert self.process.pid is not None
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
         return 124 if hangs else int(self.process.exitcode or 0)
 
