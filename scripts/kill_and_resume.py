@@ -275,7 +275,7 @@ class Process:
             return []
         with self.notes.open("rb") as file:
             file.seek(self.begin)
-            lines = file.read().decode().splitlines()
+            lines = file.read().decode().rpartition("\n")[0].splitlines()  # the last line may be half written
         parts = [line.split("\t") for line in lines]
         return [Event(float(seconds), kind, name, int(size)) for seconds, kind, name, size in parts]
 
