@@ -275,7 +275,7 @@ class Process:
             return []
         with self.notes.open("rb") as file:
             file.seek(self.begin)
-            lines = file.read().decode().splitlines()
+            lines = file.read().decode().rpartition("\n")[0].splitlines()  # the last line may be half written
         parts = [line.split("\t") for line in lines]
         return [Event(float(seconds), kind, name, int(size)) for seconds, kind, name, size in parts]
 
@@ -287,16 +287,18 @@ class Process:
         """
         deadline = time.monotonic() + MAX_SECONDS
         at = deadline
-        while self.process.exitcode is None and time.monotonic() < at:
-            if moment is not None and moment.kind == "doing" and at == deadline:
-                found = [event for event in self.events() if (event.kind, event.name) == (moment.kind, moment.name)]
-                if len(found) >= moment.number:
-                    at = found[moment.number - 1].time + moment.delay
-            self.process.join(0.002)
-        hangs = time.monotonic() >= deadline
-        with suppress(ProcessLookupError):
+        try:
+            while self.process.exitcode is None and time.monotonic() < at:
+                if moment is not None and moment.kind == "doing" and at == deadline:
+                    found = [event for event in self.events() if (event.kind, event.name) == (moment.kind, moment.name)]
+                    if len(found) >= moment.number:
+                        at = found[moment.number - 1].time + moment.delay
+                self.process.join(0.002)
+            hangs = time.monotonic() >= deadline
+        finally:
             assert self.process.pid is not None
-            os.killpg(self.process.pid, signal.SIGKILL)
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
         self.process.join()
         return 124 if hangs else int(self.process.exitcode or 0)
 

@@ -81,7 +81,8 @@ class Witness:
         setattr(torch, "save", self.save_and_note)  # noqa: B010  torch opens files from C++, which no hook sees
 
     def note(self, kind: str, name: str, size: int = 0) -> None:
-        os.write(self.notes, f"{time.monotonic():.4f}\t{kind}\t{name}\t{size}\n".encode())
+        if not self.is_limited:  # the notes are a file too, and may be longer than the limit
+            os.write(self.notes, f"{time.monotonic():.4f}\t{kind}\t{name}\t{size}\n".encode())
 
     def watch(self) -> None:
         """Note each change of what the main thread is doing."""

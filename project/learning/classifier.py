@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 
-from project.learning.checkpoints import check_checkpoint, mismatch, refused_if_damaged
+from project.learning.checkpoints import check_checkpoint, mismatch, one_object_each, refused_if_damaged
 from project.learning.schedules import Schedule
 from project.learning.whole_batch import gather
 from project.losses import CrossEntropy, MaxNorm, Penalties
@@ -477,6 +477,7 @@ class Classifier(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["surgeries"], checkpoint["steps_per_epoch"] = self.surgeries, self._steps_per_epoch
         checkpoint["lr_scale"] = self._scale
+        checkpoint.update(one_object_each(checkpoint))
         trainer = self._trainer
         if trainer is None or self._train_sums is None:
             return

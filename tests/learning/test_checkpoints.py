@@ -1,6 +1,7 @@
-"""Damaged checkpoints: each is refused in one sentence."""
+"""Damaged checkpoints: each is refused in one sentence. The bytes of a checkpoint depend on its values alone."""
 
 import io
+import pickle
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from project.learning import Classifier
-from project.learning.checkpoints import check_checkpoint, load_net
+from project.learning.checkpoints import check_checkpoint, load_net, one_object_each
 from project.models import SmallInception
 
 ARGUMENTS = {"num_classes": 2, "image_shape": [1, 8, 8], "width": 0.25}
@@ -87,3 +88,12 @@ def test_odd_values_are_one_sentence(odd: dict[str, Any], module: Classifier, tm
     with pytest.raises(ValueError) as error:
         read(tmp_path / "x.ckpt")
     assert "\n" not in str(error.value)
+
+
+def test_the_bytes_of_a_checkpoint_do_not_tell_which_texts_are_one_object():
+    name = "".join(["sco", "re"])
+    first = {"levels": [{"score": 0.5}, {"score": 0.6}], "betas": [(0.9, 0.99)] * 2, "names": ["score"]}
+    second = {"levels": [{"score": 0.5}, {name: 0.6}], "betas": [(0.9, 0.99), (0.9, float("0.99"))], "names": [name]}
+    assert pickle.dumps(first) != pickle.dumps(second)
+    found = [one_object_each(each) for each in (first, second)]
+    assert found[0] == first and pickle.dumps(found[0]) == pickle.dumps(found[1])
