@@ -17,6 +17,7 @@ _FORMER = {
     "project.callbacks.log_graph": "project.callbacks.observe.log_graph",
     "project.callbacks.look_at_batch": "project.callbacks.observe.look_at_batch",
     "project.callbacks.test_report": "project.callbacks.observe.report_of_test",
+    "project.callbacks.progress_bars": "project.callbacks.observe.progress_bars",
     "project.callbacks.weight_histograms": "project.callbacks.observe.weight_histograms",
     "project.cli": "project.frame.cli",
     "project.data.cifar": "project.data.sets.cifar",

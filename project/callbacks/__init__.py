@@ -27,7 +27,7 @@ _HOMES = {
     "WriteSummary": "project.callbacks.summary",
     "XNORNet": "project.compression.low_bit.xnor_callback",
     "default_callbacks": "project.callbacks.defaults",
-    "default_progress_bar": "project.callbacks.progress_bars",
+    "default_progress_bar": "project.callbacks.progress",
 }
 """The module that each name is defined in. It is imported when the name is first used."""
 

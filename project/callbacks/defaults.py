@@ -7,7 +7,7 @@ from lightning.pytorch.callbacks import Callback, ProgressBar
 from project.callbacks.checkpoint import BestAndLast
 from project.callbacks.continuing import ContinueFromCheckpoint
 from project.callbacks.nan_guard import StopOnNaN
-from project.callbacks.progress_bars import default_progress_bar
+from project.callbacks.progress import default_progress_bar
 from project.callbacks.start_lines import StartLines
 from project.callbacks.stopping import TellHowToResume
 from project.callbacks.summary import WriteSummary

@@ -1,15 +1,18 @@
 """Progress as one plain line for each epoch, for a log file or a scheduler's output.
 
-On a terminal :mod:`project.callbacks.progress_bars` draws bars instead.
+On a terminal :mod:`project.callbacks.observe.progress_bars` draws bars instead.
 """
 
 import logging
+import os
+import sys
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 from project.callbacks.clock import Clock
+from project.frame.rooms import optional
 
 log = logging.getLogger(__name__)
 
@@ -81,3 +84,15 @@ def _metrics(trainer: Trainer) -> list[tuple[str, Any]]:
     """
     metrics = [(name, value) for name, value in trainer.callback_metrics.items() if name.startswith(("train/", "val/"))]
     return sorted(metrics, key=lambda metric: (metric[0].split("/")[0], not metric[0].endswith("/loss"), metric[0]))
+
+
+def default_progress_bar() -> ProgressBar:
+    """The progress display that suits the output.
+
+    It is ``ProgressBars`` of ``project/callbacks/observe`` on a terminal that can move its cursor, else
+    :class:`ProgressLines`.
+    """
+    bars = optional("callbacks.observe.progress_bars")
+    if bars is not None and sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
+        return bars.ProgressBars()
+    return ProgressLines()

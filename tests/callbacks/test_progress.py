@@ -7,7 +7,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 from project.callbacks import ProgressLines, default_progress_bar
-from project.callbacks.progress_bars import ProgressBars
+from project.callbacks.observe.progress_bars import ProgressBars
 
 
 def test_one_line_for_each_epoch_with_all_its_metrics(tiny, caplog, capsys):

@@ -1,13 +1,11 @@
 """Progress on a terminal: a bar for the epoch, a bar for the fit, and above them one line for each finished epoch."""
 
 import math
-import os
 import sys
 import time
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar as Bar
@@ -27,7 +25,7 @@ class ProgressBars(ProgressLines):
 
         trainer:
           callbacks+:
-            - class_path: project.callbacks.progress_bars.ProgressBars
+            - class_path: project.callbacks.observe.progress_bars.ProgressBars
               init_args: {refresh_s: 1}
 
     Args:
@@ -202,13 +200,3 @@ def _time_left(seconds: float) -> str:
     minutes, rest = divmod(math.ceil(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02} left" if hours else f"{minutes}:{rest:02} left"
-
-
-def default_progress_bar() -> ProgressBar:
-    """The progress display that suits the output.
-
-    :class:`ProgressBars` on a terminal that can move its cursor, else :class:`~project.callbacks.ProgressLines`.
-    """
-    if sys.stdout.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
-        return ProgressBars()
-    return ProgressLines()

@@ -15,7 +15,7 @@ from lightning.pytorch import Callback
 from rich.console import Console
 
 from project.callbacks import TellHowToResume
-from project.callbacks.progress_bars import ProgressBars
+from project.callbacks.observe.progress_bars import ProgressBars
 from project.frame.paths import Run
 from project.models import Classifier
 
@@ -28,7 +28,7 @@ def screen(monkeypatch):
     """What is written to the terminal."""
     text = io.StringIO()
     monkeypatch.setattr(
-        "project.callbacks.progress_bars.Console",
+        "project.callbacks.observe.progress_bars.Console",
         lambda **options: Console(file=text, force_terminal=True, width=100, **options),
     )
     return lambda: ESCAPE.sub("", text.getvalue())
