@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+from project.models.known import is_plain_layer
+
 _MIXING_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 # Names of autograd nodes, in three groups: activations and arithmetic (whether 0 stays 0 is measured later); poolings
 # and other operations over pixels; changes of shape.
@@ -214,6 +216,8 @@ class _Tracer:
         who = self._describe(module)
         if "weight" not in module._parameters:
             raise _InexactError(f"the weight of {who} is computed from other parameters")
+        if isinstance(module, nn.Conv2d | nn.Linear) and not is_plain_layer(module):
+            raise _InexactError(f"{who} is a subclass that may compute otherwise than torch's layer")
         if module.weight is None:
             raise _InexactError(f"{who} has no scale and shift that could be zero for the unit (affine=False)")
         if getattr(module, "groups", 1) > 1:

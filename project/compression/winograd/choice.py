@@ -33,6 +33,7 @@ from project.compression.winograd.convolution import (
     why_not_winograd,
 )
 from project.models.kernels import can_run_winograd
+from project.models.known import is_plain_layer
 
 Algorithm = Literal["auto", "f2", "f4"]
 
@@ -158,6 +159,7 @@ class WinogradChooser:
             for name, layer in convs.items()
             if any(re.search(pattern, name) for pattern in self.include or [""])
             and not any(re.search(pattern, name) for pattern in self.exclude)
+            and is_plain_layer(layer)
             and why_not_winograd(layer) is None
         }
         if not chosen:

@@ -18,6 +18,7 @@ from helpers.nets import (
     masked_and_thinned,
     units_by_layer,
 )
+from helpers.subclasses import SamePad, StandardConv
 from torch import Tensor, nn
 
 from project.compression.thinning.thin import Thin, Units, plan_thinning, units_of, why_not
@@ -402,3 +403,30 @@ def test_tracing_leaves_the_net_as_it_was(
         assert parameter.grad is grad or torch.equal(parameter.grad, grad)
     assert not net.stem[0].conv.weight.requires_grad and net.fc.weight.grad is not None
     assert capsys.readouterr() == ("", "")
+
+
+class Readers(nn.Module):
+    """Two plain convolutions; one is read by a subclass."""
+
+    def __init__(self, subclass: type[nn.Conv2d]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), subclass(8, 8, 3)
+        self.third, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.first(images).relu()).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("subclass", [StandardConv, SamePad])
+def test_a_subclass_is_refused_by_name_and_the_rest_is_thinned(subclass: type[nn.Conv2d]) -> None:
+    """A weight that is normalised over its inputs changes if some of them go."""
+    torch.manual_seed(0)
+    net, shape = Readers(subclass).eval(), (3, 12, 12)
+    reasons = why_not(net, shape)
+    assert reasons.keys() == {"first", "second", "head"}
+    assert f"second ({subclass.__name__}) is a subclass" in reasons["second"]
+    masked = deepcopy(net)
+    mask_(masked, units_of(net, shape), {"third": [0, 3]})
+    thinned = deepcopy(masked)
+    plan_thinning(net, {"third": [0, 3]}, shape).apply_(thinned)
+    assert_same_logits(masked, thinned, torch.randn(4, *shape))
