@@ -13,6 +13,7 @@ When the weights have changed, the statistics are computed again from training i
 """
 
 import math
+from copy import deepcopy
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +33,7 @@ def reestimate_statistics_(net: nn.Module, images: Tensor, batch_size: int = 256
     net.eval()
     norms = [module for module in net.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
+    states = [deepcopy(norm.state_dict()) for norm in norms]
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all batches instead of a moving average
@@ -39,8 +41,10 @@ def reestimate_statistics_(net: nn.Module, images: Tensor, batch_size: int = 256
     whole = len(images) // batch_size * batch_size or len(images)
     for batch in images[:whole].split(batch_size):
         net(batch)
-    for norm, momentum in zip(norms, momenta, strict=True):
+    for norm, momentum, state in zip(norms, momenta, states, strict=True):
         norm.momentum = momentum
+        if norm.num_batches_tracked == 0:  # a subclass whose statistics stay, or a norm that did not run
+            norm.load_state_dict(state)
         norm.eval()
 
 
@@ -50,7 +54,7 @@ def fold_norms_(net: nn.Module) -> None:
 
     In eval mode the outputs stay the same up to rounding. A second call changes nothing. Do not train the net
     afterwards: in training mode batch norm still uses the statistics of the batch. Norms without weight and bias, and
-    norms without running statistics, are not changed.
+    norms without running statistics, are not changed. Neither are subclasses whose outputs would change.
 
     Args:
         net: net whose batch norms are folded in place.
@@ -62,11 +66,26 @@ def fold_norms_(net: nn.Module) -> None:
         constant = torch.full_like(norm.running_var, 1 - norm.eps)
         if torch.equal(norm.running_var, constant) and not norm.running_mean.any():
             continue  # folded already
+        own = type(norm).forward is not _BatchNorm.forward
+        state, before = deepcopy(norm.state_dict()), _answer(norm) if own else None
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
         norm.bias.copy_(norm.bias.double() - norm.running_mean.double() * scale)
         norm.weight.copy_(scale)
         norm.running_mean.zero_()
         norm.running_var.copy_(constant)
+        if before is not None and not torch.allclose(_answer(norm), before, 1e-4, 1e-5):
+            norm.load_state_dict(state)
+
+
+def _answer(norm: _BatchNorm) -> Tensor:
+    """What a norm gives in eval mode for random inputs, which are the same in each call."""
+    training, pixels = norm.training, [] if isinstance(norm, nn.BatchNorm1d) else [4, 4]
+    if isinstance(norm, nn.BatchNorm3d):
+        pixels.append(4)
+    x = 3 * torch.randn(8, len(norm.weight), *pixels, generator=torch.Generator().manual_seed(0)).to(norm.weight)
+    answer: Tensor = norm.eval()(x)
+    norm.train(training)
+    return answer
 
 
 @torch.no_grad()

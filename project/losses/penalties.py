@@ -111,10 +111,10 @@ def weights_by_kind(net: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     """The weights of the convolutions and of the linear layers; a weight that two layers share appears once."""
     kinds: tuple[dict[int, Tensor], dict[int, Tensor]] = ({}, {})
     for module in net.modules():
-        if isinstance(module, _CONV):
-            kinds[0][id(module.weight)] = module.weight
-        elif isinstance(module, nn.Linear):
-            kinds[1][id(module.weight)] = module.weight
+        if isinstance(module, (*_CONV, nn.Linear)):
+            own = module._parameters.get("weight")  # a technique may hide it while it trains with another weight
+            weight = module.weight if own is None else own
+            kinds[isinstance(module, nn.Linear)][id(weight)] = weight
     return list(kinds[0].values()), list(kinds[1].values())
 
 

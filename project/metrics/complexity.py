@@ -5,6 +5,9 @@ addition. ``torch.utils.flop_counter`` counts two FLOPs for it. Convolutions and
 run, so a factorised or thinned layer counts with its new structure. Biases, norms, activations and poolings are not
 counted. Weights that are zero are counted, because a dense kernel multiplies by them too.
 
+Torch has fused kernels for attention and recurrent layers that its counter does not know. They are switched off during
+the count, so that the matrix products they consist of run and are counted. Attention with a mask counts as without.
+
 The counters run the net once on zeros, in eval mode and without gradients. They change nothing in the net: not the mode
 of a module, not the running statistics of batch norm, not the random state.
 """
@@ -12,9 +15,12 @@ of a module, not the running statistics of batch norm, not the random state.
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 
@@ -35,9 +41,11 @@ class LayerComplexity:
     Args:
         name: name of the layer in ``net.named_modules()``.
         type: name of the layer's class.
-        num_params: number of the layer's own parameters, without those of its children, 0 or more.
+        num_params: number of the layer's own parameters, without those of its children and those that an earlier row
+            counts, 0 or more.
         macs: number of the layer's own multiply-accumulates for one image, 0 or more.
-        output_shape: shape of the layer's last output, without the batch.
+        output_shape: shape of the layer's last output, without the batch; of several tensors, the first one's. ``()``
+            if there is none.
     """
 
     name: str
@@ -90,8 +98,9 @@ def count_macs(net: nn.Module, image_shape: tuple[int, int, int], batch: int = 1
 def complexity_by_layer(net: nn.Module, image_shape: tuple[int, int, int]) -> list[LayerComplexity]:
     """One row for every module that has parameters or MACs of its own, in the order of ``net.named_modules()``.
 
-    The sum of ``macs`` is :func:`count_macs`. The sum of ``num_params`` is :func:`count_parameters`, unless layers
-    share parameters or are never called.
+    The sum of ``macs`` is :func:`count_macs`, and the sum of ``num_params`` is :func:`count_parameters`. The first
+    module that has a shared parameter counts it. A module that is never called has no MACs and the output shape ``()``;
+    the one that computes with its weight has the MACs, as attention does for its output projection.
 
     Args:
         net: network that takes images ``[N, C, H, W]``.
@@ -103,12 +112,14 @@ def complexity_by_layer(net: nn.Module, image_shape: tuple[int, int, int]) -> li
             net(_zeros(net, (1, *image_shape)))
         finally:
             trace.remove()
-    rows = []
+    rows, counted = [], set[nn.Parameter]()
     for name, module in net.named_modules():
-        num_params = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        own = {*module.parameters(recurse=False)}
+        num_params = sum(parameter.numel() for parameter in own - counted)
+        counted |= own
         macs = trace.flops.get(module, 0) // 2
-        if module in trace.shapes and (num_params or macs):
-            rows.append(LayerComplexity(name, type(module).__name__, num_params, macs, trace.shapes[module]))
+        if own or macs:
+            rows.append(LayerComplexity(name, type(module).__name__, num_params, macs, trace.shapes.get(module, ())))
     return rows
 
 
@@ -119,9 +130,8 @@ class _Trace:
         self.counter = counter
         self.flops: dict[nn.Module, int] = {}
         self.shapes: dict[nn.Module, tuple[int, ...]] = {}
-        self.open: list[
-            tuple[int, int]
-        ] = []  # for each running module: the count at its start, and the FLOPs of its children until now
+        # For each running module: the count at its start, and the FLOPs of its children until now.
+        self.open: list[tuple[int, int]] = []
         self.handles = [
             handle
             for module in net.modules()
@@ -135,8 +145,8 @@ class _Trace:
         start, of_children = self.open.pop()
         spent = self.counter.get_total_flops() - start
         self.flops[module] = self.flops.get(module, 0) + spent - of_children
-        if isinstance(output, Tensor):
-            self.shapes[module] = tuple(output.shape[1:])
+        if (first := next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)) is not None:
+            self.shapes[module] = tuple(first.shape[1:])
         if self.open:
             parent_start, siblings = self.open[-1]
             self.open[-1] = (parent_start, siblings + spent)
@@ -148,13 +158,24 @@ class _Trace:
 
 @contextmanager
 def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Put the net into eval mode, without gradients. Afterwards every module has its own former mode again."""
+    """Put the net into eval mode, without gradients and fused kernels. Afterwards all is as before."""
     modes = {module: module.training for module in net.modules()}
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    recurrent = any(isinstance(module, nn.RNNBase) for module in modes)
+    # Without recurrent layers they stay: convolutions need them to be fast.
+    libraries: list[Any] = [torch.backends.mkldnn, torch.backends.cudnn] if recurrent else []
+    enabled = [library.enabled for library in libraries]
     net.eval()
+    torch.backends.mha.set_fastpath_enabled(False)
+    for library in libraries:
+        library.enabled = False
     try:
-        with torch.no_grad():
+        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
+        for library, before in zip(libraries, enabled, strict=True):
+            library.enabled = before
+        torch.backends.mha.set_fastpath_enabled(fast_path)
         for module, training in modes.items():
             module.training = training
 

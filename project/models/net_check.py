@@ -3,7 +3,7 @@
 import copy
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,8 +60,14 @@ def check_net(
             outputs = [_run(net, images)]
         except Exception as error:
             raise ValueError(_refusal(net, image_shape, described, error)) from error
-        with suppress(Exception):  # some layers can train on one kind of device only
+        try:
             outputs.append(_run_in_training(net, images))
+        except Exception as error:  # some layers can train on one kind of device only
+            if any(getattr(module, "aux_logits", False) for module in net.modules()):
+                raise ValueError(
+                    f"model.net is {_name(net, described)}, and its auxiliary heads cannot take the data's images "
+                    f"{'x'.join(map(str, image_shape))}: choose `init_args: {{aux_logits: false}}`."
+                ) from error
     for output in outputs:
         if problem := _problem(output, num_classes, described):
             raise ValueError(f"model.net is {_name(net, described)}, and {problem}")

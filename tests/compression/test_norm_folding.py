@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from helpers.subclasses import FrozenNorm, VarianceNorm
 from torch import nn
 
 from project.compression.norm_folding import fixed_point, fold_norms_, reestimate_statistics_, round_vectors_
@@ -97,3 +98,18 @@ def test_only_vectors_are_rounded():
 
 def test_zeros_stay():
     assert torch.equal(fixed_point(torch.zeros(3), 8), torch.zeros(3))
+
+
+@pytest.mark.parametrize(("norm", "folds"), [(FrozenNorm, True), (VarianceNorm, False)])
+def test_a_subclass_keeps_its_outputs_and_its_own_statistics(norm, folds):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3), norm(8)).eval()
+    nn.init.uniform_(net[1].running_var, 0.1, 3)
+    nn.init.normal_(net[1].running_mean)
+    images = torch.randn(4, 3, 8, 8)
+    before, state = net(images), copy.deepcopy(net.state_dict())
+    reestimate_statistics_(net, images)
+    assert all(torch.equal(value, state[name]) for name, value in net.state_dict().items())
+    fold_norms_(net)
+    assert torch.allclose(net(images), before, rtol=1e-4, atol=1e-5)
+    assert torch.equal(net[1].running_var, state["1.running_var"]) is not folds

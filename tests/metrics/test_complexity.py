@@ -1,6 +1,9 @@
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop
 
 from project.metrics.complexity import (
     complexity_by_layer,
@@ -117,3 +120,133 @@ def test_shared_parameters_count_once() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_nets_of_other_types_are_counted(dtype: torch.dtype) -> None:
     assert count_macs(TwoConvs().to(dtype), SHAPE) == CONV1 + CONV2 + 2 * FC
+
+
+class Tokens(nn.Module):
+    """Patches of 7x7 pixels as 16 tokens of 32 numbers, a layer for sequences, and a head."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(1, 32, 7, 7)
+        self.layer = layer
+        self.head = nn.Linear(32, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        y = self.layer(x, x, x, need_weights=False) if isinstance(self.layer, nn.MultiheadAttention) else self.layer(x)
+        return self.head((y[0] if isinstance(y, tuple) else y).mean(1))
+
+
+class Fused(nn.Module):
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        heads = x.unflatten(2, (4, 8)).transpose(1, 2)
+        return {"tokens": functional.scaled_dot_product_attention(heads, heads, heads).transpose(1, 2).flatten(2)}
+
+
+class Unpacked(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return self[0](x)["tokens"]
+
+
+L, D = 16, 32
+ATTENTION = 3 * L * D * D + 2 * L * L * D + L * D * D  # of queries, keys and values; of the weights; of the output
+SEQUENCES = {
+    "attention": (lambda: nn.MultiheadAttention(D, 4, batch_first=True), ATTENTION),
+    "encoder": (lambda: nn.TransformerEncoderLayer(D, 4, 64, batch_first=True), ATTENTION + 2 * L * D * 64),
+    "fused": (lambda: Unpacked(Fused()), 2 * L * L * D),
+    "lstm": (lambda: nn.LSTM(D, D, batch_first=True), 4 * L * 2 * D * D),
+    "gru": (lambda: nn.GRU(D, D, batch_first=True), 3 * L * 2 * D * D),
+    "both ways": (lambda: nn.LSTM(D, D // 2, batch_first=True, bidirectional=True), 2 * 4 * L * (D + D // 2) * D // 2),
+}
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_attention_and_recurrent_layers_equal_the_hand_calculation(name: str) -> None:
+    make, macs = SEQUENCES[name]
+    net = Tokens(make())
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    assert count_macs(net, (1, 28, 28)) == L * D * 49 + macs + D * 10
+    rows = {row.name: row for row in complexity_by_layer(net, (1, 28, 28))}
+    assert sum(row.macs for row in rows.values() if row.name.startswith("layer")) == macs
+    assert sum(row.num_params for row in rows.values()) == count_parameters(net)
+    assert (
+        all(row.output_shape[-2:] == (L, D) for row in rows.values() if row.name.startswith("layer") and row.macs)
+        or name == "encoder"
+    )
+    assert torch.backends.mha.get_fastpath_enabled() == fast_path and torch.backends.mkldnn.enabled
+
+
+def test_rows_count_a_shared_parameter_and_a_layer_that_never_runs_once() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+            self.second.weight = self.first.weight
+            self.unused = nn.Linear(6, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.second(self.first(images.flatten(1)))
+
+    rows = complexity_by_layer(Tied(), (1, 2, 3))
+    assert [(row.name, row.num_params, row.macs, row.output_shape) for row in rows] == [
+        ("first", 42, 36, (6,)),
+        ("second", 6, 36, (6,)),
+        ("unused", 35, 0, ()),
+    ]
+
+
+TORCHVISION = {
+    "resnet18": 64,
+    "googlenet": 64,
+    "inception_v3": 80,
+    "densenet121": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "efficientnet_b0": 64,
+    "shufflenet_v2_x0_5": 64,
+    "squeezenet1_1": 64,
+    "regnet_y_400mf": 64,
+    "convnext_tiny": 64,
+    "swin_t": 64,
+    "vit_b_32": 64,
+}
+TIMM = ("tf_efficientnet_lite0", "vit_tiny_patch16_224", "test_nfnet")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*TORCHVISION, *TIMM])
+def test_counts_are_those_of_torchs_counter_on_foreign_nets(name: str) -> None:
+    """Torch's counter sees the fused attention of CPUs here, with the formula that it has for that of GPUs."""
+    if name in TIMM:
+        timm = pytest.importorskip("timm")
+        side = 64
+        net = timm.create_model(name, **({"img_size": side} if "vit" in name else {})).eval()
+    else:
+        side = TORCHVISION[name]
+        options = {"image_size": side} if name.startswith("vit") else {}
+        options |= {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+        net = getattr(torchvision.models, name)(**options).eval()
+    fused = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop.__wrapped__}
+    attention = [module for module in net.modules() if isinstance(module, nn.MultiheadAttention)]
+    for module in attention:  # a hook keeps torch from its kernel that does the whole module
+        module.register_forward_pre_hook(lambda module, args: None)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False, custom_mapping=fused) as counter, torch.no_grad():
+            net(torch.zeros(1, 3, side, side))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(True)
+    macs = count_macs(net, (3, side, side))
+    assert macs == pytest.approx(counter.get_total_flops() / 2, rel=0.01)
+    rows = complexity_by_layer(net, (3, side, side))
+    assert sum(row.macs for row in rows) == macs
+    assert sum(row.num_params for row in rows) == count_parameters(net)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["ResNet18_Weights", "GoogLeNet_Weights", "Swin_T_Weights", "ViT_B_32_Weights"])
+def test_counts_are_those_that_torchvision_publishes(weights: str) -> None:
+    meta = getattr(torchvision.models, weights).DEFAULT.meta
+    name = weights.removesuffix("_Weights").lower()
+    net = getattr(torchvision.models, name)(**({"init_weights": False} if name == "googlenet" else {}))
+    assert count_macs(net, (3, 224, 224)) / 1e9 == pytest.approx(meta["_ops"], rel=0.01)

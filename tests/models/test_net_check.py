@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchvision
 from helpers.foreign_nets import Fixed, Lazy, NumOutputs, Pair, Untyped
 from torch import nn
 
@@ -84,3 +85,12 @@ def test_a_loss_is_tried_on_the_targets_that_it_will_get():
     ):
         with pytest.raises(ValueError, match=words):
             check_loss(loss, 10, mixed)
+
+
+@pytest.mark.parametrize(("name", "side"), [("GoogLeNet", 32), ("Inception3", 96)])
+def test_auxiliary_heads_are_refused_with_the_argument_that_leaves_them_out(name: str, side: int) -> None:
+    """The heads of Inception v3 cannot take small images at all, and only training runs them."""
+    net = getattr(torchvision.models, name)(num_classes=10, init_weights=False)
+    described = {"class_path": f"torchvision.models.{name}", "init_args": {}}
+    with pytest.raises(ValueError, match=rf"{name}, and it.*aux_logits: false"):
+        check_net(net, (3, side, side), 10, described)

@@ -19,12 +19,12 @@ TWN and TTQ have one scale per layer, as published, and BWN has one scale per fi
 scale, so the scale matters more for the gradient than for the output.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 Method = Literal["bwn", "twn", "ttq"]
 _TWN_DELTA = 0.75
@@ -131,32 +131,34 @@ class LowBitWeights:
         self.layers = list(layers)
         self.values: dict[str, Tensor] = {}
         """The two learned values of each layer for ``ttq``. After :meth:`attach_` they require a gradient."""
-        self._attached: list[nn.Module] = []
+        self._layers: dict[str, nn.Module] = {}
+        self._hook: RemovableHandle | None = None
 
     def attach_(self, net: nn.Module) -> None:
         """Let the net compute with rounded weights. If it does so already, nothing changes.
 
+        At each call of the net, every layer gets the rounded weight as an ordinary attribute, which hides the
+        parameter ``weight``. So it holds for whatever code reads the weight: the layer, a subclass that normalises it
+        first, or a net that does not call the layer, such as torch's ``TransformerEncoderLayer`` in evaluation.
+
         Args:
-            net: net with the layers of ``layers``; the forward methods of these layers are replaced.
+            net: net with the layers of ``layers``, whose weights are parameters of their own.
         """
-        if self._attached:
+        if self._hook is not None:
             return
-        for name in self.layers:
-            module = net.get_submodule(name)
-            assert isinstance(module, nn.Conv2d | nn.Linear)
+        self._layers = {name: net.get_submodule(name) for name in self.layers}
+        for name, layer in self._layers.items():
             if self.method == "ttq" and name not in self.values:
-                self.values[name] = _first_values(module.weight).requires_grad_()
-            plain: Callable[..., Tensor] = (
-                partial(nn.Conv2d._conv_forward, module) if isinstance(module, nn.Conv2d) else nn.functional.linear
-            )
-            module.forward = partial(self._forward, plain, name, module)  # type: ignore[method-assign]
-            self._attached.append(module)
+                self.values[name] = _first_values(layer.get_parameter("weight")).requires_grad_()
+        self._hook = net.register_forward_pre_hook(self._round)
 
     def detach_(self) -> None:
         """Let the net compute with its float weights again."""
-        for module in self._attached:
-            del module.forward
-        self._attached = []
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+        for layer in self._layers.values():
+            vars(layer).pop("weight", None)
 
     def rounded(self, name: str, weight: Tensor) -> Tensor:
         """The rounded weights of a layer, as the forward pass uses them.
@@ -181,9 +183,11 @@ class LowBitWeights:
             key = f"{prefix}{name}.weight"
             weights[key] = self.rounded(name, weights[key]).detach().clone()
 
-    def _forward(self, plain: Callable[..., Tensor], name: str, module: nn.Module, x: Tensor) -> Tensor:
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        return plain(x, self.rounded(name, module.weight), module.bias)
+    def _round(self, net: nn.Module, args: tuple[object, ...]) -> None:
+        for name, layer in self._layers.items():
+            weight = layer._parameters["weight"]
+            assert weight is not None
+            vars(layer)["weight"] = self.rounded(name, weight)
 
 
 class Freezing:

@@ -7,6 +7,7 @@ et al. 2014, arXiv:1404.0736), by variational Bayes (Kim et al. 2016, arXiv:1511
 :class:`project.compression.low_rank.thin_layers.Factorize`.
 """
 
+import logging
 import math
 import re
 from collections.abc import Mapping
@@ -22,7 +23,10 @@ from project.compression.low_rank.layer_responses import Positions, positions_of
 from project.compression.low_rank.rank_budget import Option, choose_within
 from project.compression.low_rank.thin_layers import Factorize
 from project.compression.low_rank.vbmf import vbmf_rank
+from project.compression.plain_layers import name_layers, other_layers
 from project.metrics.complexity import count_macs
+
+log = logging.getLogger(__name__)
 
 Moments = Mapping[tuple[str, Kind], Tensor]
 """Second moments of responses, by the name of the layer and the kind of factors."""
@@ -127,7 +131,7 @@ class Factorizer:
         net = deepcopy(net).cpu().eval()
         images = images.cpu() if self.num_images and images is not None else None
         positions = positions_of(net, image_shape)
-        weights = {name: weight for name, weight in self._weights(net).items() if name in positions}
+        weights = self._weights(net, image_shape)
         # Without images the factors keep most of the weight. With images they keep most of the responses, whose second
         # moments are measured here; `tucker` always keeps the weight.
         moments: Moments = {}
@@ -152,10 +156,14 @@ class Factorizer:
             )
         return _surgery(net, image_shape, thin, moments)
 
-    def _weights(self, net: nn.Module) -> dict[str, Tensor]:
+    def _weights(self, net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
         """The weight of each layer that can be factorised and is included, by the layer's name.
 
-        Layers with groups, with a weight that another layer shares, or of a subclass are left alone.
+        Layers with groups, with a weight that another layer shares, or of a subclass are left alone. So are the layers
+        inside torch's ``TransformerEncoderLayer``, which reads their weights in evaluation.
+
+        Raises:
+            ValueError: if a regular expression matches no layer, or if no included layer can be factorised.
         """
         layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
         for argument, patterns in (("include", self.include), ("exclude", self.exclude or [])):
@@ -168,16 +176,21 @@ class Factorizer:
         ends = [f"^{re.escape(name)}$" for name in (*list(layers)[:1], *list(layers)[-1:])]
         excluded = ends if self.exclude is None else self.exclude
         owners = [id(p) for _, p in net.named_parameters(remove_duplicate=False)]
-        return {
+        weights = {
             name: layer.weight
             for name, layer in layers.items()
             if any(re.search(pattern, name) for pattern in self.include)
             and not any(re.search(pattern, name) for pattern in excluded)
-            and type(layer) in (nn.Conv2d, nn.Linear)  # a subclass may use its weight differently
             and getattr(layer, "groups", 1) == 1
             and owners.count(id(layer.weight)) == 1
             and name  # the net itself, if it is a single layer, has no parent that could hold another one
         }
+        others = other_layers(net, image_shape) | _read_by_torch(net)
+        if left := {name: others[name] for name in weights if name in others}:
+            if len(left) == len(weights):
+                raise ValueError(f"no layer can be factorised: {name_layers(left)}. Leave the factorisation out.")
+            log.warning("these layers are not factorised: %s", name_layers(left))
+        return {name: weight for name, weight in weights.items() if name not in left}
 
     def _kinds(self, weight: Tensor) -> list[Kind]:
         """The kinds of factors that are possible for a weight and allowed."""
@@ -208,6 +221,13 @@ class Factorizer:
             wanted = (vbmf_rank(matrix_of(weight, kind)),)
         rounded = tuple(math.ceil(max(rank, 1) / self.round_to) * self.round_to for rank in wanted)
         return [tuple(min(pair) for pair in zip(rounded, most, strict=True))]
+
+
+def _read_by_torch(net: nn.Module) -> dict[str, str]:
+    """The layers inside torch's ``TransformerEncoderLayer``, each with the reason why it stays, by name."""
+    reason = "torch's TransformerEncoderLayer reads its weight in evaluation"
+    encoders = [name for name, module in net.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
+    return {name: reason for name, _ in net.named_modules() if name.rpartition(".")[0] in encoders}
 
 
 def _lowest(errors: Tensor, energy: float) -> Ranks:

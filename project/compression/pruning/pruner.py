@@ -11,6 +11,7 @@ The net's own parameters stay in place and keep their names. A pruned weight nev
 masks of the call before.
 """
 
+import logging
 import re
 from collections.abc import Mapping
 from typing import Literal
@@ -18,12 +19,15 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from project.compression.plain_layers import name_layers
 from project.compression.pruning.dead_ends import without_dead_ends
 from project.compression.pruning.masks import Group, Masks, sparsity
 from project.compression.pruning.saliency import Criterion, saliency_of_units, saliency_of_weights
 from project.compression.pruning.unit_budget import Macs, least_units, take_cheapest
 from project.compression.thinning.dependency_graph import UnitGroup, trace
 from project.compression.thinning.thin import look_at_units
+
+log = logging.getLogger(__name__)
 
 Scope = Literal["global", "layer", "deviation"]
 Budget = Literal["count", "effective", "macs"]
@@ -55,8 +59,9 @@ class Pruner:
             reasons other than importance.
         include: regular expressions; a layer is pruned only if one of them is found in its name. Null includes all.
         exclude: regular expressions; a layer is not pruned if one of them is found in its name. Null excludes the head
-            (the last layer) and, for units, also the stem (the first layer). Biases and norms are never pruned on their
-            own.
+            (the last layer) and, for units, also the stem (the first layer) and the layers whose units cannot be
+            removed, which a log line names. With a list, such a layer is an error. Biases and norms are never pruned on
+            their own.
         rates: factors, 0 or more, on the share that is pruned of the layers whose names match a regular expression, for
             the scopes ``layer`` and ``deviation``. The first match counts. Frankle & Carbin 2019 prune the output layer
             at half the rate: ``{fc3: 0.5}``.
@@ -152,8 +157,8 @@ class Pruner:
             image_shape: shape (C, H, W) of an image, with which the units are traced.
 
         Raises:
-            ValueError: if a regular expression matches no layer, if no layer is left to prune, or if the units of an
-                included layer cannot be removed.
+            ValueError: if a regular expression matches no layer, if no layer is left to prune, or if ``exclude`` is
+                given and the units of an included layer cannot be removed.
         """
         layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
         for argument, patterns in (("include", self.include), ("exclude", self.exclude or []), ("rates", self.rates)):
@@ -176,12 +181,13 @@ class Pruner:
             groups = [_group_of_weights(net, name, known.get(name)) for name in chosen]
         else:
             units, reasons = look_at_units(net, image_shape)
-            refused = next((name for name in chosen if name not in units), None)
-            if refused is not None:
-                raise ValueError(
-                    f"units of {refused} can not be removed: {reasons.get(refused, 'it is not traced')}. Add this "
-                    "layer to exclude."
-                )
+            refused = {name: reasons.get(name, "it is not traced") for name in chosen if name not in units}
+            if refused and (self.exclude is not None or len(refused) == len(chosen)):
+                name, reason = next(iter(refused.items()))
+                raise ValueError(f"units of {name} can not be removed: {reason}. Add this layer to exclude.")
+            if refused:
+                log.info("these layers keep their units, which can not be removed: %s", name_layers(refused))
+            chosen = [name for name in chosen if name in units]
             groups = []
             for name in chosen:  # of coupled layers, the first stands for all
                 if not any(name in group.coupled for group in groups):

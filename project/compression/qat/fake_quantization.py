@@ -16,7 +16,9 @@ from functools import partial
 
 import torch
 from torch import Tensor, distributed, nn
+from torch.utils.hooks import RemovableHandle
 
+from project.compression.plain_layers import is_plain_layer
 from project.deployment.int8.observers import round_weight
 
 _MOMENTUM = 0.01
@@ -43,6 +45,7 @@ class FakeQuantization:
         self.reduce_range = reduce_range and activations
         self._spans: dict[str, Tensor] = {}  # range (low, high) of each layer's inputs, on its device
         self._layers: list[nn.Module] = []
+        self._hooks: list[RemovableHandle] = []
 
     @property
     def ranges(self) -> dict[str, tuple[float, float]]:
@@ -57,23 +60,27 @@ class FakeQuantization:
         """Let the net round in its forward pass. If it does so already, nothing changes.
 
         Args:
-            net: net whose convolutions and linear layers round; their forward methods are replaced.
+            net: net whose convolutions and linear layers round; their forward methods are replaced. A subclass with a
+                forward of its own does not round (:func:`project.compression.plain_layers.is_plain_layer`).
         """
         if self._layers:
             return
         for name, module in net.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if is_plain_layer(module):
                 plain: Callable[..., Tensor] = (
                     partial(nn.Conv2d._conv_forward, module) if isinstance(module, nn.Conv2d) else nn.functional.linear
                 )
                 module.forward = partial(self._forward, plain, name, module)  # type: ignore[method-assign]
+                self._hooks.append(module.register_forward_pre_hook(_watch))
                 self._layers.append(module)
 
     def detach_(self) -> None:
         """Remove the rounding, so that the net computes as before. Without a net attached, nothing happens."""
         for module in self._layers:
             del module.forward
-        self._layers = []
+        for hook in self._hooks:
+            hook.remove()
+        self._layers, self._hooks = [], []
 
     def _forward(self, plain: Callable[..., Tensor], name: str, module: nn.Module, x: Tensor) -> Tensor:
         assert isinstance(module, nn.Conv2d | nn.Linear)
@@ -89,6 +96,13 @@ class FakeQuantization:
             self._spans[name] = torch.lerp(known, seen, _MOMENTUM)
         span = self._spans[name].to(x.device)
         return fake_activation(x, span[0], span[1])
+
+
+def _watch(layer: nn.Module, args: tuple[object, ...]) -> None:
+    """A hook that does nothing. Torch's ``TransformerEncoderLayer`` calls its layers in evaluation if one has a hook.
+
+    Without hooks it computes from their weights and never calls their ``forward``.
+    """
 
 
 def _of_all_processes(low: Tensor, high: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ are zero add nothing to any other unit. There are three conditions:
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -29,6 +29,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
+
+from project.compression.plain_layers import is_plain_layer
 
 _MIXING_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 # Names of autograd nodes, in three groups: activations and arithmetic (whether 0 stays 0 is measured later); poolings
@@ -123,8 +125,11 @@ class _Tracer:
         self.names = {module: name for name, module in self.net.named_modules()}
         self.num_calls: Counter[nn.Module] = Counter()
         self.mixing: dict[Any, str] = {}  # for each norm that mixes channels: autograd node of its output, description
+        self.inner: set[Any] = set()  # autograd nodes of the product in a linear layer that is called with tokens
+        self.unmapped: set[Any] = set()  # operations whose channels torch-pruning cannot follow
+        self.failure = ""  # the reason why the net as a whole cannot be traced
         self.num_owners = Counter(id(p) for _, p in self.net.named_parameters(remove_duplicate=False))
-        with _silent():
+        with _silent(), _noting_failures(self.unmapped):
             self.graph = self._build()
             for name, module in self.net.named_modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
@@ -141,17 +146,31 @@ class _Tracer:
         for parameter in self.net.parameters():
             parameter.requires_grad_(parameter.is_floating_point())  # frozen layers too, or autograd does not see them
         handles = [module.register_forward_hook(self._note) for module in self.net.modules()]
-        with torch.enable_grad():
-            graph = torch_pruning.DependencyGraph().build_dependency(
-                self.net, self.images, forward_fn=lambda net, images: net(images), verbose=False
-            )
-        for handle in handles:
-            handle.remove()
-        return graph
+        ran: list[bool] = []
+
+        def forward(net: nn.Module, images: Tensor) -> Any:
+            output = net(images)
+            ran.append(True)
+            return output
+
+        graph = torch_pruning.DependencyGraph()
+        try:
+            with torch.enable_grad():
+                return graph.build_dependency(self.net, self.images, forward_fn=forward, verbose=False)
+        except Exception as error:
+            if not ran:
+                raise
+            self.failure = f"torch-pruning fails to trace the net ({type(error).__name__}: {error})"
+            return graph
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: count the module's calls, and remember the norms that mix channels."""
         self.num_calls[module] += 1
+        if isinstance(module, nn.Linear) and (inner := _product_of_tokens(output)) is not None:
+            self.inner.add(inner)
         if isinstance(module, _MIXING_NORMS):
             self.mixing[output.grad_fn] = self._describe(module)
 
@@ -168,14 +187,21 @@ class _Tracer:
             _InexactError: if an item does not treat each unit on its own.
         """
         self._check_weights(layer)
+        if self.failure:
+            raise _InexactError(self.failure)
         if layer not in self.graph.module2node:
             raise _InexactError("it has no part in the output, so that the layers that read its units are not known")
         num = layer.weight.shape[0]
         prune_out = self.graph.get_pruner_of_module(layer).prune_out_channels
-        items = list(self.graph.get_pruning_group(layer, prune_out, list(range(num))))
+        try:
+            items = list(self.graph.get_pruning_group(layer, prune_out, list(range(num))))
+        except Exception as error:
+            raise _InexactError(f"torch-pruning fails to follow its units ({type(error).__name__}: {error})") from error
         # Two reasons to refuse the group are looked for in the whole list first, whatever kind of item has them.
         for item in items:
             node = item.dep.target
+            if node in self.unmapped:
+                raise _InexactError(f"its units pass through {node.grad_fn.name()}, where the trace loses them")
             if node.grad_fn in self.mixing:
                 raise _InexactError(f"its channels are mixed in the statistics of {self.mixing[node.grad_fn]}")
             if node.type.name == "CONCAT" and node.module.offsets is None:
@@ -214,6 +240,8 @@ class _Tracer:
         who = self._describe(module)
         if "weight" not in module._parameters:
             raise _InexactError(f"the weight of {who} is computed from other parameters")
+        if isinstance(module, nn.Conv2d | nn.Linear) and not is_plain_layer(module):
+            raise _InexactError(f"{who} is a subclass that may compute otherwise than torch's layer")
         if module.weight is None:
             raise _InexactError(f"{who} has no scale and shift that could be zero for the unit (affine=False)")
         if getattr(module, "groups", 1) > 1:
@@ -234,6 +262,8 @@ class _Tracer:
         if isinstance(node.module, nn.PReLU) and node.module.num_parameters > 1:
             raise _InexactError(f"its units have slopes of their own in {self._describe(node.module)}")
         # A node without inputs is a view of a layer's weight, before the layer uses it. It has no channels to mix.
+        if node.grad_fn in self.inner:
+            return
         if node.inputs and (not _CHANNELWISE.fullmatch(node.grad_fn.name()) or _pools_channels(node.grad_fn)):
             raise _InexactError(f"its units pass through {node.grad_fn.name()}, which may mix channels")
 
@@ -289,6 +319,44 @@ def _pools_channels(grad_fn: Any) -> bool:
     dims, num_dims = getattr(grad_fn, "_saved_dim", (0,)), len(grad_fn._saved_self_sym_sizes)
     # Autograd stores a negative dimension as an unsigned 64-bit number: -1 is 2^64 - 1.
     return any((dim - 2**64 if dim >= 2**63 else dim) % num_dims < 2 for dim in dims)
+
+
+def _product_of_tokens(output: Any) -> Any:
+    """The autograd node of a linear layer's product, if views of tokens ``[N, L, C]`` surround it; otherwise None.
+
+    ``torch-pruning`` takes the last view for the layer, and the product for an operation of its own.
+    """
+    view = getattr(output, "grad_fn", None)
+    if view is None or not view.name().startswith(("ViewBackward", "UnsafeViewBackward")):
+        return None
+    product = view.next_functions[0][0]
+    return product if product is not None and product.name().startswith(("AddmmBackward", "MmBackward")) else None
+
+
+@contextmanager
+def _noting_failures(unmapped: set[Any]) -> Iterator[None]:
+    """Note the operations at which ``torch-pruning`` fails to map channels, and let it go on with the others.
+
+    It divides by a number of channels that it guessed wrong, for example at the views of a channel shuffle.
+    """
+    from torch_pruning.dependency import index_mapping
+
+    def noting(update: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+        def call(graph: Any, node: Any) -> None:
+            try:
+                update(graph, node)
+            except Exception:  # whatever its code raises, the operation is refused
+                unmapped.add(node)
+
+        return call
+
+    updates = [name for name in vars(index_mapping) if re.fullmatch("update_(?!index_mapping).*", name)]
+    before = {name: getattr(index_mapping, name) for name in updates}
+    vars(index_mapping).update({name: noting(update) for name, update in before.items()})
+    try:
+        yield
+    finally:
+        vars(index_mapping).update(before)
 
 
 @contextmanager

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from project.compression.plain_layers import is_plain_layer
 from project.models.kernels import can_run_winograd, count_tiles, pack_panels, same_bits, winograd
 from project.models.surgery import register_surgery
 
@@ -171,6 +172,7 @@ class WinogradConv2d(nn.Conv2d):
         True
     """
 
+    computes_as = nn.Conv2d
     tile: int
     padding: tuple[int, int]
     _kept: _Kept | None = None
@@ -273,7 +275,7 @@ class Winograd:
         """
         layers = dict(net.named_modules())
         for name in self.tiles:
-            if not isinstance(layers.get(name), nn.Conv2d) or not name:
+            if not isinstance(layers.get(name), nn.Conv2d) or not is_plain_layer(layers[name]) or not name:
                 raise ValueError(
                     f"{type(net).__name__} has no convolution {name}: give the net that the tiles were chosen for."
                 )

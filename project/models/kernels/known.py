@@ -1,7 +1,7 @@
 """The layers that kernels can replace. For any other layer torch's own operators run.
 
 A kernel reads a layer's attributes and does not call the layer. A subclass can compute anything. So a class is known
-only if it is itself in the tables below; a subclass of a known class is not known.
+only if it is itself in the table :data:`project.models.known.KINDS`; a subclass of a known class is not known.
 """
 
 from collections.abc import Callable
@@ -10,21 +10,11 @@ from typing import Any, TypeGuard, TypeVar
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-from project.models.layers import BatchNorm, MaxPool, ReLU
+from project.models.known import KINDS
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
-_KINDS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Conv2d: nn.Conv2d,
-    nn.BatchNorm2d: nn.BatchNorm2d,
-    BatchNorm: nn.BatchNorm2d,
-    nn.ReLU: nn.ReLU,
-    ReLU: nn.ReLU,
-    nn.MaxPool2d: nn.MaxPool2d,
-    MaxPool: nn.MaxPool2d,
-}
-"""The known classes, each with the class of torch that computes the same from the same attributes."""
-_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in _KINDS}
+_FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {kind: kind.forward for kind in KINDS}
 """The original ``forward`` of each class, to detect that other code has replaced it."""
 
 _METHODS = ("forward", "_conv_forward", "_check_input_dim", "_call_impl")
@@ -41,7 +31,7 @@ def has_known_class(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:
     Only a layer's ``forward`` should use this function. Code that does not call the layer uses :func:`is_known`.
     """
     cls = type(layer)
-    return _KINDS.get(cls) is kind and cls.forward is _FORWARDS[cls] and kind.forward is _FORWARDS[kind]
+    return KINDS.get(cls) is kind and cls.forward is _FORWARDS[cls] and kind.forward is _FORWARDS[kind]
 
 
 def is_known(layer: nn.Module, kind: type[Layer]) -> TypeGuard[Layer]:

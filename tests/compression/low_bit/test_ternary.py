@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.subclasses import Mixed, fast_path
 from torch import Tensor, nn
 
 from project.compression.low_bit.ternary import (
@@ -11,6 +12,7 @@ from project.compression.low_bit.ternary import (
     ternary_weight,
     trained_ternary_weight,
 )
+from project.losses.penalties import weights_by_kind
 
 
 def weights(*shape: int, seed: int = 0) -> Tensor:
@@ -130,3 +132,37 @@ def test_what_makes_no_sense_is_refused() -> None:
         LowBitWeights("twn", [])
     with pytest.raises(ValueError, match="method is ttq"):
         Freezing(LowBitWeights("ttq", ["0"]))
+
+
+@pytest.mark.parametrize("method", ["bwn", "twn", "ttq"])
+def test_subclasses_and_layers_that_are_not_called_compute_what_is_written(method: str) -> None:
+    torch.manual_seed(0)
+    net, images = Mixed().eval(), torch.randn(4, 3, 8, 8)
+    assert fast_path(net)
+    names = [name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
+    low_bit = LowBitWeights(method, names)  # type: ignore[arg-type]
+    with torch.no_grad():
+        before = net(images)
+        low_bit.attach_(net)
+        attached = net(images)
+        low_bit.detach_()
+        assert torch.equal(net(images), before)
+        written = {name: value.clone() for name, value in net.state_dict().items()}
+        low_bit.write_(written)
+        net.load_state_dict(written)
+        assert (net(images) - attached).abs().max() <= 1e-5 * attached.abs().max()
+        assert (before - attached).abs().max() > 0.1 * attached.abs().max()
+
+
+def test_a_rounded_subclass_trains_and_its_weight_is_seen_by_penalties_and_bounds() -> None:
+    torch.manual_seed(0)
+    net = Mixed().train()
+    low_bit = LowBitWeights("twn", ["standard", "reader.layer", "encoder.self_attn.out_proj", "hidden"])
+    low_bit.attach_(net)
+    net(torch.randn(4, 3, 8, 8)).square().sum().backward()
+    for name in low_bit.layers:
+        weight = dict(net.named_parameters())[f"{name}.weight"]
+        assert weight.grad is not None and weight.grad.abs().sum() > 0
+    conv, linear = weights_by_kind(net)
+    assert any(weight is net._modules["standard"]._parameters["weight"] for weight in conv)  # type: ignore
+    assert all(isinstance(weight, nn.Parameter) for weight in conv + linear)

@@ -5,6 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 from helpers.nets import NETS, build, enliven_, images_for
+from helpers.subclasses import Mixed
 from torch import Tensor, nn
 
 from project.compression import Factorize, Factorizer, from_plain, plan_thinning, replay_, to_plain, units_of
@@ -210,3 +211,22 @@ def test_bad_input_is_answered_in_one_sentence(options, message):
     net = build("SmallInception-8")
     with pytest.raises(ValueError, match=message):
         Factorizer(**{"num_images": 0, **options}).plan(net, (1, 8, 8))
+
+
+def test_subclasses_and_layers_that_are_read_stay_and_are_named(caplog) -> None:
+    torch.manual_seed(0)
+    net, images = Mixed().eval(), torch.randn(8, 3, 8, 8)
+    factorizer = Factorizer(macs_left=0.9, round_to=4, num_images=8)
+    surgery, factors = factorizer.plan(net, (3, 8, 8), images)
+    assert surgery.kinds.keys() <= {"plain", "hidden"} and surgery.kinds
+    assert "standard (its class StandardConv" in caplog.text
+    surgery.apply_(net)
+    load_(net, factors)
+    with torch.no_grad():
+        net(images)
+    with pytest.raises(
+        ValueError, match=r"no layer can be factorised: encoder.linear1 .*TransformerEncoderLayer reads"
+    ):
+        Factorizer(include=["linear[12]"]).plan(Mixed(), (3, 8, 8), images)
+    with pytest.raises(ValueError, match=r"no layer can be factorised: scaled .its class ScaledLinear"):
+        Factorizer(include=["scaled"]).plan(Mixed(), (3, 8, 8), images)

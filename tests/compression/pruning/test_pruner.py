@@ -596,3 +596,22 @@ def test_schedules_refuse_what_makes_no_sense(make):
     with pytest.raises(ValueError, match=r"^\w+ (is|has) ") as error:
         make()
     assert "\n" not in str(error.value)
+
+
+def test_without_exclude_the_layers_whose_units_stay_are_named_and_the_rest_is_pruned(caplog):
+    class Grouped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.stem, self.wide = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
+            self.deep, self.back, self.head = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+        def forward(self, images):
+            return self.head(self.back(self.deep(self.wide(self.stem(images)))).mean((2, 3)))
+
+    caplog.set_level("INFO")
+    groups = Pruner(structure="units").groups(Grouped(), (3, 8, 8))
+    assert [group.layer for group in groups] == ["back"]
+    assert "wide (deep (Conv2d) is a grouped convolution)" in caplog.text
+    for options in ({"exclude": ["head"]}, {"include": ["deep"]}):
+        with pytest.raises(ValueError, match=r"units of .* can not be removed: .* is a grouped convolution. Add"):
+            Pruner(structure="units", **options).groups(Grouped(), (3, 8, 8))

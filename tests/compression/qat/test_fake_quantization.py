@@ -3,8 +3,10 @@
 import numpy as np
 import pytest
 import torch
+from helpers.subclasses import Mixed, fast_path
 from torch import nn
 
+from project.compression.plain_layers import name_layers, other_layers
 from project.compression.qat.fake_quantization import FakeQuantization, fake_activation, fake_weight
 from project.deployment.int8.observers import Scale, round_weight
 from project.models import SmallInception
@@ -81,3 +83,20 @@ def test_gradients_are_near_those_without_rounding() -> None:
 def test_other_widths_are_refused() -> None:
     with pytest.raises(ValueError, match="weight_bits is 1"):
         FakeQuantization(num_bits=1)
+
+
+def test_plain_layers_round_also_in_torchs_fast_path_and_subclasses_do_not() -> None:
+    torch.manual_seed(0)
+    net = Mixed().eval()
+    assert fast_path(net)
+    fake = FakeQuantization(2)
+    fake.attach_(net)
+    with torch.no_grad():
+        net(torch.randn(4, 3, 8, 8))
+    fake.detach_()
+    called = {"stem", "plain", "encoder.linear1", "encoder.linear2", "hidden", "head"}
+    assert fake.ranges.keys() == called and fast_path(net)
+    reasons = other_layers(net, (3, 8, 8))
+    assert reasons.keys() == {"standard", "pad", "scaled", "reader.layer", "encoder.self_attn.out_proj"}
+    assert "StandardConv" in reasons["standard"] and "not call" in reasons["reader.layer"]
+    assert name_layers(reasons).endswith(" and 3 more")

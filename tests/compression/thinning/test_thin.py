@@ -18,10 +18,12 @@ from helpers.nets import (
     masked_and_thinned,
     units_by_layer,
 )
+from helpers.subclasses import SamePad, StandardConv
 from torch import Tensor, nn
+from torch.nn import functional
 
 from project import models
-from project.compression.thinning.thin import Thin, Units, plan_thinning, units_of, why_not
+from project.compression.thinning.thin import Thin, Units, look_at_units, plan_thinning, units_of, why_not
 from project.metrics.complexity import count_macs, count_parameters
 from project.models import GroupNorm, LayerNorm, SmallInception
 from project.models.inception_blocks import Branches, NaiveInception
@@ -398,3 +400,130 @@ def test_tracing_leaves_the_net_as_it_was(
         assert parameter.grad is grad or torch.equal(parameter.grad, grad)
     assert not net.stem[0].conv.weight.requires_grad and net.fc.weight.grad is not None
     assert capsys.readouterr() == ("", "")
+
+
+class Readers(nn.Module):
+    """Two plain convolutions; one is read by a subclass."""
+
+    def __init__(self, subclass: type[nn.Conv2d]) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), subclass(8, 8, 3)
+        self.third, self.head = nn.Conv2d(8, 8, 3), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.first(images).relu()).relu()).relu().mean((2, 3)))
+
+
+@pytest.mark.parametrize("subclass", [StandardConv, SamePad])
+def test_a_subclass_is_refused_by_name_and_the_rest_is_thinned(subclass: type[nn.Conv2d]) -> None:
+    """A weight that is normalised over its inputs changes if some of them go."""
+    torch.manual_seed(0)
+    net, shape = Readers(subclass).eval(), (3, 12, 12)
+    reasons = why_not(net, shape)
+    assert reasons.keys() == {"first", "second", "head"}
+    assert f"second ({subclass.__name__}) is a subclass" in reasons["second"]
+    masked = deepcopy(net)
+    mask_(masked, units_of(net, shape), {"third": [0, 3]})
+    thinned = deepcopy(masked)
+    plan_thinning(net, {"third": [0, 3]}, shape).apply_(thinned)
+    assert_same_logits(masked, thinned, torch.randn(4, *shape))
+
+
+class Shuffle(nn.Module):
+    """Splits the channels in halves, computes with one, and shuffles both, as ShuffleNet does. Gives a tuple."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        left, right = x.chunk(2, dim=1)
+        y = torch.cat([left, self.norm(self.conv(right)).relu()], 1)
+        count, channels, height, width = y.shape
+        return y.view(count, 2, channels // 2, height, width).transpose(1, 2).reshape(y.shape), channels
+
+
+class Shuffled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first, self.second = nn.Conv2d(3, 16, 3), Shuffle(), Shuffle()
+        self.last, self.head = nn.Conv2d(16, 24, 1), nn.Linear(24, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.second(self.first(self.stem(images).relu())[0])[0]
+        return self.head(self.last(x).relu().mean((2, 3)))
+
+
+class Folded(nn.Module):
+    """Folds pixels into channels by views (space to depth)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.read = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(16, 8, 1)
+        self.last, self.head = nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.stem(images).relu()
+        count, channels, height, width = x.shape
+        x = x.view(count, channels, height // 2, 2, width // 2, 2).permute(0, 1, 3, 5, 2, 4)
+        x = self.read(x.reshape(count, 4 * channels, height // 2, width // 2)).relu()
+        return self.head(self.last(x).relu().mean((2, 3)))
+
+
+class TokenMixer(nn.Module):
+    """Two layers on channels of tokens and two across tokens, with attention between them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches, self.attention = nn.Conv2d(3, 16, 4, 4), nn.MultiheadAttention(16, 2, batch_first=True)
+        self.wide, self.back = nn.Linear(16, 32), nn.Linear(32, 16)
+        self.over, self.under, self.head = nn.Linear(9, 18), nn.Linear(18, 9), nn.Linear(16, 5)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(images).flatten(2).transpose(1, 2)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        x = x + self.back(functional.gelu(self.wide(x)))
+        x = x + self.under(self.over(x.transpose(1, 2)).relu()).transpose(1, 2)
+        return self.head(x.mean(1))
+
+
+UNTRACED = {
+    "channel shuffle": (Shuffled, {"last"}),
+    "space to depth": (Folded, {"read", "last"}),
+    "tokens": (TokenMixer, {"wide", "over"}),
+}
+
+
+@pytest.mark.parametrize("name", UNTRACED)
+def test_what_the_trace_cannot_follow_is_refused_by_name_and_the_rest_is_thinned(name: str) -> None:
+    torch.manual_seed(0)
+    make, prunable = UNTRACED[name]
+    net, shape = make().eval(), (3, 12, 12)
+    units, reasons = look_at_units(net, shape)
+    layers = {name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    assert units.keys() == prunable and reasons.keys() == layers - prunable and all(reasons.values())
+    gone = choose(units, 0.5)
+    masked = deepcopy(net)
+    mask_(masked, units, gone)
+    thinned = deepcopy(masked)
+    plan_thinning(net, gone, shape).apply_(thinned)
+    assert count_parameters(thinned) < count_parameters(net)
+    assert_same_logits(masked, thinned, torch.randn(4, *shape) * torch.tensor([1.0, 4, 16, 64]).view(4, 1, 1, 1))
+
+
+def test_a_net_that_cannot_be_traced_as_a_whole_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch_pruning
+
+    def fail(self: object, *args: object) -> None:
+        raise KeyError("node")
+
+    monkeypatch.setattr(torch_pruning.DependencyGraph, "_build_dependency", fail)
+    reasons = why_not(models.LeNet300100(5, (1, 8, 8)), (1, 8, 8))
+    assert reasons.keys() == {"fc1", "fc2", "fc3"}
+    assert "torch-pruning fails to trace the net (KeyError" in reasons["fc1"]
+
+
+def test_a_net_that_does_not_run_raises_its_own_error() -> None:
+    with pytest.raises(RuntimeError, match="channels"):
+        why_not(Folded(), (1, 12, 12))

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.nets import NETS, build, images_for
+from helpers.subclasses import Mixed
 from torch import nn
 
 from project import models
@@ -146,3 +147,10 @@ def test_bad_input_is_answered_in_one_sentence(options, message):
 def test_a_net_without_such_layers_is_refused():
     with pytest.raises(ValueError, match=r"LeNet300100 has no convolution of 3x3 with stride 1.*leave it out"):
         WinogradChooser().layers(models.LeNet300100(5, NETS["LeNet300100-9x5"][1]))
+
+
+def test_a_subclass_is_not_chosen_and_not_replaced() -> None:
+    net = Mixed(encoder=False)
+    assert list(WinogradChooser().layers(net)) == ["stem", "plain"]
+    with pytest.raises(ValueError, match="has no convolution standard"):
+        Winograd({"standard": 4}).apply_(net)
