@@ -45,7 +45,7 @@ def reestimate_statistics_(net: nn.Module, images: Tensor, batch_size: int = 256
 
 
 @torch.no_grad()
-def fold_norms_(net: nn.Module) -> None:
+def fold_norms_(net: nn.Module, num_bits: int | None = None) -> None:
     """Fold the running statistics of each batch norm into its weight and bias.
 
     In eval mode the outputs stay the same up to rounding. A second call changes nothing. Do not train the net
@@ -54,6 +54,10 @@ def fold_norms_(net: nn.Module) -> None:
 
     Args:
         net: net whose batch norms are folded in place.
+        num_bits: number of bits that the scales are rounded to, 2 or more, before the shifts are computed from them.
+            The step is the one with the least error of the norm's outputs. So a channel that is almost constant, whose
+            scale is up to ``1 / sqrt(eps)``, does not take the bits of the others: its scale becomes smaller, and its
+            shift keeps its output. ``None`` rounds nothing.
     """
     for norm in net.modules():
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None or not norm.affine:
@@ -63,6 +67,8 @@ def fold_norms_(net: nn.Module) -> None:
         if torch.equal(norm.running_var, constant) and not norm.running_mean.any():
             continue  # folded already
         scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+        if num_bits is not None:
+            scale = _least_error(scale, norm, num_bits)
         norm.bias.copy_(norm.bias.double() - norm.running_mean.double() * scale)
         norm.weight.copy_(scale)
         norm.running_mean.zero_()
@@ -92,12 +98,39 @@ def fixed_point(x: Tensor, num_bits: int) -> Tensor:
         x: tensor of finite numbers, of any shape.
         num_bits: number of bits of each value with its sign, 2 or more.
     """
+    exponent = _exponent(x, num_bits)
+    return x.clone() if exponent is None else _rounded(x, exponent, num_bits)
+
+
+def _exponent(x: Tensor, num_bits: int) -> int | None:
+    """The exponent of the smallest step with which all multiples fit; ``None`` if all of ``x`` is 0."""
     most = 2 ** (num_bits - 1) - 1
     greatest = float(x.abs().max()) if x.numel() else 0.0
     if greatest == 0:
-        return x.clone()
+        return None
     exponent = math.floor(math.log2(greatest / most))
     while round(math.ldexp(greatest, -exponent)) > most:
         exponent += 1
-    step = 2.0**exponent
-    return (x.double() / step).round().to(x.dtype) * step
+    return exponent
+
+
+def _rounded(x: Tensor, exponent: int, num_bits: int) -> Tensor:
+    """``x`` rounded to multiples of ``2 ** exponent``; what does not fit in the bits becomes the largest that does."""
+    most, step = 2 ** (num_bits - 1) - 1, 2.0**exponent
+    return (x.double() / step).round().clamp(-most, most).to(x.dtype) * step
+
+
+def _least_error(scale: Tensor, norm: _BatchNorm, num_bits: int) -> Tensor:
+    """``scale`` rounded with the step with which the outputs of the norm have the least error, its shift included."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    bias, mean, variance = norm.bias.double(), norm.running_mean.double(), norm.running_var.double()
+
+    def error(rounded: Tensor) -> float:
+        shift = bias - mean * rounded
+        return float(((rounded - scale).square() * variance + (fixed_point(shift, num_bits) - shift).square()).sum())
+
+    exponent = _exponent(scale, num_bits)
+    if exponent is None:
+        return scale
+    choices = [_rounded(scale, exponent - smaller, num_bits) for smaller in range(24)]
+    return min(choices, key=error)

@@ -97,3 +97,46 @@ def test_only_vectors_are_rounded():
 
 def test_zeros_stay():
     assert torch.equal(fixed_point(torch.zeros(3), 8), torch.zeros(3))
+
+
+def convolutions(num_constant: int = 0, variance: float = 0.0) -> tuple[nn.Sequential, torch.Tensor]:
+    """A small net in eval mode with the statistics of its images; some channels of its first norm are constant."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 10),
+    )
+    with torch.no_grad():
+        net[0].weight[:num_constant] *= variance**0.5
+        net[0].bias[:num_constant] = 0.5  # their mean, which the large scale multiplies in the shift
+        net[1].bias.uniform_(-1, 1)
+    images = torch.randn(64, 3, 8, 8)
+    reestimate_statistics_(net, images)
+    return net, images
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("num_constant", "variance", "limit"),
+    [(0, 0, 0.02), (1, 0, 0.02), (8, 0, 0.02), (16, 0, 0.02), (1, 1e-9, 0.02), (8, 1e-9, 0.03), (8, 1e-7, 0.1)],
+)
+def test_constant_channels_do_not_take_the_bits_of_the_others(num_constant, variance, limit):
+    """Scales of 316 beside scales of about 2: rounded together, the error would be larger than the largest output."""
+    net, images = convolutions(num_constant, variance)
+    exact = net(images)
+    fold_norms_(net, 8)
+    round_vectors_(net, 8)
+    assert (net(images) - exact).abs().max() <= limit * exact.abs().max()
+
+
+def test_scales_that_fit_are_rounded_once():
+    net = used_net()
+    fold_norms_(net, 8)
+    scales = [norm.weight.clone() for norm in norms(net)]
+    round_vectors_(net, 8)
+    assert all(torch.equal(norm.weight, scale) for norm, scale in zip(norms(net), scales, strict=True))
