@@ -127,7 +127,7 @@ class Factorizer:
         net = deepcopy(net).cpu().eval()
         images = images.cpu() if self.num_images and images is not None else None
         positions = positions_of(net, image_shape)
-        weights = {name: weight for name, weight in self._weights(net).items() if name in positions}
+        weights = self._checked(net, image_shape, positions)
         # Without images the factors keep most of the weight. With images they keep most of the responses, whose second
         # moments are measured here; `tucker` always keeps the weight.
         moments: Moments = {}
@@ -151,6 +151,45 @@ class Factorizer:
                 "more layers."
             )
         return _surgery(net, image_shape, thin, moments)
+
+    def check(self, net: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        """Check, without the cost of a plan, that there are layers to factorise and that the budget can be met.
+
+        Args:
+            net: a net that maps images ``[N, C, H, W]`` to logits; it is not changed.
+            image_shape: shape (C, H, W) of an image.
+
+        Raises:
+            ValueError: if a regular expression matches no layer, if no layer is left, or if the budget cannot be met.
+        """
+        self._checked(net, image_shape, positions_of(net, image_shape))
+
+    def _checked(
+        self, net: nn.Module, image_shape: tuple[int, int, int], positions: Mapping[str, Positions]
+    ) -> dict[str, Tensor]:
+        """The weights of the layers that can be factorised and run. Raises the errors of :meth:`check`."""
+        weights = {name: weight for name, weight in self._weights(net).items() if name in positions}
+        if not weights:
+            raise ValueError(
+                f"{type(net).__name__} has no layer that can be factorised: include more layers, or exclude fewer. "
+                "Grouped layers, layers that share a weight, and subclasses of torch's Conv2d and Linear are left out."
+            )
+        if self.ranks == "macs":
+            whole, dense, least = count_macs(net, image_shape), 0, 0
+            for name, weight in weights.items():
+                own = positions[name].macs(weight, None)
+                lowest = [(kind, (self.round_to,) * len(largest_ranks(weight, kind))) for kind in self._kinds(weight)]
+                known = [pair for pair in lowest if max(pair[1]) <= min(largest_ranks(weight, pair[0]))]
+                dense += own
+                least += min([own, *(positions[name].macs(weight, kind, ranks) for kind, ranks in known)])
+            if whole - dense + least > self.macs_left * whole:
+                raise ValueError(
+                    f"macs_left is {self.macs_left:g}, but at least {(whole - dense + least) / whole:.3g} of the net's "
+                    f"multiply-accumulates stay: {(whole - dense) / whole:.3g} are in layers that are not factorised, "
+                    f"and {least / whole:.3g} are in the others at their lowest ranks. Raise macs_left, lower "
+                    "round_to, or exclude fewer layers."
+                )
+        return weights
 
     def _weights(self, net: nn.Module) -> dict[str, Tensor]:
         """The weight of each layer that can be factorised and is included, by the layer's name.

@@ -66,6 +66,9 @@ class QuantizationAwareTraining(Callback):
                 f"begin_epoch is {self.begin_epoch}, but training ends after {trainer.max_epochs} epochs: begin "
                 "earlier, or train longer."
             )
+        assert isinstance(pl_module, Classifier)
+        if left := self.fake.left_out(pl_module.net):
+            log.warning("these layers are not rounded, because their class may use the weight in another way: %s", left)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.current_epoch >= (self.begin_epoch or 0) and not self.begun:  # begun: a resumed run

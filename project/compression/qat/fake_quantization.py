@@ -17,6 +17,7 @@ from functools import partial
 import torch
 from torch import Tensor, distributed, nn
 
+from project.compression.plain_layers import computes_as_plain
 from project.deployment.int8.observers import round_weight
 
 _MOMENTUM = 0.01
@@ -53,16 +54,36 @@ class FakeQuantization:
     def ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
         self._spans = {name: torch.tensor(span) for name, span in ranges.items()}
 
+    @staticmethod
+    def left_out(net: nn.Module) -> str:
+        """The names of the layers that do not round, because they are subclasses of torch's own classes.
+
+        Args:
+            net: net whose other convolutions and linear layers round.
+
+        Raises:
+            ValueError: if no layer is left that rounds.
+        """
+        layers = {name: layer for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+        left = [name for name, layer in layers.items() if not computes_as_plain(layer)]
+        if len(left) == len(layers):
+            raise ValueError(
+                f"{type(net).__name__} has no convolution or linear layer of torch's own classes, so that no layer "
+                "would be rounded: leave QuantizationAwareTraining out."
+            )
+        return ", ".join(left)
+
     def attach_(self, net: nn.Module) -> None:
         """Let the net round in its forward pass. If it does so already, nothing changes.
 
         Args:
-            net: net whose convolutions and linear layers round; their forward methods are replaced.
+            net: net whose convolutions and linear layers round; their forward methods are replaced. Subclasses of
+            torch's own classes do not round, because they may compute something else.
         """
         if self._layers:
             return
         for name, module in net.named_modules():
-            if isinstance(module, nn.Conv2d | nn.Linear):
+            if isinstance(module, nn.Conv2d | nn.Linear) and computes_as_plain(module):
                 plain: Callable[..., Tensor] = (
                     partial(nn.Conv2d._conv_forward, module) if isinstance(module, nn.Conv2d) else nn.functional.linear
                 )

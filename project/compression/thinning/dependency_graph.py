@@ -11,7 +11,12 @@ are zero add nothing to any other unit. There are three conditions:
   operations that do; local response norm, group norm and layer norm do not.
 - Zero stays zero. Half of the units' parameters are set to zero, and in a forward pass their readers must get exact
   zeros from them. An activation with act(0) != 0 fails here, and so would a wrong trace.
-- Each module in the group has its own weights and runs once in a forward pass.
+- Each module in the group has its own weights and runs once in a forward pass. A convolution or linear layer is one of
+  torch's own classes: a subclass may use its weight in another way.
+
+The trace of one layer makes a limited number of indices, so that its time and memory are limited too. A change of shape
+within a loop of residual connections, as in a Swin transformer, would make indices without end. A layer whose trace
+goes beyond the limit is refused.
 """
 
 import re
@@ -19,7 +24,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field
 from io import StringIO
 from random import Random
@@ -30,6 +35,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
+_PLAIN = (nn.Conv2d, nn.Linear)
 _MIXING_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 # Names of autograd nodes, in three groups: activations and arithmetic (whether 0 stays 0 is measured later); poolings
 # and other operations over pixels; changes of shape.
@@ -84,7 +90,13 @@ def evaluated_copy(net: nn.Module) -> nn.Module:
 
     Its activations do not work in place, because the trace does not see activations that do.
     """
-    copied = deepcopy(net).cpu().float().eval()
+    try:
+        copied = deepcopy(net).cpu().float().eval()
+    except RuntimeError as error:  # a weight that a hook computes, as in the old torch.nn.utils.weight_norm
+        raise ValueError(
+            f"{type(net).__name__} cannot be copied, because a layer's weight is computed by a hook, as in "
+            "torch.nn.utils.weight_norm: use torch.nn.utils.parametrizations.weight_norm."
+        ) from error
     for module in copied.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
@@ -124,7 +136,12 @@ class _Tracer:
         self.num_calls: Counter[nn.Module] = Counter()
         self.mixing: dict[Any, str] = {}  # for each norm that mixes channels: autograd node of its output, description
         self.num_owners = Counter(id(p) for _, p in self.net.named_parameters(remove_duplicate=False))
-        with _silent():
+        self.unfollowed: set[Any] = set()  # nodes whose indices the trace cannot compute
+        self.mapped = False
+        self.num_indices = 0
+        widths = (sum(m.weight.shape[:2]) for m in self.net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        self.max_indices = 50_000 + 20 * sum(widths)  # five times what VGG-11 and DenseNet-121 need, or more
+        with _silent(), self._limited():
             self.graph = self._build()
             for name, module in self.net.named_modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
@@ -149,6 +166,37 @@ class _Tracer:
             handle.remove()
         return graph
 
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Count the indices that ``torch-pruning`` makes, and compute its maps of indices once, node by node."""
+        from torch_pruning import _helpers
+        from torch_pruning.dependency import index_mapping
+
+        index, update, tracer = _helpers._HybridIndex, index_mapping.update_index_mapping, self
+
+        class Counted(index):  # type: ignore[misc, valid-type]
+            def __new__(cls, idx: int, root_idx: int) -> "Counted":
+                tracer.num_indices += 1
+                if tracer.num_indices > tracer.max_indices:
+                    raise _InexactError("its units pass through a loop in which the trace finds no end")
+                return index.__new__(cls, idx, root_idx)  # type: ignore[no-any-return]
+
+        def update_once(graph: Any) -> None:
+            for module, node in graph.module2node.items() if not tracer.mapped else ():
+                alone = copy(graph)
+                alone.module2node = {module: node}
+                try:
+                    update(alone)
+                except (ArithmeticError, LookupError, TypeError, ValueError):
+                    tracer.unfollowed.add(node)
+            tracer.mapped = True
+
+        _helpers._HybridIndex, index_mapping.update_index_mapping = Counted, update_once
+        try:
+            yield
+        finally:
+            _helpers._HybridIndex, index_mapping.update_index_mapping = index, update
+
     def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: count the module's calls, and remember the norms that mix channels."""
         self.num_calls[module] += 1
@@ -170,14 +218,19 @@ class _Tracer:
         self._check_weights(layer)
         if layer not in self.graph.module2node:
             raise _InexactError("it has no part in the output, so that the layers that read its units are not known")
-        num = layer.weight.shape[0]
+        num, self.num_indices = layer.weight.shape[0], 0
         prune_out = self.graph.get_pruner_of_module(layer).prune_out_channels
-        items = list(self.graph.get_pruning_group(layer, prune_out, list(range(num))))
+        try:
+            items = list(self.graph.get_pruning_group(layer, prune_out, list(range(num))))
+        except (ArithmeticError, LookupError) as error:
+            raise _InexactError(f"the trace of its units fails ({type(error).__name__}: {error})") from error
         # Two reasons to refuse the group are looked for in the whole list first, whatever kind of item has them.
         for item in items:
             node = item.dep.target
             if node.grad_fn in self.mixing:
                 raise _InexactError(f"its channels are mixed in the statistics of {self.mixing[node.grad_fn]}")
+            if node in self.unfollowed:
+                raise _InexactError(f"its units pass through {node.grad_fn.name()}, which the trace cannot follow")
             if node.type.name == "CONCAT" and node.module.offsets is None:
                 raise _InexactError(
                     "the position of its units in a concatenation is not known (is the concatenation flattened next?)"
@@ -216,6 +269,8 @@ class _Tracer:
             raise _InexactError(f"the weight of {who} is computed from other parameters")
         if module.weight is None:
             raise _InexactError(f"{who} has no scale and shift that could be zero for the unit (affine=False)")
+        if isinstance(module, _PLAIN) and type(module) not in _PLAIN:
+            raise _InexactError(f"{who} is a class of its own, which may use its weight in another way")
         if getattr(module, "groups", 1) > 1:
             raise _InexactError(f"{who} is a grouped convolution")
         if any(self.num_owners[id(parameter)] > 1 for parameter in module.parameters(recurse=False)):
@@ -243,7 +298,7 @@ class _Tracer:
         The test sets half of the units of every group to zero, all groups at once, and runs the net. This changes the
         net.
         """
-        masked = {layer: _random_half(group) for layer, group in self.groups.items()}
+        masked = {layer: random_half(group) for layer, group in self.groups.items()}
         for layer, group in self.groups.items():
             for name in group.outputs:
                 mask_(self.net, name, sorted(masked[layer]))
@@ -273,13 +328,14 @@ class _Tracer:
         return alive
 
 
-def _random_half(group: UnitGroup) -> set[int]:
-    """The number 0 and a random half of the other units; the same numbers for all layers that share the units.
+def random_half(group: UnitGroup) -> set[int]:
+    """The number 0 and a random half of the other units, but not all; the same numbers for layers that share the units.
 
     The choice is random to find wrong offsets in a trace. These are mostly even, and would hide in a regular pattern.
     """
     draw = Random(min(group.outputs))
-    return {0} | {unit for unit in range(1, group.num) if draw.random() < 0.5}
+    chosen = {0} | {unit for unit in range(1, group.num) if draw.random() < 0.5}
+    return chosen - {group.num - 1} if group.num > 1 else chosen
 
 
 def _pools_channels(grad_fn: Any) -> bool:

@@ -163,7 +163,8 @@ class WinogradChooser:
         if not chosen:
             raise ValueError(
                 f"{type(net).__name__} has no convolution of 3x3 with stride 1, one group and zero padding among the "
-                "layers to choose from, and Winograd's algorithm needs one: leave it out, or include more layers."
+                "layers to choose from, and Winograd's algorithm needs one: leave it out, or include more layers. "
+                "Subclasses of Conv2d and layers with a computed weight are left alone."
             )
         return chosen
 

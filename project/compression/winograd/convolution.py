@@ -224,6 +224,8 @@ def why_not_winograd(layer: nn.Conv2d) -> str | None:
     Args:
         layer: convolution to check; it is not changed.
     """
+    if type(layer) not in (nn.Conv2d, WinogradConv2d) or "weight" not in layer._parameters:
+        return f"it is a {type(layer).__name__}, which may use its weight in another way"
     if layer.kernel_size != (3, 3):
         return f"its kernel is {layer.kernel_size[0]}x{layer.kernel_size[1]}, not 3x3"
     if layer.stride != (1, 1) or layer.dilation != (1, 1):
