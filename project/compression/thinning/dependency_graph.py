@@ -179,7 +179,7 @@ class _Tracer:
                 tracer.num_indices += 1
                 if tracer.num_indices > tracer.max_indices:
                     raise _InexactError("its units pass through a loop in which the trace finds no end")
-                return index.__new__(cls, idx, root_idx)  # type: ignore[no-any-return]
+                return index.__new__(cls, idx, root_idx)
 
         def update_once(graph: Any) -> None:
             for module, node in graph.module2node.items() if not tracer.mapped else ():
