@@ -49,15 +49,20 @@ def reestimate_statistics_(net: nn.Module, images: Tensor, batch_size: int = 256
 
 
 @torch.no_grad()
-def fold_norms_(net: nn.Module) -> None:
+def fold_norms_(net: nn.Module, num_bits: int | None = None) -> None:
     """Fold the running statistics of each batch norm into its weight and bias.
 
     In eval mode the outputs stay the same up to rounding. A second call changes nothing. Do not train the net
     afterwards: in training mode batch norm still uses the statistics of the batch. Norms without weight and bias, and
-    norms without running statistics, are not changed. Neither are subclasses whose outputs would change.
+    norms without running statistics, are not changed. Neither are subclasses and norms with a computed weight whose
+    outputs would change.
 
     Args:
         net: net whose batch norms are folded in place.
+        num_bits: number of bits that the scales are rounded to, 2 or more, before the shifts are computed from them.
+            The step is the one with the least error of the norm's outputs. So a channel that is almost constant, whose
+            scale is up to ``1 / sqrt(eps)``, does not take the bits of the others: its scale becomes smaller, and its
+            shift keeps its output. ``None`` rounds nothing.
     """
     for norm in net.modules():
         if not isinstance(norm, _BatchNorm) or norm.running_mean is None or not norm.affine:
@@ -66,15 +71,28 @@ def fold_norms_(net: nn.Module) -> None:
         constant = torch.full_like(norm.running_var, 1 - norm.eps)
         if torch.equal(norm.running_var, constant) and not norm.running_mean.any():
             continue  # folded already
-        own = type(norm).forward is not _BatchNorm.forward
-        state, before = deepcopy(norm.state_dict()), _answer(norm) if own else None
-        scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
-        norm.bias.copy_(norm.bias.double() - norm.running_mean.double() * scale)
-        norm.weight.copy_(scale)
-        norm.running_mean.zero_()
-        norm.running_var.copy_(constant)
-        if before is not None and not torch.allclose(_answer(norm), before, 1e-4, 1e-5):
-            norm.load_state_dict(state)
+        if (type(norm).forward is not _BatchNorm.forward or "weight" not in norm._parameters) and not _folds(norm):
+            continue
+        _fold_(norm, num_bits)
+
+
+def _fold_(norm: _BatchNorm, num_bits: int | None = None) -> None:
+    """Fold the running statistics of one norm into its weight and bias, with its scales rounded to ``num_bits``."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    if num_bits is not None:
+        scale = _least_error(scale, norm, num_bits)
+    norm.bias.copy_(norm.bias.double() - norm.running_mean.double() * scale)
+    norm.weight.copy_(scale)
+    norm.running_mean.zero_()
+    norm.running_var.fill_(1 - norm.eps)
+
+
+def _folds(norm: _BatchNorm) -> bool:
+    """Whether a norm gives the same in eval mode once it is folded, as tried on a copy."""
+    folded = deepcopy(norm)
+    _fold_(folded)
+    return torch.allclose(_answer(folded), _answer(norm), 1e-4, 1e-5)
 
 
 def _answer(norm: _BatchNorm) -> Tensor:
@@ -111,12 +129,39 @@ def fixed_point(x: Tensor, num_bits: int) -> Tensor:
         x: tensor of finite numbers, of any shape.
         num_bits: number of bits of each value with its sign, 2 or more.
     """
+    exponent = _exponent(x, num_bits)
+    return x.clone() if exponent is None else _rounded(x, exponent, num_bits)
+
+
+def _exponent(x: Tensor, num_bits: int) -> int | None:
+    """The exponent of the smallest step with which all multiples fit; ``None`` if all of ``x`` is 0."""
     most = 2 ** (num_bits - 1) - 1
     greatest = float(x.abs().max()) if x.numel() else 0.0
     if greatest == 0:
-        return x.clone()
+        return None
     exponent = math.floor(math.log2(greatest / most))
     while round(math.ldexp(greatest, -exponent)) > most:
         exponent += 1
-    step = 2.0**exponent
-    return (x.double() / step).round().to(x.dtype) * step
+    return exponent
+
+
+def _rounded(x: Tensor, exponent: int, num_bits: int) -> Tensor:
+    """``x`` rounded to multiples of ``2 ** exponent``; what does not fit in the bits becomes the largest that does."""
+    most, step = 2 ** (num_bits - 1) - 1, 2.0**exponent
+    return (x.double() / step).round().clamp(-most, most).to(x.dtype) * step
+
+
+def _least_error(scale: Tensor, norm: _BatchNorm, num_bits: int) -> Tensor:
+    """``scale`` rounded with the step with which the outputs of the norm have the least error, its shift included."""
+    assert norm.running_mean is not None and norm.running_var is not None
+    bias, mean, variance = norm.bias.double(), norm.running_mean.double(), norm.running_var.double()
+
+    def error(rounded: Tensor) -> float:
+        shift = bias - mean * rounded
+        return float(((rounded - scale).square() * variance + (fixed_point(shift, num_bits) - shift).square()).sum())
+
+    exponent = _exponent(scale, num_bits)
+    if exponent is None:
+        return scale
+    choices = [_rounded(scale, exponent - smaller, num_bits) for smaller in range(24)]
+    return min(choices, key=error)

@@ -3,7 +3,8 @@
 A file from a stranger must not choose which code runs. A description may name the nets and layers of
 :mod:`project.models`, activations, norms, dropouts and initialisers of torch, and classes of packages that the caller
 trusts by name. No other name is looked up or imported. The net is built on torch's meta device, so a description of a
-huge net takes no memory.
+huge net takes no memory. A constructor that computes with the values of tensors cannot run there; the caller may then
+build the net with real values.
 """
 
 import inspect
@@ -63,11 +64,12 @@ class Recipe:
         """
         return Recipe(_renamed(self.net, f"{package}.", f"{name}."), self.surgeries)
 
-    def build(self, trust: Sequence[str] = ()) -> nn.Module:
-        """Build the net on the meta device, in eval mode. Its tensors have shapes and no values.
+    def build(self, trust: Sequence[str] = (), device: str = "meta") -> nn.Module:
+        """Build the net in eval mode, by default on the meta device: its tensors have shapes and no values.
 
         Args:
             trust: names of packages and modules whose classes and functions may be imported and called.
+            device: device of the net's tensors; ``meta``, or ``cpu`` for tensors with values.
 
         Raises:
             UntrustedError: if the description names a class or function from another place.
@@ -75,7 +77,7 @@ class Recipe:
         """
         if _size(self.net) > _MAX_ITEMS:
             raise ValueError(f"the description of the net has more than {_MAX_ITEMS} parts")
-        with torch.device("meta"):
+        with torch.device(device):
             net = _make(self.net, tuple(filter(None, trust)))
             if not isinstance(net, nn.Module):
                 raise ValueError("what it describes is no net")

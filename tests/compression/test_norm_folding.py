@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers.subclasses import FrozenNorm, VarianceNorm
 from torch import nn
+from torch.nn.utils import parametrize
 
 from project.compression.norm_folding import fixed_point, fold_norms_, reestimate_statistics_, round_vectors_
 from project.models import SmallInception
@@ -113,3 +114,59 @@ def test_a_subclass_keeps_its_outputs_and_its_own_statistics(norm, folds):
     fold_norms_(net)
     assert torch.allclose(net(images), before, rtol=1e-4, atol=1e-5)
     assert torch.equal(net[1].running_var, state["1.running_var"]) is not folds
+
+
+def test_a_subclass_that_folds_is_rounded_and_a_computed_weight_stays():
+    net = nn.Sequential(FrozenNorm(4), nn.BatchNorm2d(4)).eval()
+    for norm in net:
+        nn.init.uniform_(norm.running_var, 0.1, 3)
+        nn.init.normal_(norm.running_mean)
+    parametrize.register_parametrization(net[1], "weight", nn.Softplus())
+    images = torch.randn(2, 4, 3, 3)
+    before = net(images)
+    fold_norms_(net, 8)
+    assert torch.equal(net[0].running_mean, torch.zeros(4)) and net[1].running_mean.any()
+    assert (net(images) - before).abs().max() <= 0.02 * before.abs().max()
+
+
+def convolutions(num_constant: int = 0, variance: float = 0.0) -> tuple[nn.Sequential, torch.Tensor]:
+    """A small net in eval mode with the statistics of its images; some channels of its first norm are constant."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.Flatten(),
+        nn.Linear(8 * 36, 10),
+    )
+    with torch.no_grad():
+        net[0].weight[:num_constant] *= variance**0.5
+        net[0].bias[:num_constant] = 0.5  # their mean, which the large scale multiplies in the shift
+        net[1].bias.uniform_(-1, 1)
+    images = torch.randn(64, 3, 8, 8)
+    reestimate_statistics_(net, images)
+    return net, images
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("num_constant", "variance", "limit"),
+    [(0, 0, 0.02), (1, 0, 0.02), (8, 0, 0.02), (16, 0, 0.02), (1, 1e-9, 0.02), (8, 1e-9, 0.03), (8, 1e-7, 0.1)],
+)
+def test_constant_channels_do_not_take_the_bits_of_the_others(num_constant, variance, limit):
+    """Scales of 316 beside scales of about 2: rounded together, the error would be larger than the largest output."""
+    net, images = convolutions(num_constant, variance)
+    exact = net(images)
+    fold_norms_(net, 8)
+    round_vectors_(net, 8)
+    assert (net(images) - exact).abs().max() <= limit * exact.abs().max()
+
+
+def test_scales_that_fit_are_rounded_once():
+    net = used_net()
+    fold_norms_(net, 8)
+    scales = [norm.weight.clone() for norm in norms(net)]
+    round_vectors_(net, 8)
+    assert all(torch.equal(norm.weight, scale) for norm, scale in zip(norms(net), scales, strict=True))

@@ -19,12 +19,12 @@ TWN and TTQ have one scale per layer, as published, and BWN has one scale per fi
 scale, so the scale matters more for the gradient than for the output.
 """
 
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 Method = Literal["bwn", "twn", "ttq"]
 _TWN_DELTA = 0.75
@@ -132,7 +132,8 @@ class LowBitWeights:
         self.values: dict[str, Tensor] = {}
         """The two learned values of each layer for ``ttq``. After :meth:`attach_` they require a gradient."""
         self._layers: dict[str, nn.Module] = {}
-        self._hook: RemovableHandle | None = None
+        self._net: nn.Module | None = None
+        self._own_forward: Callable[..., Any] | None = None
 
     def attach_(self, net: nn.Module) -> None:
         """Let the net compute with rounded weights. If it does so already, nothing changes.
@@ -142,21 +143,25 @@ class LowBitWeights:
         first, or a net that does not call the layer, such as torch's ``TransformerEncoderLayer`` in evaluation.
 
         Args:
-            net: net with the layers of ``layers``, whose weights are parameters of their own.
+            net: net with the layers of ``layers``, whose weights are parameters of their own. Its forward method is
+                replaced. (A hook would do too, but ``torch.compile`` does not see that one is added.)
         """
-        if self._hook is not None:
+        if self._net is not None:
             return
         self._layers = {name: net.get_submodule(name) for name in self.layers}
         for name, layer in self._layers.items():
             if self.method == "ttq" and name not in self.values:
                 self.values[name] = _first_values(layer.get_parameter("weight")).requires_grad_()
-        self._hook = net.register_forward_pre_hook(self._round)
+        self._net, self._own_forward = net, vars(net).get("forward")
+        net.forward = partial(self._forward, net.forward)
 
     def detach_(self) -> None:
         """Let the net compute with its float weights again."""
-        if self._hook is not None:
-            self._hook.remove()
-        self._hook = None
+        if self._net is not None:
+            del self._net.forward
+            if self._own_forward is not None:
+                self._net.forward = self._own_forward
+        self._net = None
         for layer in self._layers.values():
             vars(layer).pop("weight", None)
 
@@ -183,11 +188,12 @@ class LowBitWeights:
             key = f"{prefix}{name}.weight"
             weights[key] = self.rounded(name, weights[key]).detach().clone()
 
-    def _round(self, net: nn.Module, args: tuple[object, ...]) -> None:
+    def _forward(self, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         for name, layer in self._layers.items():
             weight = layer._parameters["weight"]
             assert weight is not None
             vars(layer)["weight"] = self.rounded(name, weight)
+        return plain(*args, **kwargs)
 
 
 class Freezing:

@@ -17,6 +17,7 @@ from project.callbacks.places import run_of
 from project.compression.company import Company, check_company
 from project.compression.low_bit.ternary import Freezing, LowBitWeights, Method
 from project.compression.norm_folding import fold_norms_
+from project.compression.plain_layers import check_weights
 from project.compression.report import Step, add_step_row, report_steps
 from project.data import ImageDataModule
 from project.frame.paths import Run
@@ -219,6 +220,8 @@ class TernaryWeights(Callback):
     def _layers(self, net: nn.Module) -> list[str]:
         """The names of the layers to round, after ``include`` and ``exclude``."""
         layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+        if not layers:
+            raise ValueError(f"{type(net).__name__} has no convolution and no linear layer to round.")
         exclude = [f"^{re.escape(name)}$" for name in (layers[0], layers[-1])] if self.exclude is None else self.exclude
         for argument, patterns in (("include", self.include or []), ("exclude", self.exclude or [])):
             for pattern in patterns:
@@ -226,12 +229,14 @@ class TernaryWeights(Callback):
                     raise ValueError(
                         f"{argument} has {pattern!r}, which matches no layer: the layers are {', '.join(layers)}."
                     )
-        return [
+        chosen = [
             name
             for name in layers
             if any(re.search(pattern, name) for pattern in self.include or [".*"])
             and not any(re.search(pattern, name) for pattern in exclude)
         ]
+        check_weights(net, chosen, type(self).__name__)
+        return chosen
 
     def _portion(self, trainer: Trainer) -> float | None:
         """The share of the weights to freeze at the start of this epoch; None if this epoch freezes nothing."""

@@ -28,7 +28,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from project.compression.plain_layers import is_plain_layer
+from project.compression.plain_layers import is_plain
 from project.metrics.complexity import complexity_by_layer
 from project.models.surgery import register_surgery
 
@@ -142,7 +142,7 @@ class BinarizeInputs:
         modules = dict(net.named_modules())
         for name in self.layers:
             layer, parent = modules.get(name), modules.get(name.rpartition(".")[0])
-            if not is_plain_layer(layer) or isinstance(parent, BinaryInput):
+            if not is_plain(layer) or isinstance(parent, BinaryInput):
                 raise ValueError(
                     f"{type(net).__name__} has no plain convolution or linear layer {name} whose inputs are still "
                     "floats: apply the surgery to the net that it was planned for, and once."

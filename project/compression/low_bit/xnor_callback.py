@@ -7,9 +7,11 @@ import logging
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from torch import nn
 
 from project.compression.low_bit.ternary_callback import TernaryWeights
 from project.compression.low_bit.xnor import BinarizeInputs, BinaryInput, count_sign_macs
+from project.compression.plain_layers import check_plain
 from project.learning.classifier import Classifier, Phase
 from project.metrics.complexity import count_macs
 
@@ -110,6 +112,11 @@ class XNORNet(TernaryWeights):
         if trainer.training and state is not None and isinstance(pl_module, Classifier):
             self.begun = state["begun"]
             pl_module.phase = self._phase(trainer)
+
+    def _layers(self, net: nn.Module) -> list[str]:
+        layers = super()._layers(net)
+        check_plain(net, layers, type(self).__name__)
+        return layers
 
     def _phase(self, trainer: Trainer) -> Phase | None:
         """The phase of the present part of the run, float or binary: each part has a whole schedule of its own."""

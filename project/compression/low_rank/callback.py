@@ -93,6 +93,12 @@ class LowRank(Callback):
         self.begun = False
         pl_module.phase = self._phase(trainer)
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Check the net that will be factorised; a checkpoint may have changed its structure after ``setup``."""
+        assert isinstance(pl_module, Classifier)
+        if not self.begun:
+            self.factorizer.check(pl_module.net, pl_module.image_shape)
+
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.begun or trainer.current_epoch != self.begin_epoch or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

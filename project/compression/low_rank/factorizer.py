@@ -23,7 +23,7 @@ from project.compression.low_rank.layer_responses import Positions, positions_of
 from project.compression.low_rank.rank_budget import Option, choose_within
 from project.compression.low_rank.thin_layers import Factorize
 from project.compression.low_rank.vbmf import vbmf_rank
-from project.compression.plain_layers import name_layers, other_layers
+from project.compression.plain_layers import copy_of, name_layers, other_layers, read_by_torch
 from project.metrics.complexity import count_macs
 
 log = logging.getLogger(__name__)
@@ -128,10 +128,10 @@ class Factorizer:
             raise ValueError(
                 f"num_images is {self.num_images}, but there are no images: give some, or set num_images to 0."
             )
-        net = deepcopy(net).cpu().eval()
+        net = copy_of(net).cpu().eval()
         images = images.cpu() if self.num_images and images is not None else None
         positions = positions_of(net, image_shape)
-        weights = self._weights(net, image_shape)
+        weights = self._checked(net, image_shape, positions)
         # Without images the factors keep most of the weight. With images they keep most of the responses, whose second
         # moments are measured here; `tucker` always keeps the weight.
         moments: Moments = {}
@@ -156,10 +156,45 @@ class Factorizer:
             )
         return _surgery(net, image_shape, thin, moments)
 
+    def check(self, net: nn.Module, image_shape: tuple[int, int, int]) -> None:
+        """Check, without the cost of a plan, that there are layers to factorise and that the budget can be met.
+
+        Args:
+            net: a net that maps images ``[N, C, H, W]`` to logits; it is not changed.
+            image_shape: shape (C, H, W) of an image.
+
+        Raises:
+            ValueError: if a regular expression matches no layer, if no layer is left, or if the budget cannot be met.
+        """
+        net = copy_of(net)
+        self._checked(net, image_shape, positions_of(net, image_shape))
+
+    def _checked(
+        self, net: nn.Module, image_shape: tuple[int, int, int], positions: Mapping[str, Positions]
+    ) -> dict[str, Tensor]:
+        """The weights of the layers that can be factorised. Raises the errors of :meth:`check`."""
+        weights = self._weights(net, image_shape)
+        if self.ranks == "macs":
+            whole, dense, least = count_macs(net, image_shape), 0, 0
+            for name, weight in weights.items():
+                own = positions[name].macs(weight, None)
+                lowest = [(kind, (self.round_to,) * len(largest_ranks(weight, kind))) for kind in self._kinds(weight)]
+                known = [pair for pair in lowest if max(pair[1]) <= min(largest_ranks(weight, pair[0]))]
+                dense += own
+                least += min([own, *(positions[name].macs(weight, kind, ranks) for kind, ranks in known)])
+            if whole - dense + least > self.macs_left * whole:
+                raise ValueError(
+                    f"macs_left is {self.macs_left:g}, but at least {(whole - dense + least) / whole:.3g} of the net's "
+                    f"multiply-accumulates stay: {(whole - dense) / whole:.3g} are in layers that are not factorised, "
+                    f"and {least / whole:.3g} are in the others at their lowest ranks. Raise macs_left, lower "
+                    "round_to, or exclude fewer layers."
+                )
+        return weights
+
     def _weights(self, net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, Tensor]:
         """The weight of each layer that can be factorised and is included, by the layer's name.
 
-        Layers with groups, with a weight that another layer shares, or of a subclass are left alone. So are the layers
+        Layers with groups, with a weight that is shared or computed, or of a subclass are left alone. So are the layers
         inside torch's ``TransformerEncoderLayer``, which reads their weights in evaluation.
 
         Raises:
@@ -175,22 +210,29 @@ class Factorizer:
                     )
         ends = [f"^{re.escape(name)}$" for name in (*list(layers)[:1], *list(layers)[-1:])]
         excluded = ends if self.exclude is None else self.exclude
-        owners = [id(p) for _, p in net.named_parameters(remove_duplicate=False)]
-        weights = {
-            name: layer.weight
+        chosen = [
+            name
             for name, layer in layers.items()
             if any(re.search(pattern, name) for pattern in self.include)
             and not any(re.search(pattern, name) for pattern in excluded)
             and getattr(layer, "groups", 1) == 1
-            and owners.count(id(layer.weight)) == 1
             and name  # the net itself, if it is a single layer, has no parent that could hold another one
-        }
-        others = other_layers(net, image_shape) | _read_by_torch(net)
-        if left := {name: others[name] for name in weights if name in others}:
-            if len(left) == len(weights):
-                raise ValueError(f"no layer can be factorised: {name_layers(left)}. Leave the factorisation out.")
+        ]
+        others = other_layers(net, image_shape) | read_by_torch(net)
+        left = {name: others[name] for name in chosen if name in others}
+        owners = [id(p) for _, p in net.named_parameters(remove_duplicate=False)]
+        weights = {name: layers[name].weight for name in chosen if name not in left}
+        weights = {name: weight for name, weight in weights.items() if owners.count(id(weight)) == 1}
+        if not weights and left:
+            raise ValueError(f"no layer can be factorised: {name_layers(left)}. Leave the factorisation out.")
+        if not weights:
+            raise ValueError(
+                f"{type(net).__name__} has no layer that can be factorised: include more layers, or exclude fewer. "
+                "Grouped layers and layers that share a weight are left out."
+            )
+        if left:
             log.warning("these layers are not factorised: %s", name_layers(left))
-        return {name: weight for name, weight in weights.items() if name not in left}
+        return weights
 
     def _kinds(self, weight: Tensor) -> list[Kind]:
         """The kinds of factors that are possible for a weight and allowed."""
@@ -221,13 +263,6 @@ class Factorizer:
             wanted = (vbmf_rank(matrix_of(weight, kind)),)
         rounded = tuple(math.ceil(max(rank, 1) / self.round_to) * self.round_to for rank in wanted)
         return [tuple(min(pair) for pair in zip(rounded, most, strict=True))]
-
-
-def _read_by_torch(net: nn.Module) -> dict[str, str]:
-    """The layers inside torch's ``TransformerEncoderLayer``, each with the reason why it stays, by name."""
-    reason = "torch's TransformerEncoderLayer reads its weight in evaluation"
-    encoders = [name for name, module in net.named_modules() if isinstance(module, nn.TransformerEncoderLayer)]
-    return {name: reason for name, _ in net.named_modules() if name.rpartition(".")[0] in encoders}
 
 
 def _lowest(errors: Tensor, energy: float) -> Ranks:

@@ -19,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from project.compression.plain_layers import name_layers
+from project.compression.plain_layers import check_weights, name_layers
 from project.compression.pruning.dead_ends import without_dead_ends
 from project.compression.pruning.masks import Group, Masks, sparsity
 from project.compression.pruning.saliency import Criterion, saliency_of_units, saliency_of_weights
@@ -177,6 +177,7 @@ class Pruner:
             and not any(re.search(pattern, name) for pattern in excluded)
         ]
         if self.structure == "weights":
+            check_weights(net, chosen, "pruning")
             known = trace(net, image_shape)[0] if self.budget == "effective" else {}
             groups = [_group_of_weights(net, name, known.get(name)) for name in chosen]
         else:

@@ -6,10 +6,9 @@ The mathematics and its papers are in :mod:`project.compression.qat.fake_quantiz
 import logging
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import nn
 
 from project.callbacks.checkpoint import forget_best
-from project.compression.plain_layers import name_layers, other_layers
+from project.compression.plain_layers import name_layers
 from project.compression.qat.fake_quantization import FakeQuantization
 from project.learning.classifier import Classifier
 
@@ -69,10 +68,7 @@ class QuantizationAwareTraining(Callback):
                 "earlier, or train longer."
             )
         assert isinstance(pl_module, Classifier)
-        if left := other_layers(pl_module.net, pl_module.image_shape):
-            layers = [each for each in pl_module.net.modules() if isinstance(each, nn.Conv2d | nn.Linear)]
-            if len(left) == len(layers):
-                raise ValueError(f"no layer can be rounded: {name_layers(left)}. Quantize after training instead.")
+        if left := self.fake.left_out(pl_module.net, pl_module.image_shape):
             log.warning("these layers are not rounded in training: %s", name_layers(left))
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

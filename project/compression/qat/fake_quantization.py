@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.utils.hooks import RemovableHandle
 
-from project.compression.plain_layers import is_plain_layer
+from project.compression.plain_layers import computes_as_plain, name_layers, other_layers
 from project.deployment.int8.observers import round_weight
 
 _MOMENTUM = 0.01
@@ -56,17 +56,35 @@ class FakeQuantization:
     def ranges(self, ranges: Mapping[str, tuple[float, float]]) -> None:
         self._spans = {name: torch.tensor(span) for name, span in ranges.items()}
 
+    @staticmethod
+    def left_out(net: nn.Module, image_shape: tuple[int, int, int]) -> dict[str, str]:
+        """The layers that do not round, each with the reason, by name.
+
+        Args:
+            net: net whose other convolutions and linear layers round; it is not changed.
+            image_shape: shape (C, H, W) of an image.
+
+        Raises:
+            ValueError: if no layer is left that rounds.
+        """
+        left = other_layers(net, image_shape, computed=True)
+        layers = {name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+        if not layers - left.keys():
+            why = name_layers(left) or f"{type(net).__name__} has no convolution and no linear layer"
+            raise ValueError(f"no layer can be rounded: {why}. Leave QuantizationAwareTraining out.")
+        return left
+
     def attach_(self, net: nn.Module) -> None:
         """Let the net round in its forward pass. If it does so already, nothing changes.
 
         Args:
             net: net whose convolutions and linear layers round; their forward methods are replaced. A subclass with a
-                forward of its own does not round (:func:`project.compression.plain_layers.is_plain_layer`).
+                forward of its own does not round (:func:`project.compression.plain_layers.computes_as_plain`).
         """
         if self._layers:
             return
         for name, module in net.named_modules():
-            if is_plain_layer(module):
+            if computes_as_plain(module):
                 plain: Callable[..., Tensor] = (
                     partial(nn.Conv2d._conv_forward, module) if isinstance(module, nn.Conv2d) else nn.functional.linear
                 )

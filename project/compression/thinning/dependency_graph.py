@@ -11,7 +11,12 @@ are zero add nothing to any other unit. There are three conditions:
   operations that do; local response norm, group norm and layer norm do not.
 - Zero stays zero. Half of the units' parameters are set to zero, and in a forward pass their readers must get exact
   zeros from them. An activation with act(0) != 0 fails here, and so would a wrong trace.
-- Each module in the group has its own weights and runs once in a forward pass.
+- Each module in the group has its own weights and runs once in a forward pass. A convolution or linear layer is one of
+  torch's own classes: a subclass may use its weight in another way.
+
+The trace of one layer makes a limited number of indices, so that its time and memory are limited too. A change of shape
+within a loop of residual connections, as in a Swin transformer, would make indices without end. A layer whose trace
+goes beyond the limit is refused.
 """
 
 import re
@@ -19,7 +24,6 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
-from copy import deepcopy
 from dataclasses import dataclass, field
 from io import StringIO
 from random import Random
@@ -30,7 +34,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.instancenorm import _InstanceNorm
 
-from project.compression.plain_layers import is_plain_layer
+from project.compression.plain_layers import copy_of, is_plain
 
 _MIXING_NORMS = (nn.GroupNorm, nn.LayerNorm, nn.LocalResponseNorm)
 # Names of autograd nodes, in three groups: activations and arithmetic (whether 0 stays 0 is measured later); poolings
@@ -86,7 +90,7 @@ def evaluated_copy(net: nn.Module) -> nn.Module:
 
     Its activations do not work in place, because the trace does not see activations that do.
     """
-    copied = deepcopy(net).cpu().float().eval()
+    copied = copy_of(net).cpu().float().eval()
     for module in copied.modules():
         if getattr(module, "inplace", False):
             module.inplace = False  # type: ignore[assignment]
@@ -128,8 +132,12 @@ class _Tracer:
         self.inner: set[Any] = set()  # autograd nodes of the product in a linear layer that is called with tokens
         self.unmapped: set[Any] = set()  # operations whose channels torch-pruning cannot follow
         self.failure = ""  # the reason why the net as a whole cannot be traced
+        self.mapped = False  # whether torch-pruning has computed its maps of indices
+        self.num_indices = 0  # number of indices that it has made for the present layer
+        widths = (sum(m.weight.shape[:2]) for m in self.net.modules() if isinstance(m, nn.Conv2d | nn.Linear))
+        self.max_indices = 50_000 + 20 * sum(widths)  # five times what VGG-11 and DenseNet-121 need, or more
         self.num_owners = Counter(id(p) for _, p in self.net.named_parameters(remove_duplicate=False))
-        with _silent(), _noting_failures(self.unmapped):
+        with _silent(), self._limited():
             self.graph = self._build()
             for name, module in self.net.named_modules():
                 if isinstance(module, nn.Conv2d | nn.Linear):
@@ -166,6 +174,49 @@ class _Tracer:
             for handle in handles:
                 handle.remove()
 
+    @contextmanager
+    def _limited(self) -> Iterator[None]:
+        """Count the indices that ``torch-pruning`` makes, and let it compute its maps of indices once.
+
+        The operations at which it fails to map channels are noted, and it goes on with the others. It divides by a
+        number of channels that it guessed wrong, for example at the views of a channel shuffle.
+        """
+        from torch_pruning import _helpers
+        from torch_pruning.dependency import index_mapping
+
+        tracer, before = self, dict(vars(index_mapping))
+        index, update_all = _helpers._HybridIndex, index_mapping.update_index_mapping
+
+        class Counted(index):  # type: ignore[misc, valid-type]
+            def __new__(cls, idx: int, root_idx: int) -> "Counted":
+                tracer.num_indices += 1
+                if tracer.num_indices > tracer.max_indices:
+                    raise _InexactError("its units pass through a loop in which the trace finds no end")
+                return index.__new__(cls, idx, root_idx)
+
+        def noting(update: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
+            def call(graph: Any, node: Any) -> None:
+                try:
+                    update(graph, node)
+                except Exception:  # whatever its code raises, the operation is refused
+                    tracer.unmapped.add(node)
+
+            return call
+
+        def update_once(graph: Any) -> None:
+            if not tracer.mapped:
+                tracer.mapped = True
+                update_all(graph)
+
+        updates = [name for name in before if re.fullmatch("update_(?!index_mapping).*", name)]
+        vars(index_mapping).update({name: noting(before[name]) for name in updates}, update_index_mapping=update_once)
+        _helpers._HybridIndex = Counted
+        try:
+            yield
+        finally:
+            vars(index_mapping).update(before)
+            _helpers._HybridIndex = index
+
     def _note(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Forward hook: count the module's calls, and remember the norms that mix channels."""
         self.num_calls[module] += 1
@@ -191,10 +242,12 @@ class _Tracer:
             raise _InexactError(self.failure)
         if layer not in self.graph.module2node:
             raise _InexactError("it has no part in the output, so that the layers that read its units are not known")
-        num = layer.weight.shape[0]
+        num, self.num_indices = layer.weight.shape[0], 0
         prune_out = self.graph.get_pruner_of_module(layer).prune_out_channels
         try:
             items = list(self.graph.get_pruning_group(layer, prune_out, list(range(num))))
+        except _InexactError:
+            raise
         except Exception as error:
             raise _InexactError(f"torch-pruning fails to follow its units ({type(error).__name__}: {error})") from error
         # Two reasons to refuse the group are looked for in the whole list first, whatever kind of item has them.
@@ -240,7 +293,7 @@ class _Tracer:
         who = self._describe(module)
         if "weight" not in module._parameters:
             raise _InexactError(f"the weight of {who} is computed from other parameters")
-        if isinstance(module, nn.Conv2d | nn.Linear) and not is_plain_layer(module):
+        if isinstance(module, nn.Conv2d | nn.Linear) and not is_plain(module):
             raise _InexactError(f"{who} is a subclass that may compute otherwise than torch's layer")
         if module.weight is None:
             raise _InexactError(f"{who} has no scale and shift that could be zero for the unit (affine=False)")
@@ -273,7 +326,7 @@ class _Tracer:
         The test sets half of the units of every group to zero, all groups at once, and runs the net. This changes the
         net.
         """
-        masked = {layer: _random_half(group) for layer, group in self.groups.items()}
+        masked = {layer: random_half(group) for layer, group in self.groups.items()}
         for layer, group in self.groups.items():
             for name in group.outputs:
                 mask_(self.net, name, sorted(masked[layer]))
@@ -303,13 +356,14 @@ class _Tracer:
         return alive
 
 
-def _random_half(group: UnitGroup) -> set[int]:
-    """The number 0 and a random half of the other units; the same numbers for all layers that share the units.
+def random_half(group: UnitGroup) -> set[int]:
+    """The number 0 and a random half of the other units, but not all; the same numbers for layers that share the units.
 
     The choice is random to find wrong offsets in a trace. These are mostly even, and would hide in a regular pattern.
     """
     draw = Random(min(group.outputs))
-    return {0} | {unit for unit in range(1, group.num) if draw.random() < 0.5}
+    chosen = {0} | {unit for unit in range(1, group.num) if draw.random() < 0.5}
+    return chosen - {group.num - 1} if group.num > 1 else chosen
 
 
 def _pools_channels(grad_fn: Any) -> bool:
@@ -331,32 +385,6 @@ def _product_of_tokens(output: Any) -> Any:
         return None
     product = view.next_functions[0][0]
     return product if product is not None and product.name().startswith(("AddmmBackward", "MmBackward")) else None
-
-
-@contextmanager
-def _noting_failures(unmapped: set[Any]) -> Iterator[None]:
-    """Note the operations at which ``torch-pruning`` fails to map channels, and let it go on with the others.
-
-    It divides by a number of channels that it guessed wrong, for example at the views of a channel shuffle.
-    """
-    from torch_pruning.dependency import index_mapping
-
-    def noting(update: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
-        def call(graph: Any, node: Any) -> None:
-            try:
-                update(graph, node)
-            except Exception:  # whatever its code raises, the operation is refused
-                unmapped.add(node)
-
-        return call
-
-    updates = [name for name in vars(index_mapping) if re.fullmatch("update_(?!index_mapping).*", name)]
-    before = {name: getattr(index_mapping, name) for name in updates}
-    vars(index_mapping).update({name: noting(update) for name, update in before.items()})
-    try:
-        yield
-    finally:
-        vars(index_mapping).update(before)
 
 
 @contextmanager

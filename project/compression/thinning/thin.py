@@ -18,7 +18,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from project.compression.thinning.dependency_graph import UnitGroup, evaluated_copy, example_images, mask_, trace
+from project.compression.thinning.dependency_graph import (
+    UnitGroup,
+    evaluated_copy,
+    example_images,
+    mask_,
+    random_half,
+    trace,
+)
 from project.models.surgery import register_surgery
 
 # The tensors that are sliced along the units (first line) or along the inputs (second line) of a layer or norm, and the
@@ -30,6 +37,10 @@ _TOLERANCE = 1e-3
 
 Rounding errors in float32 are a hundred times smaller. The error of a wrong channel is far larger.
 """
+
+
+class _DiffersError(Exception):
+    """A thinned copy of a net computes something else than the masked one; the message says what."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,7 @@ def look_at_units(net: nn.Module, image_shape: tuple[int, int, int]) -> tuple[di
         removed; both by the layer's name.
     """
     groups, reasons = trace(net, image_shape)
+    _refuse_what_differs(net, groups, reasons, image_shape)
     units = {
         layer: Units(
             group.num,
@@ -187,10 +199,6 @@ def plan_thinning(net: nn.Module, removed: Mapping[str, Sequence[int]], image_sh
         for layer, units in removed.items()
         if len(units)
     }
-    # For each module, the indices to remove in the first (out) and in the second dimension (in). A layer that reads
-    # several thinned layers, as after a concatenation, collects the inputs of all of them.
-    gone_out: dict[str, set[int]] = defaultdict(set)
-    gone_in: dict[str, set[int]] = defaultdict(set)
     for layer, units in gone.items():
         for other in _coupled(net, layer, groups[layer]):
             if gone.get(other) != units:
@@ -198,12 +206,60 @@ def plan_thinning(net: nn.Module, removed: Mapping[str, Sequence[int]], image_sh
                     f"{layer} and {other} share their units, but lose different ones: "
                     f"remove the same units of both, such as {sorted(units)}."
                 )
+    plan, gone_out = _plan(net, groups, gone)
+    try:
+        return Thin(plan.kept_out, plan.kept_in, _try_out(plan, net, gone_out, image_shape)) if gone else plan
+    except _DiffersError as difference:
+        raise ValueError(
+            f"without these units {type(net).__name__} is not what it was with zeros there: {difference}. Its forward "
+            "pass does something with channels that the trace can not follow: leave the layers around this operation "
+            "out of the thinning."
+        ) from difference
+
+
+def _plan(
+    net: nn.Module, groups: Mapping[str, UnitGroup], gone: Mapping[str, set[int]]
+) -> tuple[Thin, dict[str, set[int]]]:
+    """The plan without the widths of blocks, and for each module the indices to remove in its first dimension.
+
+    A layer that reads several thinned layers, as after a concatenation, collects the inputs of all of them.
+    """
+    gone_out: dict[str, set[int]] = defaultdict(set)
+    gone_in: dict[str, set[int]] = defaultdict(set)
+    for layer, units in gone.items():
         for name in groups[layer].outputs:
             gone_out[name] |= units
         for name, pairs in groups[layer].inputs.items():
             gone_in[name] |= {index for unit, index in pairs if unit in units}
-    plan = Thin(_kept(net, gone_out, 0), _kept(net, gone_in, 1))
-    return Thin(plan.kept_out, plan.kept_in, _try_out(plan, net, gone_out, image_shape)) if gone else plan
+    return Thin(_kept(net, gone_out, 0), _kept(net, gone_in, 1)), gone_out
+
+
+def _refuse_what_differs(
+    net: nn.Module, groups: dict[str, UnitGroup], reasons: dict[str, str], image_shape: tuple[int, int, int]
+) -> None:
+    """Remove the groups whose removal, tried on a copy, changes what the net computes; give the reason instead.
+
+    All groups are tried at once. Only if this fails, they are tried one after the other.
+    """
+    halves = {layer: random_half(group) for layer, group in groups.items() if group.num > 1}
+
+    def problem(layers: Sequence[str]) -> str:
+        plan, gone_out = _plan(net, groups, {layer: halves[layer] for layer in layers})
+        try:
+            _try_out(plan, net, gone_out, image_shape)
+        except _DiffersError as difference:
+            return str(difference)
+        return ""
+
+    if not halves or not problem(list(halves)):
+        return
+    good: list[str] = []
+    for layer in halves:
+        if why := problem([*good, layer]):
+            del groups[layer]
+            reasons[layer] = f"without some of them the net is not what it was with zeros there: {why}"
+        else:
+            good.append(layer)
 
 
 def _checked(layer: str, units: list[int], groups: dict[str, UnitGroup], reasons: dict[str, str]) -> set[int]:
@@ -237,7 +293,7 @@ def _try_out(
         The new width of each block whose attribute ``out_channels`` must change.
 
     Raises:
-        ValueError: if the thinned copy does not run, or if its logits differ from those of the masked copy.
+        _DiffersError: if the thinned copy does not run, or if its logits differ from those of the masked copy.
     """
     with torch.inference_mode(False), torch.no_grad():
         masked = evaluated_copy(net)
@@ -249,23 +305,14 @@ def _try_out(
         try:
             (expected, widths), (logits, new_widths) = _run(masked, images), _run(thinned, images)
             error = float((logits - expected).abs().max() / expected.abs().max().clamp(min=1e-30))
-        except RuntimeError as failure:
-            raise ValueError(_not_followed(net, f"it no longer runs ({failure})")) from failure
+        except Exception as failure:  # whatever the net raises at another width
+            raise _DiffersError(f"it no longer runs ({failure})") from failure
     if error > _TOLERANCE:
-        raise ValueError(_not_followed(net, f"its logits change by {error:.1e} of the largest"))
+        raise _DiffersError(f"its logits change by {error:.1e} of the largest")
     # Only blocks whose stated width was the width of their output: others mean something else by `out_channels`.
     return {
         name: new for name, new in new_widths.items() if new != widths[name] == net.get_submodule(name).out_channels
     }
-
-
-def _not_followed(net: nn.Module, what: str) -> str:
-    """The error message for a net that does something with its channels that autograd does not show."""
-    return (
-        f"without these units {type(net).__name__} is not what it was with zeros there: {what}. Its forward pass does "
-        "something with channels that the trace can not follow: leave the layers around this operation out of the "
-        "thinning."
-    )
 
 
 def _run(net: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, int]]:

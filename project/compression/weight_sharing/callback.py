@@ -314,7 +314,7 @@ class WeightSharing(Callback):
         codebook.write_(small.net)
         if self.num_images:
             reestimate_statistics_(small.net, _images(trainer, self.num_images))
-        fold_norms_(small.net)  # needs the final statistics, and rounding needs the folded vectors
+        fold_norms_(small.net, self.vector_bits)  # needs the final statistics; rounding needs the folded vectors
         round_vectors_(small.net, self.vector_bits)
         finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.bits}
         save_checkpoint(finished, run.best_checkpoint)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from project.compression.plain_layers import check_weights
 from project.compression.weight_sharing.kmeans import Start, assign, kmeans
 
 
@@ -90,6 +91,7 @@ class Sharer:
         chosen = [name for name in names if _finds(self.include, name) and not _finds(self.exclude, name)]
         if not chosen:
             raise ValueError("no layer is left to share weights in: include more layers, or exclude fewer.")
+        check_weights(net, chosen, "weight sharing")
         own = self.layer_bits.items()
         bits = {name: next((bits for pattern, bits in own if re.search(pattern, name)), self.bits) for name in chosen}
         return {f"{name}.weight": number for name, number in bits.items()}

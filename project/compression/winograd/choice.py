@@ -25,7 +25,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from project.compression.plain_layers import is_plain_layer
 from project.compression.winograd.convolution import (
     TILES,
     Winograd,
@@ -159,13 +158,13 @@ class WinogradChooser:
             for name, layer in convs.items()
             if any(re.search(pattern, name) for pattern in self.include or [""])
             and not any(re.search(pattern, name) for pattern in self.exclude)
-            and is_plain_layer(layer)
             and why_not_winograd(layer) is None
         }
         if not chosen:
             raise ValueError(
                 f"{type(net).__name__} has no convolution of 3x3 with stride 1, one group and zero padding among the "
-                "layers to choose from, and Winograd's algorithm needs one: leave it out, or include more layers."
+                "layers to choose from, and Winograd's algorithm needs one: leave it out, or include more layers. "
+                "Subclasses of Conv2d and layers with a computed weight are left alone."
             )
         return chosen
 

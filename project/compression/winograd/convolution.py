@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from project.compression.plain_layers import is_plain_layer
+from project.compression.plain_layers import is_plain
 from project.models.kernels import can_run_winograd, count_tiles, pack_panels, same_bits, winograd
 from project.models.surgery import register_surgery
 
@@ -226,6 +226,8 @@ def why_not_winograd(layer: nn.Conv2d) -> str | None:
     Args:
         layer: convolution to check; it is not changed.
     """
+    if not is_plain(layer):
+        return f"it is a {type(layer).__name__}, which may use its weight in another way"
     if layer.kernel_size != (3, 3):
         return f"its kernel is {layer.kernel_size[0]}x{layer.kernel_size[1]}, not 3x3"
     if layer.stride != (1, 1) or layer.dilation != (1, 1):
@@ -275,7 +277,7 @@ class Winograd:
         """
         layers = dict(net.named_modules())
         for name in self.tiles:
-            if not isinstance(layers.get(name), nn.Conv2d) or not is_plain_layer(layers[name]) or not name:
+            if not isinstance(layers.get(name), nn.Conv2d) or not is_plain(layers[name]) or not name:
                 raise ValueError(
                     f"{type(net).__name__} has no convolution {name}: give the net that the tiles were chosen for."
                 )

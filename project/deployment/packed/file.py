@@ -29,6 +29,8 @@ _INDEX_BITS = 5
 """Bits of the distance between two nonzero weights, in the columns P and P+Q (Han et al., sec. 3 and table 4)."""
 _KEYS = ["class_names", "image_shape", "mean", "std", "recipe", "values"]
 _MAX_IMAGE = 1 << 22
+_TIMES, _EXTRA = 8, 1 << 20
+"""A constructor with real values may make so many values for each value of the file, and so many more."""
 _MAX_ACTIVATIONS = 1 << 29
 """Largest number of values of a tensor that the net computes for two images."""
 
@@ -106,20 +108,42 @@ def open_packed(path: Path, trust: Sequence[str] = ()) -> tuple[nn.Module, Metad
     """
     packed = Packed(path.read_bytes())
     metadata, recipe = _read(packed.header)
-    with Bounds(packed.max_values), warnings.catch_warnings():
+    recipe = recipe.renamed(PACKAGE, project.__name__)
+    try:
+        return _build(packed, metadata, recipe, trust, "meta"), metadata
+    except (_NoValuesError, NotImplementedError, RuntimeError):
+        if not trust:  # the nets of this package need no values
+            raise
+    return _build(packed, metadata, recipe, trust, "cpu"), metadata
+
+
+class _NoValuesError(ValueError):
+    """The net needs values of tensors that the meta device does not have."""
+
+
+def _build(packed: Packed, metadata: Metadata, recipe: Recipe, trust: Sequence[str], device: str) -> nn.Module:
+    """Build the net of a file on a device, try it, and fill in the weights.
+
+    Tensors on the meta device take no memory, but have no values. A net may need some: its constructor may compute its
+    widths with tensors, or keep a tensor that is not in the state dict. Such a net is built on the CPU, where all its
+    tensors together may have a few times the values that the file holds.
+    """
+    real = device != "meta"
+    total = _TIMES * min(packed.header["values"], packed.max_values) + _EXTRA if real else None
+    with torch.random.fork_rng(devices=[]), Bounds(packed.max_values, total), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a layer without weights
-        net = recipe.renamed(PACKAGE, project.__name__).build(trust)
+        net = recipe.build(trust, device)
     if any(not parameter.numel() for parameter in net.parameters()):
         raise ValueError("its net has a layer without weights")
-    with Bounds(_MAX_ACTIVATIONS):
-        _check_logits(net(torch.empty(2, *metadata.image_shape, device="meta")), 2, metadata)
+    with Bounds(_MAX_ACTIVATIONS, _MAX_ACTIVATIONS if real else None), torch.no_grad():
+        _check_logits(net(torch.zeros(2, *metadata.image_shape, device=device)), 2, metadata)
     net.load_state_dict(packed.unpack(net.state_dict()), assign=True)
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if tensor.is_meta:
-            raise ValueError(f"its net's {name} is not in its state dict")
+            raise _NoValuesError(f"its net's {name} is not in its state dict")
     with torch.inference_mode():  # what the meta device lets pass, the CPU may refuse
         _check_logits(net(torch.zeros(1, *metadata.image_shape)), 1, metadata)
-    return net, metadata
+    return net
 
 
 def _check_logits(logits: object, num: int, metadata: Metadata) -> None:

@@ -166,3 +166,24 @@ def test_a_rounded_subclass_trains_and_its_weight_is_seen_by_penalties_and_bound
     conv, linear = weights_by_kind(net)
     assert any(weight is net._modules["standard"]._parameters["weight"] for weight in conv)  # type: ignore
     assert all(isinstance(weight, nn.Parameter) for weight in conv + linear)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_compiled_net_rounds_while_it_is_attached() -> None:
+    """Also if it was compiled before, as at a ``begin_epoch`` above 0."""
+    torch.manual_seed(0)
+    net, images = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 4)), torch.randn(2, 3, 2, 2)
+    net.compile(backend="eager")
+    low_bit = LowBitWeights("twn", ["1", "3"])
+    try:
+        plain = net(images)
+        for _ in range(2):
+            low_bit.attach_(net)
+            rounded = net(images)
+            assert torch.equal(rounded, net.forward(images)) and not torch.allclose(rounded, plain, atol=1e-2)
+            rounded.sum().backward()
+            assert net[1]._parameters["weight"].grad.abs().sum() > 0
+            low_bit.detach_()
+            assert torch.equal(net(images), plain)
+    finally:
+        torch.compiler.reset()

@@ -203,7 +203,7 @@ def test_a_plan_for_another_net_is_refused_and_leaves_it_as_it_was():
         ({"include": ["conv9"]}, "include has 'conv9', which finds no layer"),
         ({"exclude": ["conv9"]}, "exclude has 'conv9', which finds no layer"),
         ({"num_images": 4}, "num_images is 4, but there are no images"),
-        ({"macs_left": 0.05}, "raise macs_left, lower round_to, or include more layers"),
+        ({"macs_left": 0.05}, "Raise macs_left, lower round_to, or exclude fewer layers"),
         ({"ranks": "energy", "energy": 1.0}, "no layer multiplies less"),
     ],
 )

@@ -1,5 +1,6 @@
 """A thinned net computes what the masked one did, and what can not be removed exactly is refused."""
 
+import re
 from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -271,7 +272,8 @@ class CountsChannels(Own):
 )
 def test_what_the_trace_can_not_follow_is_refused_when_tried(net_class: type[Own], problem: str) -> None:
     net = net_class(torch.relu)
-    assert "conv1" in units_of(net, (3, 12, 12))
+    assert "conv1" not in units_of(net, (3, 12, 12))
+    assert re.search(problem, why_not(net, (3, 12, 12))["conv1"])
     with pytest.raises(
         ValueError, match=rf"{net_class.__name__} is not what it was .*{problem}.*leave the layers around"
     ):

@@ -142,7 +142,9 @@ def test_a_layer_without_weights_is_refused(tmp_path: Path, monkeypatch: pytest.
     for width in (0, 2):  # 2 is the control
         net = nn.Sequential(nn.Flatten(), nn.Linear(45, width), nn.Linear(width, 5))
         write_packed(net, METADATA, recipe, tmp_path / "m.packed")
-        monkeypatch.setattr(Recipe, "build", lambda recipe, trust, net=net: copy.deepcopy(net).to("meta").eval())
+        monkeypatch.setattr(
+            Recipe, "build", lambda recipe, trust, device, net=net: copy.deepcopy(net).to("meta").eval()
+        )
         if width:
             assert ModelFile(tmp_path / "m.packed").metadata == METADATA
         else:
