@@ -195,7 +195,8 @@ class RunTrainer(pl.Trainer):
         checkpoint = check_checkpoint(ckpt_path)
         self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parent.parent) if new else self.run
         self._forget_last_fit()
-        step = 0 if checkpoint is None else checkpoint["global_step"]
+        # Within a step of the optimizer, metrics have the number of this step.
+        step = 0 if checkpoint is None else checkpoint["global_step"] + ("gradients" in checkpoint)
         self._open_loggers(None if new else step)
         events = set(self._event_files())
         if not new and self._csv is not None:

@@ -190,7 +190,7 @@ def one_object_each(value: Any) -> Any:
     return type(value)(map(one_object_each, value)) if type(value) in (list, tuple) else value
 
 
-_TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
+_TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision", "train_sums", "gradients")
 
 
 def load_with_weights(module: "Classifier", source: Path) -> tuple["Classifier", dict[str, Any]]:
