@@ -376,7 +376,7 @@ class Classifier(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Go on within a step of the optimizer, and at the place of the schedule, also if the run has another length."""
+        """Go on within a step of the optimizer, and at the place of the schedule, also if the length has changed."""
         resumed, before = self._schedule_before, self._schedule_before.get("steps_per_epoch", self._steps_per_epoch)
         self._schedule_before, self._plateau_at = {}, None
         for name, of_all in self._gradients.items():
