@@ -340,9 +340,7 @@ def test_gradual_follows_its_formula_and_best_has_the_final_sparsity(tmp_path, e
     zeros = [{(name, *at) for name in PRUNED for at in (moment.weights[name] == 0).nonzero().tolist()}
              for moment in watch.after.values()]  # fmt: skip
     assert all(before <= after for before, after in pairwise(zeros))
-    assert [moment.lr for moment in watch.before.values()] == pytest.approx(
-        [0.1 * (1 - s / 30) for s in range(30)]
-    )
+    assert [moment.lr for moment in watch.before.values()] == pytest.approx([0.1 * (1 - s / 30) for s in range(30)])
 
 
 def test_gradual_that_ends_after_the_training_is_refused(tmp_path):
