@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 import project
 from project.deployment.metadata import Metadata
@@ -109,7 +110,7 @@ def open_packed(path: Path, trust: Sequence[str] = ()) -> tuple[nn.Module, Metad
     with Bounds(packed.max_values), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a layer without weights
         net = recipe.renamed(PACKAGE, project.__name__).build(trust)
-    if any(not parameter.numel() for parameter in net.parameters()):
+    if any(not is_lazy(parameter) and not parameter.numel() for parameter in net.parameters()):
         raise ValueError("its net has a layer without weights")
     with Bounds(_MAX_ACTIVATIONS):
         _check_logits(net(torch.empty(2, *metadata.image_shape, device="meta")), 2, metadata)
