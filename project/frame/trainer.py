@@ -294,7 +294,8 @@ class RunTrainer(pl.Trainer):
         """
         from project.frame.prediction import image_loader, mark_unreadable_, of_all_processes, write_predictions
 
-        path = writable(Path(output) if output else Run.find(run).predictions if run else Path("predictions.csv"))
+        folder = self.run if run is None else Run.find(run)
+        path = writable(Path(output) if output else folder.predictions if folder else Path("predictions.csv"))
         ckpt_path = self._weights_of(run, ckpt_path)
         names = None
         if images is not None:
