@@ -306,7 +306,9 @@ class CheckpointFormat(Format):
         if refused:
             return "refused"
         again = path.with_name("again.ckpt")
-        torch.save({**torch.load(path, weights_only=True), "state_dict": module.state_dict()}, again)
+        torch.save(
+            {**torch.load(path, map_location="cpu", weights_only=True), "state_dict": module.state_dict()}, again
+        )
         other = read(again)
         for name, tensor in module.state_dict().items():
             _expect(_same_bits(tensor, other.state_dict()[name]), f"another {name}")

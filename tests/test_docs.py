@@ -54,6 +54,7 @@ SHORTER = {
     "benchmark_startup.py": ["--rounds=1"],
     "benchmark_kernels.py": ["--rounds=1"],
     "benchmark_pruning.py": ["--steps=2"],
+    "fuzz.py": ["--inputs=20"],
 }
 """Options of the scripts that run."""
 

@@ -103,7 +103,11 @@ class BestAndLast(ModelCheckpoint):
         _forget_best(self)
 
     def save_now(self, trainer: pl.Trainer) -> None:
-        """Write the last checkpoint, unless it is that of this step already."""
+        """Write the last checkpoint, unless it is that of this step already.
+
+        Args:
+            trainer: trainer whose state is written.
+        """
         if trainer.global_step and self._last_global_step_saved != trainer.global_step:
             self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
 

@@ -1,7 +1,7 @@
 """Ctrl-C and SIGTERM during a fit.
 
-The first signal ends the run after the batch, with a checkpoint, and shows how to resume it. A second signal ends the
-process at once.
+The first signal ends the run after the batch, with a checkpoint, and shows how to resume it. Several processes stop at
+the next multiple of ``log_every_n_steps`` steps of the epoch. A second signal ends the process at once.
 """
 
 import logging
@@ -44,6 +44,7 @@ class TellHowToResume(Callback):
         self._received, self._is_training = None, True
         if threading.current_thread() is not threading.main_thread():
             return  # only the main thread may set signal handlers
+        every = _num_batches(trainer)
 
         def stop(signum: int, frame: FrameType | None) -> None:
             self._received = signum
@@ -55,7 +56,8 @@ class TellHowToResume(Callback):
             if not self._is_training:
                 raise self._exception()
             if trainer.is_global_zero:  # `print` may not be called while another one is being written
-                os.write(2, b"\nStopping after this batch. A second signal stops at once.\n")
+                when = "after this batch" if every == 1 else f"within {every} batches"
+                os.write(2, f"\nStopping {when}. A second signal stops at once.\n".encode())
 
         signal.signal(signal.SIGTERM, stop)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -64,6 +66,8 @@ class TellHowToResume(Callback):
     def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
         progress = trainer.fit_loop.epoch_loop.batch_progress
         done = progress.current.completed
+        if done % _num_batches(trainer):
+            return
         # Lightning 2.6 counts a step too many after a checkpoint of before the first batch of an epoch.
         is_whole = done % trainer.accumulate_grad_batches == 0 if done else self._is_saved(trainer)
         if is_whole and self._is_asked(trainer):
@@ -112,6 +116,12 @@ class TellHowToResume(Callback):
         kept = "no checkpoint yet" if checkpoint is None else _content(checkpoint)
         log.info("Stopped. Kept: %s, in %s", kept, as_argument(run.folder))
         log.info("resume         project fit --resume %s", as_argument(run.folder))
+
+
+def _num_batches(trainer: Trainer) -> int:
+    """Number of batches from one question for a signal to the next. In several processes the devices wait for it."""
+    every: int = max(trainer.log_every_n_steps, 1) * trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+    return every if trainer.world_size > 1 else 1
 
 
 def _checkpoints(trainer: Trainer) -> list[BestAndLast]:

@@ -118,8 +118,7 @@ class RunTrainer(pl.Trainer):
             written.__class__ = WholeFiles
         environment = getattr(self.strategy, "cluster_environment", None)
         if isinstance(environment, SLURMEnvironment):
-            # Lightning's requeue saves in the middle of an epoch, whose images would start again, and it saves in the
-            # working directory. scripts/train_slurm.sbatch requeues the job instead, from the last whole epoch.
+            # Lightning's requeue saves in the working directory. scripts/train_slurm.sbatch requeues the job instead.
             environment.auto_requeue = False
         self.sync_batchnorm = sync_batchnorm
         self.kernels = kernels or "off"  # YAML reads a bare off as false
@@ -176,7 +175,7 @@ class RunTrainer(pl.Trainer):
             take_weights_(model, weights)
         if isinstance(model, Classifier):
             model.check_fit(mixed=getattr(datamodule, "mix", None) is not None)
-        check_checkpoint(ckpt_path)
+        checkpoint = check_checkpoint(ckpt_path)
         if resume is not None:
             self.run = Run.find(resume)
             writable(self.run.metrics, "copy the run's folder, and resume the copy.")
@@ -185,17 +184,26 @@ class RunTrainer(pl.Trainer):
             self.run = self.run if self.fast_dev_run else self._new_run()  # type: ignore[attr-defined]
         data = train_dataloaders, val_dataloaders, datamodule
         with held(self.run.folder) if self.run is not None and self.global_rank == 0 else nullcontext():
-            self._fit(model, data, ckpt_path, weights_only, resume is None)
+            if self.run is not None and resume is not None and ckpt_path is None:
+                ckpt_path = newest_whole(self.run.checkpoints, alone=self.global_rank == 0)
+                checkpoint = check_checkpoint(ckpt_path)
+            self._fit(model, data, ckpt_path, checkpoint, weights_only, resume is None)
 
-    def _fit(self, model: Any, data: tuple[Any, Any, Any], ckpt_path: str | None, weights_only: Any, new: bool) -> None:
+    def _fit(
+        self,
+        model: Any,
+        data: tuple[Any, Any, Any],
+        ckpt_path: str | None,
+        checkpoint: dict[str, Any] | None,
+        weights_only: bool | None,
+        new: bool,
+    ) -> None:
         if not new:
-            assert self.run is not None
-            ckpt_path = ckpt_path or newest_whole(self.run.checkpoints, alone=self.global_rank == 0)
-            self._check_trains(new=ckpt_path is None)
-        checkpoint = check_checkpoint(ckpt_path)
+            self._check_trains(new=checkpoint is None)
         self.origin = None if ckpt_path is None else Run(Path(ckpt_path).resolve().parent.parent) if new else self.run
         self._forget_last_fit()
-        step = 0 if checkpoint is None else checkpoint["global_step"]
+        # Within a step of the optimizer, metrics have the number of this step.
+        step = 0 if checkpoint is None else checkpoint["global_step"] + ("gradients" in checkpoint)
         self._open_loggers(None if new else step)
         events = set(self._event_files())
         if not new and self._csv is not None:
@@ -293,7 +301,8 @@ class RunTrainer(pl.Trainer):
         """
         from project.frame.prediction import image_loader, mark_unreadable_, of_all_processes, write_predictions
 
-        path = writable(Path(output) if output else Run.find(run).predictions if run else Path("predictions.csv"))
+        folder = self.run if run is None else Run.find(run)
+        path = writable(Path(output) if output else folder.predictions if folder else Path("predictions.csv"))
         ckpt_path = self._weights_of(run, ckpt_path)
         names = None
         if images is not None:

@@ -100,8 +100,8 @@ def check_trusted(values: Any, source: str) -> None:
     """Refuse plain values that name code which is neither known nor trusted. Nothing is imported.
 
     Args:
-        values: nested plain values.
-        source: what the values belong to, for the error message.
+        values: plain values, in any nested lists and mappings.
+        source: name of the file that holds the values, for the error message.
 
     Raises:
         UntrustedError: if there is such a name.

@@ -33,13 +33,7 @@ def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_
     Raises:
         ValueError: if the file does not exist, or if it is no checkpoint of a run.
     """
-    if path is None:
-        return None
-    if not Path(path).is_file():
-        raise ValueError(
-            f"{argument} is {str(path)!r}, but there is no such file: name one below a run's checkpoints/."
-        )
-    return read_checkpoint(path, "meta", argument)
+    return None if path is None else read_checkpoint(path, "meta", argument)
 
 
 def read_checkpoint(path: str | os.PathLike[str], device: str = "cpu", argument: str = "ckpt_path") -> dict[str, Any]:
@@ -51,8 +45,13 @@ def read_checkpoint(path: str | os.PathLike[str], device: str = "cpu", argument:
         argument: name of the argument that gave the path, for the error message.
 
     Raises:
-        ValueError: if the file is damaged (each part has a checksum, which torch does not check), or is no checkpoint.
+        ValueError: if the file does not exist, is damaged (each part has a checksum, which torch does not check), or is
+            no checkpoint.
     """
+    if not Path(path).is_file():
+        raise ValueError(
+            f"{argument} is {str(path)!r}, but there is no such file: name one below a run's checkpoints/."
+        )
     try:
         checkpoint = torch.load(path, map_location=device, weights_only=True) if _is_whole(path) else None
     except Exception:  # torch raises half a dozen kinds of exceptions for a file that it did not write
@@ -132,8 +131,7 @@ def take_weights_(module: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if there is no such checkpoint, or if it belongs to another net.
     """
-    check_checkpoint(path, "weights")
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(path, argument="weights")
     with refused_if_damaged():
         module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"])
@@ -190,7 +188,7 @@ def one_object_each(value: Any) -> Any:
     return type(value)(map(one_object_each, value)) if type(value) in (list, tuple) else value
 
 
-_TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision")
+_TRAINING_STATE = ("loops", "callbacks", "ema_raw_weights", "MixedPrecision", "train_sums", "gradients")
 
 
 def load_with_weights(module: "Classifier", source: Path) -> tuple["Classifier", dict[str, Any]]:

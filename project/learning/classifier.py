@@ -161,6 +161,7 @@ class Classifier(LightningModule):
         """A teacher whose outputs are learned beside the labels, in training only; ``None`` without one."""
         self._is_checked = False
         self._train_sums: Tensor | None = None
+        self._gradients: dict[str, Tensor] = {}  # those of a step of the optimizer that a resumed run has begun
         self._steps_per_epoch, self._scale = 0.0, 1.0
         self._plateau_at: tuple[int, int] | None = None  # epoch and batch of the last update of the schedule
         self._schedule_before: dict[str, Any] = {}  # the lengths of the schedule of a run that is resumed
@@ -375,9 +376,12 @@ class Classifier(LightningModule):
             )
 
     def on_train_start(self) -> None:
-        """Keep the schedule's place in epochs, if a resumed run has another length or other steps per epoch."""
+        """Go on within a step of the optimizer, and at the place of the schedule, also if the length has changed."""
         resumed, before = self._schedule_before, self._schedule_before.get("steps_per_epoch", self._steps_per_epoch)
         self._schedule_before, self._plateau_at = {}, None
+        for name, of_all in self._gradients.items():
+            self.get_parameter(name).grad = of_all[self.global_rank].to(self.device)
+        self._gradients = {}
         for config in self.trainer.lr_scheduler_configs:
             scheduler = config.scheduler
             if not resumed or type(scheduler) is not LambdaLR:
@@ -481,8 +485,11 @@ class Classifier(LightningModule):
         trainer = self._trainer
         if trainer is None or self._train_sums is None:
             return
-        sums = self._train_sums[None]  # the means of this epoch go on in a resumed run, if its end is still to come
-        checkpoint["train_sums"] = gather(sums) if trainer.world_size > 1 else sums.clone()
+        # The means of this epoch go on in a resumed run, if its end is still to come.
+        checkpoint["train_sums"] = _of_all(self._train_sums, trainer.world_size)
+        if trainer.fit_loop.epoch_loop._should_accumulate():  # between two steps of the optimizer
+            gradients = {name: weight.grad for name, weight in self.named_parameters() if weight.grad is not None}
+            checkpoint["gradients"] = {name: _of_all(each, trainer.world_size) for name, each in gradients.items()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Give the net the structure that the weights belong to.
@@ -499,6 +506,7 @@ class Classifier(LightningModule):
                 "total_steps": checkpoint["lr_schedulers"][0].get("total_steps"),
             }
             self._schedule_before = {key: value for key, value in self._schedule_before.items() if value}
+            self._gradients = checkpoint.get("gradients", {})
         if (sums := checkpoint.get("train_sums")) is not None and self.global_rank < len(sums):
             self._train_sums = sums[self.global_rank].to(self.device)
         problem = mismatch(self.state_dict(), checkpoint.get("state_dict", {}))
@@ -507,6 +515,11 @@ class Classifier(LightningModule):
                 f"the checkpoint belongs to another net ({problem}): give the configuration that it was trained with, "
                 "as `--run DIR` does, or another checkpoint."
             )
+
+
+def _of_all(part: Tensor, world_size: int) -> Tensor:
+    """A copy of a process's tensor, with those of all other processes in a new first dimension."""
+    return gather(part[None]) if world_size > 1 else part[None].clone()
 
 
 def _multiply_rates_(checkpoint: dict[str, Any], factor: float) -> None:

@@ -216,12 +216,13 @@ def test_a_resumed_run_has_the_metrics_of_its_last_epoch(hook, step, logs):
     run = Run(logs / "own/version_1")
     run.config.touch()
     assert not run.summary.is_file()
+    seconds = load(run.last_checkpoint)["callbacks"]["WriteSummary"]["train_seconds"]
     ended(logs, max_epochs=2, val_check_interval=0.5, resume=run)
     summaries = [json.loads(each.summary.read_text()) for each in (run, whole)]
     metrics = [{key: value for key, value in each.items() if "second" not in key} for each in summaries]
     assert "train/loss" in metrics[1] and metrics[0] == metrics[1]
     assert run.metrics.read_text() == whole.metrics.read_text()
-    assert summaries[0]["train_seconds"] > 0.3 * summaries[1]["train_seconds"]
+    assert summaries[0]["train_seconds"] >= round(seconds, 3) > 0
 
 
 def test_a_run_that_was_killed_after_an_epochs_checkpoint_has_the_row_of_this_epoch(logs, monkeypatch):

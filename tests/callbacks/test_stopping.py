@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -154,7 +155,7 @@ def test_a_signal_at_the_end_of_the_training_need_not_wait(logs):
 def test_two_processes_stop_after_the_same_batch(number, status, steps, logs, digits):
     """The signal reaches the first process alone."""
     config = [*digits, "--trainer.max_epochs=2", "--trainer.test_after_fit=false", "--trainer.accelerator=cpu"]
-    config += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=64"]
+    config += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=64", "--trainer.log_every_n_steps=1"]
     if steps:
         config += ["--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint"]
         config += [f"--trainer.callbacks.every_n_train_steps={steps}", "--trainer.callbacks.save_last=true"]
@@ -212,3 +213,28 @@ trainer.fit(Classifier(SmallInception(10, (1, 8, 8)), 10, (1, 8, 8)), datamodule
             process.wait(2)
         process.terminate()
         assert process.wait(30) == -signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_two_processes_stop_when_they_ask_each_other(logs, digits):
+    """The signal reaches the first process alone, in a batch in which the processes do not ask each other."""
+    config = [*digits, "--trainer.max_epochs=2", "--trainer.test_after_fit=false", "--trainer.accelerator=cpu"]
+    config += ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=64", "--trainer.log_every_n_steps=2"]
+    stop = ["--trainer.callbacks+=helpers.signal_at.SignalAt", "--trainer.callbacks.number=15"]
+    stop += ["--trainer.callbacks.step=14", "--trainer.callbacks.rank=0"]
+
+    def run(*args):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+        command = [sys.executable, "-m", "project", "fit", *args]
+        return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200)
+
+    assert run(*config, "--trainer.experiment=whole").returncode == 0
+    done = run(*config, *stop, "--trainer.experiment=stopped")
+    assert done.returncode == 143, done.stderr
+    assert "Stopping within 2 batches" in done.stderr and "Traceback" not in done.stderr
+    assert re.search("Kept: epochs 1 to 1 and epoch 2 to batch [2468],", done.stdout), done.stdout
+    whole, stopped = Run.find(logs / "whole"), Run.find(logs / "stopped")
+    done = run("--resume", str(stopped.folder), "--trainer.callbacks=null")
+    assert done.returncode == 0, done.stderr
+    first, second = content(whole)["state_dict"], content(stopped)["state_dict"]
+    assert all(torch.equal(value, second[key]) for key, value in first.items())

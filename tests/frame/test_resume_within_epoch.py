@@ -25,6 +25,7 @@ class Watch(Callback):
 
 OFTEN = {
     "validation within the epoch": ["--trainer.val_check_interval=0.5"],
+    "within a step": ["--trainer.val_check_interval=0.5", "--trainer.accumulate_grad_batches=3"],
     "every three steps": [
         "--trainer.callbacks+=lightning.pytorch.callbacks.ModelCheckpoint",
         "--trainer.callbacks.every_n_train_steps=3",

@@ -81,6 +81,15 @@ def test_a_run_resumed_before_its_first_checkpoint_logs_nothing_twice(logs):
     assert steps and fit(resume=str(run.folder)) == (run, steps)
 
 
+def test_predictions_after_a_fit_lie_in_the_runs_folder(logs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, data = classifier(), Digits(batch_size=64)
+    trainer = Trainer(experiment="e", test_after_fit=False, **QUIET)
+    trainer.fit(model, datamodule=data)
+    trainer.predict(model, datamodule=data)
+    assert trainer.run is not None and trainer.run.predictions.is_file() and not Path("predictions.csv").exists()
+
+
 def test_check_checkpoint(tmp_path):
     assert check_checkpoint(None) is None
     (tmp_path / "empty.ckpt").write_bytes(b"")

@@ -104,7 +104,7 @@ def test_two_processes_have_the_masks_of_one(tmp_path, options, num_masks):
             MaxPool,
         ),
         (lambda: [WeightSharing(epochs=1, num_images=300, latency=False)], MaxPool),
-        (lambda: [TernaryWeights("ttq", begin_epoch=1, include=["conv.conv"])], MaxPool),
+        (lambda: [TernaryWeights("ttq", begin_epoch=1, include=["conv.conv"])], nn.AvgPool2d),
         (lambda: [TernaryWeights("bwn", freeze=[0.5, 1.0], include=["conv.conv"])], MaxPool),
         (lambda: [QuantizationAwareTraining(begin_epoch=1)], nn.AvgPool2d),
     ],

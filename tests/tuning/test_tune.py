@@ -1,11 +1,14 @@
 """``project tune`` as a user types it, on small runs: what it leaves, goes on with, reproduces and refuses."""
 
 import csv
+import os
+import signal
 from pathlib import Path
 
 import optuna
 import pytest
 import yaml
+from lightning.pytorch import Callback
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 
@@ -239,3 +242,35 @@ def test_a_trial_whose_process_has_died_is_given_on_with_its_values(command, fra
         ("FAIL", 0.123),
         ("COMPLETE", 0.123),
     ]
+
+
+class SignalOnce(Callback):
+    """Sends this process a signal in the second batch of its first fit; the classes of callbacks are configured."""
+
+    number = signal.SIGINT
+    sent = False
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == 1 and not trainer.fast_dev_run and not SignalOnce.sent:
+            SignalOnce.sent = True
+            os.kill(os.getpid(), SignalOnce.number)
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_search_that_is_stopped_ends_with_the_signals_status_and_goes_on(
+    number, status, command, fragment, logs, monkeypatch
+):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores Ctrl-C
+    monkeypatch.setattr(SignalOnce, "number", number)
+    monkeypatch.setattr(SignalOnce, "sent", False)
+    callbacks = {"trainer": {**TINY["trainer"], "callbacks": [f"{__name__}.SignalOnce"]}}
+    options = fragment({"space": {LR: [0.1, 0.2]}, "sampler": "grid", **callbacks})
+    try:
+        got, out, err = command("tune", *options)
+        assert (got, err) == (status, ""), err
+        assert "the same command continues study s" in out
+        got, out, err = command("tune", *options)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert got == 0, err
+    assert "2 of 2 trials done" in out

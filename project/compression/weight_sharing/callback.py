@@ -182,8 +182,8 @@ class WeightSharing(Callback):
         assert isinstance(pl_module, Classifier)
         # trainer.max_epochs includes the shared epochs by now: steps per epoch, times the shared epochs.
         total = self.epochs * trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1)
+        factor = (1 + math.cos(math.pi * min(self._num_steps / total, 1))) / 2  # above 0 in the last step too
         self._num_steps += 1
-        factor = (1 + math.cos(math.pi * min(self._num_steps / total, 1))) / 2
         gradients = self.codebook.gradients(pl_module.net)
         for group, name in zip(self._optimizer.param_groups, gradients, strict=True):
             group["lr"] = self.lr * group["scale"] * factor  # scale: root mean square of the layer's values

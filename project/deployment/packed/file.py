@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 import project
 from project.deployment.metadata import Metadata
@@ -133,7 +134,7 @@ def _build(packed: Packed, metadata: Metadata, recipe: Recipe, trust: Sequence[s
     with torch.random.fork_rng(devices=[]), Bounds(packed.max_values, total), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of a layer without weights
         net = recipe.build(trust, device)
-    if any(not parameter.numel() for parameter in net.parameters()):
+    if any(not is_lazy(parameter) and not parameter.numel() for parameter in net.parameters()):
         raise ValueError("its net has a layer without weights")
     with Bounds(_MAX_ACTIVATIONS, _MAX_ACTIVATIONS if real else None), torch.no_grad():
         _check_logits(net(torch.zeros(2, *metadata.image_shape, device=device)), 2, metadata)

@@ -132,7 +132,7 @@ def test_a_terminal_shows_the_fit_and_ctrl_c_says_how_to_resume(digits, logs, tm
         r"epoch 1/500: train/loss \S+, train/accuracy \S+, val/loss \S+, val/accuracy \S+ \(\S+ s, \d+ images/s\)",
         r"epoch [1-3]/500 [━╸╺]+ +\d+ %  \d:\d\d left  \d+ images/s",
         r"fit +[━╸╺]+ +\d %  \d+:\d\d(:\d\d)? left  loss \d\.\d{4}  accuracy \d\.\d{4}",
-        r"Stopped. Kept: epochs 1 to \d+, in ",
+        r"Stopped. Kept: epochs 1 to \d+( and epoch \d+ to batch \d+)?, in ",
         rf"resume         project fit --resume '{run.folder}'\r\n",
     ):
         assert re.search(pattern, shown), f"{pattern}\n{shown}"

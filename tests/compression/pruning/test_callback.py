@@ -236,7 +236,7 @@ def test_rewinding_restores_the_exact_weights_and_rate_of_that_step(tmp_path, re
         for later in range(2 * STEPS - step):
             assert watch.before[start + later].lr == watch.before[step + later].lr
         rest = range(2 * STEPS - step, starts[1] - starts[0])
-        assert all(watch.before[start + later].lr == watch.before[2 * STEPS - 1].lr for later in rest)
+        assert all(watch.before[start + later].lr == 0 for later in rest)  # the schedule has ended
 
 
 def masks_of(weights):
@@ -260,7 +260,7 @@ def test_a_schedule_is_stretched_over_its_round(tmp_path):
     watch = Watch()
     fit(tmp_path, pruning(schedule=OneShot(0.5), after="rewind_lr", epochs_per_round=1), watch)
     dense, round_ = ([watch.before[step].lr for step in steps] for steps in (range(12), range(12, 18)))
-    assert round_ == pytest.approx(dense[1::2], abs=1e-12)
+    assert round_ == pytest.approx(dense[::2], abs=1e-12)
 
 
 def test_reinit_is_new_weights_that_repeat(tmp_path):
@@ -340,9 +340,7 @@ def test_gradual_follows_its_formula_and_best_has_the_final_sparsity(tmp_path, e
     zeros = [{(name, *at) for name in PRUNED for at in (moment.weights[name] == 0).nonzero().tolist()}
              for moment in watch.after.values()]  # fmt: skip
     assert all(before <= after for before, after in pairwise(zeros))
-    assert [moment.lr for moment in watch.before.values()] == pytest.approx(
-        [0.1 * (1 - (s + 1) / 30) for s in range(30)]
-    )
+    assert [moment.lr for moment in watch.before.values()] == pytest.approx([0.1 * (1 - s / 30) for s in range(30)])
 
 
 def test_gradual_that_ends_after_the_training_is_refused(tmp_path):

@@ -91,7 +91,7 @@ def test_dense_then_shared_in_one_run(tmp_path):
         before, after = watch.before[step].weights, watch.after[step].weights
         assert all(len(after[name].unique()) <= 8 for name in SHARED)
         learned = {"conv2.conv.weight", "conv2.norm.weight", "fc.bias"} & set(differences(before, after))
-        assert len(learned) == (0 if step == 4 * STEPS - 1 else 3), step  # both rates end at 0
+        assert len(learned) == 3, step
     for path in (run.best_checkpoint, run.level_checkpoint(1)):
         assert_finished(path)
     assert weights_of(run.best_checkpoint).keys() == weights_of(run.level_checkpoint(0)).keys()
@@ -121,8 +121,8 @@ def test_values_learn_what_the_first_ones_could_not(tmp_path):
             self.values.append(float(outputs["loss"]))
 
     loss = Loss()
-    fit(tmp_path, sharing(bits=2, epochs=8, lr=0.03), loss, epochs=6)
-    dense, first, last = (sum(loss.values[at:][:3]) / 3 for at in (6 * STEPS - 3, 6 * STEPS, 14 * STEPS - 3))
+    fit(tmp_path, sharing(bits=2, epochs=8, lr=0.03), loss, epochs=14)
+    dense, first, last = (sum(loss.values[at:][:3]) / 3 for at in (14 * STEPS - 3, 14 * STEPS, 22 * STEPS - 3))
     assert first > dense + 0.1 and last - dense < 0.5 * (first - dense), (dense, first, last)
 
 
