@@ -7,6 +7,7 @@ as usual.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
+from copy import copy
 from typing import Any, Self, TypeVar
 
 import torch
@@ -23,7 +24,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 class BatchDataset(Dataset[Batch], ABC):
     """Base class of data sets of images that are read batch by batch. An object is a whole data set or a part of one.
 
-    A subclass implements :meth:`images_at` and :meth:`subset`.
+    A subclass implements :meth:`images_at`.
 
     Example::
 
@@ -32,7 +33,6 @@ class BatchDataset(Dataset[Batch], ABC):
         >>> class NumpyImages(BatchDataset):  # the array may be a file on disk: np.memmap
         ...     pixels = np.zeros((6, 1, 8, 8), dtype=np.uint8)
         ...     def images_at(self, indices): return torch.from_numpy(self.pixels[indices.numpy()])
-        ...     def subset(self, positions): return type(self)(self.all_labels, self.indices[positions])
         >>> len(NumpyImages(labels=torch.arange(6)).subset(torch.tensor([0, 2])))
         2
 
@@ -77,13 +77,15 @@ class BatchDataset(Dataset[Batch], ABC):
             indices: indices of the images in the whole data set, ``[N]`` int64.
         """
 
-    @abstractmethod
     def subset(self, positions: Tensor) -> Self:
         """A part of this data set. It shares the images with this one; nothing is copied.
 
         Args:
             positions: positions of the images in this data set, ``[M]`` int64. The part has this order.
         """
+        part = copy(self)
+        part.indices = self.indices[positions]
+        return part
 
 
 class ArrayDataset(BatchDataset):
@@ -128,14 +130,6 @@ class ArrayDataset(BatchDataset):
             indices: indices of the images in the whole data set, ``[N]`` int64.
         """
         return self.images.index_select(0, indices)
-
-    def subset(self, positions: Tensor) -> Self:
-        """A part of this data set that shares its images.
-
-        Args:
-            positions: positions of the images in this data set, ``[M]`` int64. The part has this order.
-        """
-        return type(self)(self.images, self.all_labels, self.indices[positions])
 
 
 class EpochSampler(DistributedSampler[Any]):

@@ -14,7 +14,7 @@ import os
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Self
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -140,22 +140,6 @@ class ImageFiles(BatchDataset):
             kept.append(index)
         stacked = torch.stack(images) if images else torch.empty((0, *self.image_shape), dtype=torch.uint8)
         return stacked, torch.tensor(kept, dtype=torch.int64)
-
-    def subset(self, positions: Tensor) -> Self:
-        """A part of this data set, with the same options.
-
-        Args:
-            positions: positions of the files in this data set, ``[M]`` int64. The part has this order.
-        """
-        return type(self)(
-            self.paths,
-            self.image_shape,
-            self.all_labels,
-            self.indices[positions],
-            on_corrupt=self.on_corrupt,
-            random_crop=self.random_crop,
-            seed=self.seed,
-        )
 
 
 def decode_image(

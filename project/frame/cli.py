@@ -246,15 +246,11 @@ def _with_config_of_run(args: list[str]) -> list[str]:
     words = [arg.partition("=") for arg in args]
     given = [(option, value or next(iter(args[index + 1 :]), "")) for index, (option, _, value) in enumerate(words)]
     trust.trusted[:] = ",".join(value for option, value in given if option == "--trust").split(",")
-    for index, (option, value) in enumerate(given):
-        if index > 0 and option in _RUN_OPTIONS:
+    alone = args[:1] != ["fit"] and not any(word.startswith("--config") for word in args)
+    for option, value in given[1:]:
+        if option in _RUN_OPTIONS:
             return [args[0], "--config", trust.configuration(Run.find(value)), *args[1:]]
-        if (
-            index > 0
-            and option == "--ckpt_path"
-            and args[0] != "fit"
-            and not any(a.startswith("--config") for a in args)
-        ):
+        if option == "--ckpt_path" and alone:
             check_checkpoint(value)
             if not (run := Run(Path(value).resolve().parent.parent)).config.is_file():
                 raise ValueError(f"ckpt_path is {value!r}, and no config.yaml belongs to it: give --config or --run.")

@@ -250,9 +250,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
         OSError: if the file cannot be written. The old file is then unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(
-        f".{os.getpid()}.{path.name}"
-    )  # the suffix stays at the end, because image writers choose the format by it
+    # The suffix stays at the end, because image writers choose the format by it.
+    part = path.with_name(f".{os.getpid()}.{path.name}")
     try:
         write(part)
         _flush(part)

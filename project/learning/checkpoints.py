@@ -131,10 +131,7 @@ def take_weights_(module: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if there is no such checkpoint, or if it belongs to another net.
     """
-    checkpoint = read_checkpoint(path, argument="weights")
-    with refused_if_damaged():
-        module.on_load_checkpoint(checkpoint)
-        module.load_state_dict(checkpoint["state_dict"])
+    _fill_(module, read_checkpoint(path, argument="weights"))
 
 
 def _is_whole(path: str | os.PathLike[str]) -> bool:
@@ -150,10 +147,14 @@ def with_weights(module: "Classifier", checkpoint: dict[str, Any]) -> "Classifie
     # `make_optimizer` refers to everything that the command line built, also to the trainer, which cannot be copied if
     # there are several processes. So the copy shares it.
     copy = deepcopy(module, {id(module.make_optimizer): module.make_optimizer}).to("cpu")
-    with refused_if_damaged():
-        copy.on_load_checkpoint(checkpoint)
-        copy.load_state_dict(checkpoint["state_dict"])
+    _fill_(copy, checkpoint)
     return copy.eval()
+
+
+def _fill_(module: Any, checkpoint: dict[str, Any]) -> None:
+    with refused_if_damaged():
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"])
 
 
 @contextmanager

@@ -392,11 +392,8 @@ class Classifier(LightningModule):
             for group, rate in zip(scheduler.optimizer.param_groups, scheduler._last_lr, strict=True):
                 group["lr"] = rate
         if before != self._steps_per_epoch:
-            log.info(
-                "an epoch has %g steps and had %g: the schedule goes on at the same share",
-                self._steps_per_epoch,
-                before,
-            )
+            now = self._steps_per_epoch
+            log.info("an epoch has %g steps and had %g: the schedule goes on at the same share", now, before)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
         """Update a schedule that follows a metric once at most for each batch.
@@ -467,14 +464,12 @@ class Classifier(LightningModule):
         """
         from project.frame.trust import check_trusted, is_own
 
-        described = None
         if isinstance(checkpoint_path, str | os.PathLike):
             values = (check_checkpoint(checkpoint_path) or {}).get("hyper_parameters", {})
             if not is_own(Path(checkpoint_path).resolve().parent.parent / "config.yaml"):
                 check_trusted(values, str(checkpoint_path))
-            described = None if "net" in kwargs else values.get("net")
-        if described:
-            kwargs["_instantiator"] = _INSTANTIATOR
+            if "net" not in kwargs and values.get("net"):
+                kwargs["_instantiator"] = _INSTANTIATOR
         with refused_if_damaged():
             return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
