@@ -41,12 +41,12 @@ class Phase:
 
     Args:
         epochs: number of epochs that the schedule is stretched over, at least 1.
-        first_step: step of the schedule to start at, 0 or more.
+        first_epoch: number of epochs of the schedule that are left out at its start, 0 or more; fractions are allowed.
         lr_factor: factor on the learning rate, above 0.
     """
 
     epochs: int
-    first_step: int = 0
+    first_epoch: float = 0
     lr_factor: float = 1.0
 
 
@@ -346,7 +346,8 @@ class Classifier(LightningModule):
             steps_per_epoch = math.ceil(self.trainer.num_training_batches / self.trainer.accumulate_grad_batches)
         first_step = 0
         if self.phase is not None:  # the schedule has the length of the phase, not of the run
-            total_steps, first_step = round(self.phase.epochs * steps_per_epoch), self.phase.first_step
+            total_steps = round(self.phase.epochs * steps_per_epoch)
+            first_step = round(self.phase.first_epoch * steps_per_epoch)
         scheduler = self.schedule.build(optimizer, total_steps, steps_per_epoch, scale, first_step)
         before = {"total_steps": total_steps, "steps_per_epoch": steps_per_epoch} | self._schedule_before
         if hasattr(scheduler["scheduler"], "total_steps") and (

@@ -23,7 +23,7 @@ from project.compression.pruning.checks import check_end, check_run, check_train
 from project.compression.pruning.held_masks import HeldMasks, mask_gradients_
 from project.compression.pruning.masks import Group, Masks, apply_masks_, removed_units, sparsity, thinned_macs
 from project.compression.pruning.pruner import Pruner
-from project.compression.pruning.round_lengths import After, RoundLengths, steps_per_epoch
+from project.compression.pruning.round_lengths import After, RoundLengths, step_of, steps_per_epoch
 from project.compression.pruning.schedules import Gradual, Iterative, QualityFactors, Rounds, share_to_take
 from project.compression.report import Step, report_steps
 from project.data import ImageDataModule
@@ -116,6 +116,8 @@ class IterativeMagnitudePruning(Callback):
         self.masks: Masks = {}
         self.rewound: dict[str, Tensor] = {}
         """The net's state at ``rewind_to``."""
+        self.rewound_at = 0.0
+        """Number of epochs after which the net had that state."""
         self.levels: list[dict[str, Any]] = []
         """For each finished level: ``sparsity`` and best ``score``; with the budget ``macs`` also ``macs_gone``, the
         share of the net's multiply-accumulates that thinning removes.
@@ -138,7 +140,7 @@ class IterativeMagnitudePruning(Callback):
         check_trainer(trainer, pl_module)
         assert isinstance(pl_module, Classifier)
         fast = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
-        self.round, self.masks, self.rewound, self.levels = 0, {}, {}, []
+        self.round, self.masks, self.rewound, self.rewound_at, self.levels = 0, {}, {}, 0.0, []
         self._amounts = [] if isinstance(self.schedule, Gradual) or fast else self.schedule.amounts()
         self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
         check_end(self.schedule, self.pruner, self._groups, pl_module)
@@ -149,7 +151,7 @@ class IterativeMagnitudePruning(Callback):
             return
         check_run(trainer, self.schedule, self.pruner, self._lengths.dense_epochs, self._lengths.round_epochs)
         trainer.fit_loop.max_epochs = self._lengths.dense_epochs + len(self._amounts) * self._lengths.round_epochs
-        pl_module.phase = self._lengths.phase(trainer, 0)
+        pl_module.phase = self._lengths.phase(0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -181,9 +183,10 @@ class IterativeMagnitudePruning(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, Classifier)
-        step = trainer.global_step
-        if self.after == "rewind" and not self.rewound and step == self._lengths.rewind_step(trainer):
+        step = step_of(trainer, batch_idx)
+        if self.after == "rewind" and not self.rewound and self._lengths.reaches_rewind_point(trainer):
             self.rewound = {name: value.clone() for name, value in pl_module.net.state_dict().items()}
+            self.rewound_at = step / steps_per_epoch(trainer)
         if isinstance(self.schedule, Gradual) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             target = self.schedule.sparsity_at(step, steps_per_epoch(trainer))
             if target is not None:  # the schedule counts from the dense net, the pruner from what is left
@@ -238,18 +241,23 @@ class IterativeMagnitudePruning(Callback):
             "round": self.round,
             "masks": {name: mask != 0 for name, mask in self.masks.items()},
             "rewound": self.rewound,
+            "rewound_at": self.rewound_at,
             "levels": self.levels,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.round, self.masks = state_dict["round"], state_dict["masks"]
         self.rewound, self.levels = state_dict["rewound"], list(state_dict["levels"])
+        self.rewound_at = state_dict.get("rewound_at", self.rewound_at)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Set the phase of the checkpoint's round, before the optimizer of a resumed run is made."""
         state = checkpoint.get("callbacks", {}).get(self.state_key)
         if trainer.training and state is not None and isinstance(pl_module, Classifier):
-            pl_module.phase = self._lengths.phase(trainer, state["round"])
+            if (at := state.get("rewound_at")) is None:  # a checkpoint of an older version
+                at = self._lengths.rewind_step(trainer) / steps_per_epoch(trainer)
+            self.rewound_at = at
+            pl_module.phase = self._lengths.phase(state["round"], at)
 
     # -- a round -------------------------------------------------------------------------------------------------
 
@@ -272,7 +280,7 @@ class IterativeMagnitudePruning(Callback):
             for ema in _emas(trainer):
                 ema.restart()
         apply_masks_(module.net, self.masks)
-        module.phase = self._lengths.phase(trainer, self.round)
+        module.phase = self._lengths.phase(self.round, self.rewound_at)
         trainer.strategy.setup_optimizers(trainer)
         self.hold(trainer, module)
         forget_best(trainer)

@@ -70,17 +70,35 @@ class RoundLengths:
         """The optimizer step that ``rewind_to`` names, counted from 0."""
         return self._number if self._unit == "it" else round(self._number * steps_per_epoch(trainer))
 
-    def phase(self, trainer: Trainer, number: int) -> Phase:
-        """The part of the run that a round is: its length, its first step and its learning rate. Round 0 is the dense
-        training.
+    def reaches_rewind_point(self, trainer: Trainer) -> bool:
+        """Whether the run is at the moment that ``rewind_to`` names, or after it.
+
+        A resumed run may have other steps per epoch than before, so that an epoch is not a number of steps.
+        """
+        return (trainer.current_epoch if self._unit == "ep" else trainer.global_step) >= self._number
+
+    def phase(self, number: int, rewound_at: float = 0.0) -> Phase:
+        """The part of the run that a round is: its length, its first epoch and its learning rate.
+
+        Args:
+            number: number of the round, 0 or more; round 0 is the dense training.
+            rewound_at: number of epochs, 0 or more, after which the dense net had the weights of a rewound round.
         """
         if number == 0:
             return Phase(self.dense_epochs)
         if self.after == "rewind":
-            return Phase(self.dense_epochs, first_step=self.rewind_step(trainer))
+            return Phase(self.dense_epochs, first_epoch=rewound_at)
         return Phase(self.round_epochs, lr_factor=self.finetune_lr if self.after == "finetune" else 1.0)
 
 
 def steps_per_epoch(trainer: Trainer) -> float:
     """Number of optimizer steps in an epoch."""
     return trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1)
+
+
+def step_of(trainer: Trainer, batch_idx: int) -> int:
+    """The step of a batch, counted as if all epochs had the steps of this one.
+
+    A resumed run with another batch size has made other steps before, but its epochs mean the same.
+    """
+    return round(trainer.current_epoch * steps_per_epoch(trainer)) + batch_idx // trainer.accumulate_grad_batches

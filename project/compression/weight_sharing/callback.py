@@ -116,6 +116,7 @@ class WeightSharing(Callback):
         """The number of bits of each shared weight, by the weight's name. Empty before sharing begins."""
         self._begin = 0  # the first epoch with shared weights
         self._num_steps = 0  # steps of the codebook's optimizer so far
+        self._total_steps = 0.0  # and all of them
         self._optimizer: torch.optim.Adam | None = None
         self._optimizer_state: dict[str, Any] = {}
 
@@ -132,7 +133,8 @@ class WeightSharing(Callback):
                 "budget_bytes and num_images need training images, but the run has no ImageDataModule: give one, or "
                 "set budget_bytes: null and num_images: 0."
             )
-        self.codebook, self.bits, self._optimizer, self._optimizer_state, self._num_steps = None, {}, None, {}, 0
+        self.codebook, self.bits, self._optimizer, self._optimizer_state = None, {}, None, {}
+        self._num_steps, self._total_steps = 0, 0.0
         self._begin = trainer.max_epochs
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             log.info("fast_dev_run shares no weights: it trains one batch, and only the layer names were checked")
@@ -182,6 +184,9 @@ class WeightSharing(Callback):
         assert isinstance(pl_module, Classifier)
         # trainer.max_epochs includes the shared epochs by now: steps per epoch, times the shared epochs.
         total = self.epochs * trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1)
+        if total != (before := self._total_steps or total):  # the run is resumed with another batch size
+            self._num_steps = round(self._num_steps * total / before)
+        self._total_steps = total
         factor = (1 + math.cos(math.pi * min(self._num_steps / total, 1))) / 2  # above 0 in the last step too
         self._num_steps += 1
         gradients = self.codebook.gradients(pl_module.net)
@@ -222,13 +227,15 @@ class WeightSharing(Callback):
         if self.codebook is None:
             return {"bits": {}}
         optimizer = self._optimizer.state_dict() if self._optimizer else self._optimizer_state
-        state = {"bits": self.bits, "num_steps": self._num_steps, "optimizer": optimizer}
+        steps = {"num_steps": self._num_steps, "total_steps": self._total_steps}
+        state = {"bits": self.bits, **steps, "optimizer": optimizer}
         return state | self.codebook.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict["bits"]:
             return
         self.bits, self._num_steps = dict(state_dict["bits"]), state_dict["num_steps"]
+        self._total_steps = state_dict.get("total_steps", 0.0)
         self.codebook = Codebook.from_state_dict(state_dict)
         self._optimizer_state = state_dict["optimizer"]
 
@@ -325,8 +332,7 @@ class WeightSharing(Callback):
         The phase is longer by the warm-up and starts at its end, because the warm-up may be longer than ``epochs``.
         """
         warmup = math.ceil(module.schedule.warmup_epochs)
-        first = round(warmup * trainer.estimated_stepping_batches / max(trainer.max_epochs or 1, 1))
-        return Phase(warmup + self.epochs, first, self.finetune_lr)
+        return Phase(warmup + self.epochs, warmup, self.finetune_lr)
 
     def _level(self, trainer: Trainer) -> int:
         """The number n of the checkpoint ``level_<n>.ckpt`` whose weights are shared."""

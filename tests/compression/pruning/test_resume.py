@@ -10,7 +10,20 @@ import pytest
 import torch
 import yaml
 from helpers.process import Process
-from helpers.pruning_run import STEPS, FailBetween, assert_same_runs, differences, fit, pruning, same, state_of
+from helpers.pruning_run import (
+    NUM_PRUNED,
+    PRUNED,
+    STEPS,
+    FailBetween,
+    Watch,
+    assert_same_runs,
+    differences,
+    fit,
+    num_zeros,
+    pruning,
+    same,
+    state_of,
+)
 from helpers.stop_after import StopAfter
 from lightning.pytorch import Callback, Trainer
 
@@ -55,6 +68,40 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks, stops):
     assert_same_runs(run, whole.run)
     assert not differences(state_of(outcome.model.net), state_of(whole.model.net))
     assert run.metrics.read_text() == whole.run.metrics.read_text()
+
+
+@pytest.mark.parametrize(("rewind_to", "stop", "epochs_done"), [("1ep", 1, 1.0), ("3it", 1, 0.5), ("3it", 3, 0.5)])
+def test_a_round_is_rewound_to_its_share_of_the_dense_training(tmp_path, rewind_to, stop, epochs_done):
+    """A resume with half as many steps an epoch has the rewound weights, and the rate of that part of the schedule."""
+
+    def make() -> list[Any]:
+        return [pruning(schedule=Iterative(0.3, 2), after="rewind", rewind_to=rewind_to, epochs_per_round=1), watch]
+
+    watch = Watch()
+    run = fit(tmp_path, *make(), StopAfter(stop)).run
+    first, watch = watch, Watch()
+    fit(tmp_path, *make(), resume=run, seed=1, accumulate_grad_batches=2)
+    steps = sorted(watch.before)
+    begun = watch.before[steps[-STEPS // 2]]  # the last round
+    point = {"1ep": watch.before[steps[0]], "3it": first.before[3]}[rewind_to].weights
+    names = [name for name in begun.weights if name not in PRUNED and "running" not in name and "batches" not in name]
+    assert names and not differences(*({name: each[name] for name in names} for each in (begun.weights, point)))
+    assert begun.lr == pytest.approx(0.1 * (1 - round(epochs_done * STEPS / 2) / STEPS))
+
+
+def test_gradual_pruning_ends_in_its_epoch(tmp_path):
+    """A resume with half as many steps an epoch prunes on to the same epoch."""
+
+    def make() -> list[Any]:
+        return [pruning(schedule=Gradual(0.8, 0.5, 4.0, every_n_steps=1)), watch]
+
+    watch = Watch()
+    run = fit(tmp_path, *make(), StopAfter(2), epochs=6).run
+    watch = Watch()
+    fit(tmp_path, *make(), epochs=6, resume=run, seed=1, accumulate_grad_batches=2)
+    gone = [num_zeros(watch.before[step].weights) for step in sorted(watch.before)]
+    end = 2 * STEPS // 2  # steps from epoch 2 to the end of the pruning, with half as many an epoch
+    assert gone[end] == gone[-1] == round(0.8 * NUM_PRUNED) and gone[end - 1] < gone[end]
 
 
 def test_resumed_within_an_epoch_its_row_has_the_sparsity(tmp_path):

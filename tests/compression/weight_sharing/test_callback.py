@@ -1,5 +1,6 @@
 """Weights are shared once all else is trained, learn as few values, and lie so in the file."""
 
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -255,6 +256,27 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks):
     assert_finished(run.best_checkpoint, bits=8 if callbacks == "budget" else 3)
     again = fit(tmp_path / "resumed", *make(), epochs=epochs, seed=9, resume=run).run  # of a run that is over
     assert_same_sharing(again, whole.run)
+
+
+def test_the_rate_of_the_values_goes_on_at_its_share(tmp_path):
+    """A resume with half as many steps an epoch ends with the rate of the last step, not before."""
+
+    class Rates(Callback):
+        def on_train_batch_end(self, trainer: LightningTrainer, *_: object) -> None:
+            group = callback._optimizer.param_groups[0]
+            self.seen.append(group["lr"] / group["scale"] / callback.lr)
+
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+    callback = sharing(epochs=4)
+    run = fit(tmp_path, callback, StopAfter(4)).run
+    callback = sharing(epochs=4)
+    rates = Rates()
+    fit(tmp_path, callback, rates, seed=1, resume=run, accumulate_grad_batches=2)
+    steps = 4 * STEPS // 2
+    expected = [(1 + math.cos(math.pi * step / steps)) / 2 for step in range(steps // 2, steps)]
+    assert rates.seen[1::2] == pytest.approx(expected)
 
 
 class FailAtStep(Callback):
