@@ -101,11 +101,12 @@ print(sum(name.partition(".")[0] == "project" for name in sys.modules))
 """Prints how many modules of the copy are loaded with a net."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rooms",
     [
         pytest.param(WHOLE_ROOMS, id="all"),
-        *(pytest.param(HOUSE.with_all_that_need([room]), id=room, marks=pytest.mark.slow) for room in ROOMS),
+        *(pytest.param(HOUSE.with_all_that_need([room]), id=room) for room in ROOMS),
     ],
 )
 def test_the_rest_works_without(rooms, tmp_path):

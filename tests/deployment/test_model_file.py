@@ -167,10 +167,6 @@ def test_export_of_a_run(command, digits, logs) -> None:  # type: ignore[no-unty
     assert status == 0 and "% of 359 images" in out, err
     status, _, err = command("unpack", "--model", run.model_file("onnx"))
     assert status == 2 and "only packed files" in err, err
-    floats = run.model_file("onnx-int8").with_name("mixed.onnx")
-    options = ["--format", "onnx-int8", "--quantizer.float_layers", "2", "--output", str(floats)]
-    status, out, err = command("export", "--run", logs / "digits", *options)
-    assert status == 0 and "stay in fp32: " in out and floats.is_file(), err
     shutil.rmtree(run.checkpoints)
     for arguments, words in (
         (["--run", logs / "digits"], "has no checkpoint"),
@@ -180,6 +176,14 @@ def test_export_of_a_run(command, digits, logs) -> None:  # type: ignore[no-unty
     ):
         status, _, err = command("export", *arguments)
         assert status == 2 and words in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.slow
+def test_the_layers_that_stay_in_fp32_are_named(command, digits, logs, tmp_path) -> None:  # type: ignore[no-untyped-def]
+    assert command("fit", *digits, "--trainer.max_epochs=1", "--trainer.test_after_fit=false")[0] == 0
+    options = ["--format", "onnx-int8", "--quantizer.float_layers", "2", "--output", str(tmp_path / "mixed.onnx")]
+    status, out, err = command("export", "--run", logs / "digits", *options)
+    assert status == 0 and "stay in fp32: " in out and (tmp_path / "mixed.onnx").is_file(), err
 
 
 @pytest.mark.parametrize(

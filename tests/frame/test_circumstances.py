@@ -129,7 +129,7 @@ def content(folder: Path) -> dict[Path, bytes]:
 # -- a loader's process is killed -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("verb", ["validate", "test", "predict"])
+@pytest.mark.parametrize("verb", [*(pytest.param(v, marks=pytest.mark.slow) for v in ("validate", "test")), "predict"])
 def test_a_loaders_process_is_killed(verb, command, run, monkeypatch):
     monkeypatch.setenv("DIES_AT", "1")
     words = ["--run", str(run.folder), "--data=own_circumstances.Dies", "--data.num_workers=1"]

@@ -60,7 +60,7 @@ def watched(command, monkeypatch, options):
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", OFTEN)
 def test_the_rest_of_the_epoch_is_what_it_would_have_been(name, workers, watched, options, logs):
     options = [*options, *OFTEN[name], f"--data.num_workers={workers}"]

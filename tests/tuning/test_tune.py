@@ -256,6 +256,7 @@ class SignalOnce(Callback):
             os.kill(os.getpid(), SignalOnce.number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_search_that_is_stopped_ends_with_the_signals_status_and_goes_on(
     number, status, command, fragment, logs, monkeypatch

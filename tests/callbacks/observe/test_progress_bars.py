@@ -99,6 +99,7 @@ def test_a_negative_refresh_is_refused():
         ProgressBars(refresh_s=-1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 def test_a_terminal_shows_the_fit_and_ctrl_c_says_how_to_resume(digits, logs, tmp_path):
     fcntl, pty, termios = pytest.importorskip("fcntl"), pytest.importorskip("pty"), pytest.importorskip("termios")

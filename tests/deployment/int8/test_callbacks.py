@@ -43,7 +43,11 @@ def test_a_fit_ends_with_a_measured_int8_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("int8_ms", "reached", "expected"),
-    [(1.0, 1.0, "model_int8.onnx"), (3.0, 1.0, "model.onnx"), (1.0, 0.9, "model.onnx")],
+    [
+        (1.0, 1.0, "model_int8.onnx"),
+        pytest.param(3.0, 1.0, "model.onnx", marks=pytest.mark.slow),
+        pytest.param(1.0, 0.9, "model.onnx", marks=pytest.mark.slow),
+    ],
 )
 def test_the_result_is_the_fastest_file_that_is_accurate_enough(
     int8_ms: float, reached: float, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
