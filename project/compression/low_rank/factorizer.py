@@ -25,6 +25,7 @@ from project.compression.low_rank.thin_layers import Factorize
 from project.compression.low_rank.vbmf import vbmf_rank
 from project.compression.plain_layers import copy_of, name_layers, other_layers, read_by_torch
 from project.metrics.complexity import count_macs
+from project.models.known import KINDS
 
 log = logging.getLogger(__name__)
 
@@ -221,7 +222,7 @@ class Factorizer:
         others = other_layers(net, image_shape) | read_by_torch(net)
         left = {name: others[name] for name in chosen if name in others}
         owners = [id(p) for _, p in net.named_parameters(remove_duplicate=False)]
-        weights = {name: layers[name].weight for name in chosen if name not in left}
+        weights = {name: layers[name].weight for name in chosen if name not in left and type(layers[name]) in KINDS}
         weights = {name: weight for name, weight in weights.items() if owners.count(id(weight)) == 1}
         if not weights and left:
             raise ValueError(f"no layer can be factorised: {name_layers(left)}. Leave the factorisation out.")

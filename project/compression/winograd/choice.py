@@ -25,6 +25,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from project.compression.plain_layers import is_plain
 from project.compression.winograd.convolution import (
     TILES,
     Winograd,
@@ -158,6 +159,7 @@ class WinogradChooser:
             for name, layer in convs.items()
             if any(re.search(pattern, name) for pattern in self.include or [""])
             and not any(re.search(pattern, name) for pattern in self.exclude)
+            and is_plain(layer)
             and why_not_winograd(layer) is None
         }
         if not chosen:

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from project.compression.plain_layers import is_plain
+from project.compression.plain_layers import computes_as_plain, is_plain
 from project.models.kernels import can_run_winograd, count_tiles, pack_panels, same_bits, winograd
 from project.models.surgery import register_surgery
 
@@ -189,7 +189,7 @@ class WinogradConv2d(nn.Conv2d):
             ValueError: if the convolution has no Winograd form (:func:`why_not_winograd`), or if ``tile`` is not 2 or
                 4.
         """
-        if reason := why_not_winograd(conv):
+        if reason := why_not_winograd(conv) or (None if is_plain(conv) else "its weight is computed"):
             raise ValueError(f"the convolution {conv} has no Winograd form: {reason}.")
         if tile not in TILES:
             raise ValueError(f"tile is {tile}, but there are F(2x2, 3x3) and F(4x4, 3x3): choose 2 or 4.")
@@ -226,7 +226,7 @@ def why_not_winograd(layer: nn.Conv2d) -> str | None:
     Args:
         layer: convolution to check; it is not changed.
     """
-    if not is_plain(layer):
+    if not computes_as_plain(layer):
         return f"it is a {type(layer).__name__}, which may use its weight in another way"
     if layer.kernel_size != (3, 3):
         return f"its kernel is {layer.kernel_size[0]}x{layer.kernel_size[1]}, not 3x3"
