@@ -75,7 +75,7 @@ def probabilities(path: Path) -> list[float]:
     return [float(row[str(digit)]) for digit in range(10)]
 
 
-@pytest.mark.parametrize("net", ["num_outputs", "a function of timm"])
+@pytest.mark.parametrize("net", ["num_outputs", pytest.param("a function of timm", marks=pytest.mark.slow)])
 def test_a_run_is_predicted_with_and_packed(net, command, configuration, logs, image, tmp_path):
     """The fast part: the classes are the data's, and checkpoint and packed file rebuild the same net."""
     if "timm" in net:

@@ -61,6 +61,7 @@ def fit(command, digits, logs, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_it_stands_between_pruning_and_packing(fit, logs):
     status, _, err = fit([PRUNING, OWN, PACKING])
     assert status == 0, err

@@ -166,6 +166,7 @@ def test_a_folder_of_ones_own_is_kept(logs, tmp_path):
     assert same(run.best_checkpoint, own.best_model_path)
 
 
+@pytest.mark.slow
 def test_every_verb_takes_the_best_file_from_a_folder_with_a_space(command, digits, logs, tmp_path):
     """``last.ckpt`` alone is found too: `predict` goes by what `test` goes by."""
     from PIL import Image

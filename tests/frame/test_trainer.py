@@ -117,6 +117,7 @@ def test_two_processes_share_one_run_folder(logs):
     assert done.stdout.count("test accuracy") == 1
 
 
+@pytest.mark.slow
 def test_the_command_line_imports_late_what_a_verb_does_not_need():
     heavy = "('sklearn', 'onnx', 'tensorboard', 'torch.utils.tensorboard', 'PIL.Image')"
 

@@ -51,6 +51,7 @@ def test_every_number_of_the_chart_is_in_the_document_that_it_names() -> None:
         assert number in text, f"{row['label']}: {name} does not say {number}"
 
 
+@pytest.mark.slow
 def test_the_script_draws_all_charts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "pictures").mkdir()
     for name in ("techniques.csv", "pictures/accuracy_against_bytes.csv"):

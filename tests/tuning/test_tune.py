@@ -60,6 +60,7 @@ def hparams(run: Path) -> dict[str, float]:
     return {name: value.number_value for name, value in values.items()}
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_and_its_best_run_is_repeated_to_the_digit(command, fragment, logs):
     space = {LR: {"log_uniform": [0.01, 0.5]}, DEGREES: {"uniform": [0, 20]}}
     options = fragment({"space": space, "sampler": "random", "search_seed": 3})

@@ -38,7 +38,9 @@ def thinned(net: nn.Module, shape: tuple[int, int, int], groups: list[Group], ma
     return small
 
 
-@pytest.mark.parametrize("name", NETS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if "V3" in name or "BN" in name else []) for name in NETS]
+)
 def test_the_budget_is_that_of_the_thinned_net(name: str) -> None:
     """Counted by running it, not by the formula that chose the units."""
     torch.manual_seed(0)
@@ -168,7 +170,8 @@ def test_more_than_can_go_is_refused() -> None:
         pruned(net, SHAPE, Pruner("units", "random", budget="macs", round_to=1), 0.999)
 
 
-@pytest.mark.parametrize("criterion", ["obd", pytest.param("gradient", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("criterion", ["obd", "gradient"])
 def test_saliency_ranks_units_as_the_loss_does(criterion: str) -> None:
     """Spearman's correlation with what the loss does when each unit of a trained net is taken: 0.79 for OBD (0.75 with
     gates on weights and scale both), 0.74 for gradients, -0.03 for magnitude.

@@ -116,6 +116,7 @@ def change(run: Run, name: str, change_: Callable[[dict[str, Any]], None]) -> Ru
     return other
 
 
+@pytest.mark.slow
 def test_runs_are_put_side_by_side(command: Command, run: Run) -> None:
     """The other run's net is of another structure, known from its checkpoint alone."""
 
