@@ -11,7 +11,8 @@ from project.callbacks import WarnOfSlowNorms
     [
         (0.01, 1, "momentum 0.01, and the run has 6 steps: 94 % of their running statistics"),
         (0.1, 1, ""),  # torch's default
-        (0.09, 10, ""),  # 0.91 ** 60 is 0.003
+        (0.09, 10, "momentum 0.09, and the run has 60 steps: 0.35 % of their running statistics"),
+        (0.09, 20, ""),  # 0.91 ** 120 is 1e-5
         (None, 1, ""),  # a plain mean over all steps
     ],
 )
