@@ -310,8 +310,8 @@ def _try_out(
     if error > _TOLERANCE:
         raise _DiffersError(f"its logits change by {error:.1e} of the largest")
     # Training may run layers that the trace in eval mode has not seen, such as an auxiliary head.
-    if (failure := _failure_in_training(thinned, images)) and not _failure_in_training(masked, images):
-        raise _DiffersError(f"it no longer runs in training ({failure})")
+    if (why := _failure_in_training(thinned, images)) and not _failure_in_training(masked, images):
+        raise _DiffersError(f"it no longer runs in training ({why})")
     # Only blocks whose stated width was the width of their output: others mean something else by `out_channels`.
     return {
         name: new for name, new in new_widths.items() if new != widths[name] == net.get_submodule(name).out_channels
