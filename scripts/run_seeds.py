@@ -1,6 +1,7 @@
 """Trains one configuration with several seeds and prints mean and standard deviation of the test accuracy.
 
     python scripts/run_seeds.py --config configs/digits.yaml --seeds 0 1 2
+    python scripts/run_seeds.py --config configs/digits.yaml configs/callbacks/ema.yaml
     python scripts/run_seeds.py --config configs/digits.yaml -- --model.net.width 2
 
 Options after ``--`` are passed to ``project fit``. The runs are written to the logs folder, as by ``project fit``.
@@ -18,15 +19,16 @@ from project.frame.paths import Paths, Run
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", required=True, help="configuration to train")
+    parser.add_argument("--config", required=True, nargs="+", help="configuration to train, and fragments")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="one run for each seed")
     parser.add_argument("options", nargs="*", help="more options of project fit, after --")
     args = parser.parse_args()
 
-    experiment = Path(args.config).stem
+    experiment = "_".join(Path(config).stem for config in args.config)
     summaries = []
     for seed in args.seeds:
-        command = [sys.executable, "-m", "project", "fit", "--config", args.config, "--seed_everything", str(seed)]
+        configs = [word for config in args.config for word in ("--config", config)]
+        command = [sys.executable, "-m", "project", "fit", *configs, "--seed_everything", str(seed)]
         experiment_option = ["--trainer.experiment", experiment]
         subprocess.run([*command, *experiment_option, *args.options], check=True, stdout=subprocess.DEVNULL)
         run = Run.find(Paths().logs / experiment)

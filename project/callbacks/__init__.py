@@ -21,6 +21,7 @@ _HOMES = {
     "TellHowToResume": "project.callbacks.stopping",
     "TernaryWeights": "project.compression.low_bit.ternary_callback",
     "TestReport": "project.callbacks.observe.report_of_test",
+    "WarnOfSlowNorms": "project.callbacks.observe.slow_norms",
     "WeightHistograms": "project.callbacks.observe.weight_histograms",
     "WeightSharing": "project.compression.weight_sharing.callback",
     "WinogradConvolutions": "project.compression.winograd.callback",

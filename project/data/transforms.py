@@ -112,7 +112,9 @@ class HorizontalFlip(BatchTransform):
 
 
 class RandomAffine(BatchTransform):
-    """Rotate, scale and shear around the centre, and shift. Interpolation is bilinear; shifts are not whole pixels.
+    """Shear, scale and rotate around the centre, then shift. Interpolation is bilinear; shifts are not whole pixels.
+
+    The order is that of torchvision's ``RandomAffine``, so the shift does not depend on the scale.
 
     Example::
 
@@ -170,10 +172,10 @@ class RandomAffine(BatchTransform):
         cos, sin = torch.cos(angle) * factor, torch.sin(angle) * factor
         # A unit of x and one of y are different numbers of pixels. `aspect` makes it a rotation of the pixels.
         aspect = size[1] / size[0]
-        # A side is 2 long in these coordinates.
+        a, b, c, d = cos + shear * sin, (shear * cos - sin) / aspect, sin * aspect, cos
+        # The shift comes last, so the map back begins with it. A side is 2 long in these coordinates.
         right, down = (2 * self.translate * (2 * right - 1)), (2 * self.translate * (2 * down - 1))
-        rows = [cos + shear * sin, (shear * cos - sin) / aspect, right, sin * aspect, cos, down]
-        return torch.stack(rows, dim=1).view(-1, 2, 3)
+        return torch.stack([a, b, a * right + b * down, c, d, c * right + d * down], dim=1).view(-1, 2, 3)
 
     def extra_repr(self) -> str:
         return f"degrees={self.degrees}, translate={self.translate}, scale={self.scale}, shear={self.shear}"

@@ -46,7 +46,8 @@ class Schedule:
         Args:
             progress: share of the steps after the warm-up that are done before this one, in [0, 1); 0 at the highest
                 rate.
-            epoch: epochs done since the start of training, 0 or more; a fraction within an epoch.
+            epoch: epochs since the start of training that are done after this step, above 0; a fraction within an
+                epoch.
         """
         return 1.0
 
@@ -85,11 +86,12 @@ class Schedule:
 
         def factor(step: int) -> float:
             # The warm-up counts the steps that are done after this one, so that step 0 has a rate above 0. The decay
-            # begins one step earlier and counts those before this one, so that the last step has a rate above 0.
+            # begins one step earlier and counts those before this one, so that the last step has a rate above 0. Steps
+            # after the end, as in a round of pruning that repeats a part of the run, have the last step's rate.
             if step + 1 < warmup:
                 return start + (1 - start) * (step + 1) / warmup
             begin = max(warmup, 1) - 1
-            progress = min((step - begin) / max(total_steps - begin, 1), 1.0)
+            progress = (min(step, total_steps - 1) - begin) / max(total_steps - begin, 1)
             return self.decay(progress, (step + 1) / steps_per_epoch)
 
         return factor
@@ -195,7 +197,8 @@ class Steps(Schedule):
 
         Args:
             progress: share of the steps after the warm-up that are done, in [0, 1]; it is not used.
-            epoch: epochs done since the start of training, 0 or more; a fraction within an epoch.
+            epoch: epochs since the start of training that are done after this step, above 0; a fraction within an
+                epoch.
         """
         return self.gamma ** sum(epoch > milestone for milestone in self.milestones)
 

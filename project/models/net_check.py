@@ -55,6 +55,7 @@ def check_net(
     """
     parameter = next((p for p in net.parameters() if p.is_floating_point()), torch.empty(0))
     images = torch.zeros(2, *image_shape, device=parameter.device, dtype=parameter.dtype)
+    auxiliary = any(getattr(module, "aux_logits", False) for module in net.modules())
     with torch.random.fork_rng(devices=[images.device] if images.device.type == "cuda" else []):
         try:
             outputs = [_run(net, images)]
@@ -63,13 +64,13 @@ def check_net(
         try:
             outputs.append(_run_in_training(net, images))
         except Exception as error:  # some layers can train on one kind of device only
-            if any(getattr(module, "aux_logits", False) for module in net.modules()):
+            if auxiliary:
                 raise ValueError(
                     f"model.net is {_name(net, described)}, and its auxiliary heads cannot take the data's images "
                     f"{'x'.join(map(str, image_shape))}: choose `init_args: {{aux_logits: false}}`."
                 ) from error
-    for output in outputs:
-        if problem := _problem(output, num_classes, described):
+    for mode, output in zip(("", "in training "), outputs, strict=False):
+        if problem := _problem(output, mode, num_classes, described, auxiliary):
             raise ValueError(f"model.net is {_name(net, described)}, and {problem}")
 
 
@@ -129,12 +130,13 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")[:200]
 
 
-def _problem(output: object, num_classes: int, described: Mapping[str, Any] | None) -> str | None:
+def _problem(
+    output: object, mode: str, num_classes: int, described: Mapping[str, Any] | None, auxiliary: bool
+) -> str | None:
     if not isinstance(output, Tensor):
-        mend = (
-            "`init_args: {aux_logits: false}`" if "aux_logits" in _arguments(described) else "a net that returns them"
-        )
-        return f"it gives a {type(output).__name__}, but logits [N, {num_classes}] alone are needed: choose {mend}."
+        mend = "`init_args: {aux_logits: false}`" if auxiliary else "a net that returns them"
+        kind = type(output).__name__
+        return f"{mode}it gives a {kind}, but logits [N, {num_classes}] alone are needed: choose {mend}."
     if output.dim() != 2 or len(output) != 2:
         shape = ", ".join(["N", *map(str, output.shape[1:])]) if len(output) == 2 else str(list(output.shape))[1:-1]
         return f"it gives [{shape}], but logits [N, {num_classes}] are needed: end it with flatten and a linear layer."

@@ -163,6 +163,18 @@ def test_constants_of_a_channel_are_found_before_training(name):
     assert net(torch.randn(2, *SHAPE)).shape == (2, 10)
 
 
+def test_units_that_training_reads_stay():
+    """The trace sees no head that runs in training alone. Without the check a thinned net could not be trained."""
+    net = build("TrainingHead")
+    state = torch.random.get_rng_state()
+    units, reasons = look_at_units(net, SHAPE)
+    assert torch.equal(torch.random.get_rng_state(), state) and not net.training
+    assert set(units) == {"stem", "last"}
+    assert "it no longer runs in training" in reasons["odd"] and "no part in the output" in reasons["auxiliary"]
+    plan_thinning(net, {"stem": [0, 3], "last": [1]}, SHAPE).apply_(net)
+    assert net.train()(torch.randn(2, *SHAPE)).shape == (2, 10)
+
+
 def test_channel_shuffles_are_refused_and_the_rest_is_pruned():
     units, reasons = look_at_units(build("Shuffled"), SHAPE)
     assert {"stem", "last"} <= set(units) and "odd" in reasons

@@ -1,12 +1,13 @@
 """Schedules: their factors at the ends, against torch's own, and in training steps."""
 
 import math
+from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import CosineAnnealingLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR, LRScheduler, MultiStepLR, PolynomialLR
 
 from project.learning.schedules import Cosine, Linear, OneCycle, Plateau, Schedule, Steps
 
@@ -40,6 +41,35 @@ def test_cosine_is_torchs_cosine():
         assert rates(Cosine(), total, 10) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "theirs", "shift"),
+    [
+        (Linear(), lambda optimizer: PolynomialLR(optimizer, total_iters=30, power=1.0), 0),
+        (Steps([1, 2.5], gamma=0.2), lambda optimizer: MultiStepLR(optimizer, [10, 25], gamma=0.2), 0),
+        # Our first step has a rate above 0 also if the start is 0.
+        (Schedule(2, warmup_start=0.25), lambda optimizer: LinearLR(optimizer, 0.25, total_iters=20), 1),
+        (Schedule(2, warmup_start=0.0), lambda optimizer: LinearLR(optimizer, 1e-12, total_iters=20), 1),
+    ],
+)
+def test_each_is_torchs(schedule: Schedule, theirs: Callable[..., LRScheduler], shift: int):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler, expected = theirs(optimizer), []
+    for _ in range(30 + shift):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates(schedule, 30, 10) == pytest.approx(expected[shift:], abs=1e-9)
+
+
+@pytest.mark.parametrize("kind", [Cosine, Linear])
+def test_steps_after_the_end_have_the_last_rate(kind: type[Cosine]):
+    """A round of pruning that goes back to a step within an epoch has more steps than are left of the schedule."""
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    factor = kind(warmup_epochs=1).build(optimizer, 30, 10, first_step=5)["scheduler"].lr_lambdas[0]
+    assert factor(0) < factor(4) == 1.0 and factor(23) > factor(24) > 0
+    assert [factor(step) for step in range(25, 30)] == [factor(24)] * 5
+
+
 def test_every_step_of_a_run_trains():
     assert rates(Linear(), 5, 5) == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
     assert rates(Linear(warmup_epochs=1), 6, 3) == pytest.approx([1 / 3, 2 / 3, 1.0, 0.75, 0.5, 0.25])
@@ -57,7 +87,8 @@ def test_decays_end_where_they_should_and_never_rise(kind):
     found = rates(kind(final=0.1), 101, 10)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     factor = kind(final=0.1).build(optimizer, 101, 10)["scheduler"].lr_lambdas[0]
-    assert factor(101) == pytest.approx(0.1) and 0.1 < found[-1] < 0.11
+    assert factor(101) == factor(100) and 0.1 < found[-1] < 0.11
+    assert kind(final=0.1).decay(1.0, 10.1) == pytest.approx(0.1) and kind(final=0.1).decay(0.0, 0.1) == 1.0
     assert all(a >= b for a, b in pairwise(found))
 
 

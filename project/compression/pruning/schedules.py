@@ -214,10 +214,11 @@ class Gradual:
             step: number of the optimizer step, counted from 0.
             steps_per_epoch: number of optimizer steps in an epoch, above 0.
         """
-        begin, end = round(self.begin_epoch * steps_per_epoch), round(self.end_epoch * steps_per_epoch)
+        # Rounded down, so that a moment before the end of the training is a step of it. 1e-6 is for 28.999999999999996.
+        begin, end = (math.floor(epoch * steps_per_epoch + 1e-6) for epoch in (self.begin_epoch, self.end_epoch))
         if not begin <= step <= end or ((step - begin) % self.every_n_steps and step != end):
             return None
-        progress = (step - begin) / max(end - begin, 1)
+        progress = (step - begin) / (end - begin) if begin < end else 1.0
         return self.final + (self.initial - self.final) * (1 - progress) ** 3  # Zhu & Gupta, eq. 1
 
 

@@ -309,10 +309,23 @@ def _try_out(
             raise _DiffersError(f"it no longer runs ({failure})") from failure
     if error > _TOLERANCE:
         raise _DiffersError(f"its logits change by {error:.1e} of the largest")
+    # Training may run layers that the trace in eval mode has not seen, such as an auxiliary head.
+    if (why := _failure_in_training(thinned, images)) and not _failure_in_training(masked, images):
+        raise _DiffersError(f"it no longer runs in training ({why})")
     # Only blocks whose stated width was the width of their output: others mean something else by `out_channels`.
     return {
         name: new for name, new in new_widths.items() if new != widths[name] == net.get_submodule(name).out_channels
     }
+
+
+def _failure_in_training(net: nn.Module, images: Tensor) -> Exception | None:
+    """What a forward pass in train mode raises; ``None`` if it runs. The running statistics of ``net`` change."""
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            net.train()(images)
+    except Exception as failure:  # whatever the net raises at another width
+        return failure
+    return None
 
 
 def _run(net: nn.Module, images: Tensor) -> tuple[Tensor, dict[str, int]]:

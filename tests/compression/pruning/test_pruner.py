@@ -573,6 +573,14 @@ def test_gradual_follows_zhu_and_gupta(initial, begin_epoch, end_epoch, every):
     assert all(before < after for before, after in pairwise(found.values()))
 
 
+@pytest.mark.parametrize(("begin_epoch", "end_epoch"), [(0, 1.98), (1.976, 1.98), (0.29, 1.999)])
+def test_gradual_reaches_its_last_sparsity_before_the_end(begin_epoch, end_epoch):
+    """A moment within the last step of an epoch is that step, not the first of the next epoch."""
+    schedule = Gradual(0.8, begin_epoch, end_epoch, every_n_steps=100)
+    found = [schedule.sparsity_at(step, 20) for step in range(40)]
+    assert found[-1] == pytest.approx(0.8) and Gradual(0.8, 0.29, 2).sparsity_at(29, 100) == 0
+
+
 @pytest.mark.parametrize(
     "make",
     [
