@@ -53,7 +53,10 @@ def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
     quantizers["mse, full range"] = Quantizer(reduce_range=False)
     quantizers["bias correction"] = Quantizer(bias_correction=True)
     quantizers["mean-min-max, bias correction"] = Quantizer(observer="mean-min-max", bias_correction=True)
-    quantizers["4-bit weights"] = Quantizer(activations=False, weight_bits=4, weight_observer="mse")
+    quantizers["4-bit weights"] = Quantizer(
+        activations=False, weight_bits=4, weight_observer="mse", bias_correction=False, eight_bit_share=0
+    )
+    quantizers["4-bit weights, default"] = Quantizer(activations=False, weight_bits=4)
     quantizers["4-bit weights, bias correction"] = replace(quantizers["4-bit weights"], bias_correction=True)
     for name, quantizer in quantizers.items():
         files[f"project, {name}"] = fp32.with_name(f"{name}.onnx")

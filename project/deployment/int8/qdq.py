@@ -30,6 +30,9 @@ _MOVES = {"MaxPool", "Concat", "Flatten", "Reshape", "Transpose", "Squeeze", "Un
 _COMPUTES = {"AveragePool", "GlobalAveragePool", "ReduceMean", "Add", "Mul"}
 """Operations that have integer kernels and compute new values, so that their output has its own scale."""
 
+_SHAPE_INPUTS = {"Expand": 1, "Tile": 1, "Range": 0, "ConstantOfShape": 0}
+"""Operations that take the shape of their output as an input: index of the first of these inputs."""
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -60,6 +63,10 @@ class Layer:
         assert self.bias is not None
         return _constant(model.graph, self.bias)
 
+    def is_linear(self, model: "ModelProto") -> bool:
+        """Whether the layer is linear and no convolution."""
+        return _constant(model.graph, self.weight).ndim == 2
+
     def add_to_bias_(self, model: "ModelProto", values: Array) -> None:
         """Add one number for each output channel to the bias in ``model``."""
         from onnx import numpy_helper
@@ -75,7 +82,8 @@ class Plan:
     """Which layers get integer weights, which activations become integers, and which of these share a scale.
 
     Args:
-        layers: layers with integer weights, by the name of their output.
+        layers: layers with integer weights, by the name of their output. A layer whose input becomes no integer
+            computes in floating point.
         group_of: name of the group that shares a scale with a tensor, by the name of each tensor that becomes integers.
             A group is named after one of its tensors.
         sources_of: names of the tensors that together hold all values of a group, by the name of the group. The other
@@ -111,15 +119,18 @@ def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) 
 
     Without ``activations``, only the weights become integers.
     """
-    by_output = {layer.output: layer for layer in layers}
+    by_output = weights = {layer.output: layer for layer in layers}
     if not activations:
         return Plan(by_output, {}, {}, {})
     graph = model.graph
+    if _has_computed_shape(graph):
+        signed = _signed_conv_inputs(graph)
+        by_output = {name: layer for name, layer in weights.items() if layer.input not in signed}
     outputs = {value.name for value in graph.output}
     activation_of = _fused_activations(graph, by_output, outputs)
     # From the front of the graph: a tensor can be integers if one of the layers writes it, or if its node has an
     # integer kernel and reads integers only.
-    quantized = {layer.input for layer in layers}
+    quantized = {layer.input for layer in by_output.values()}
     tensors, fused = _activations(graph), set(activation_of.values())
     for node in graph.node:
         (target, *_) = node.output
@@ -144,7 +155,34 @@ def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) 
     sources_of: dict[str, tuple[str, ...]] = {}
     for name in sorted(quantized - moved):
         sources_of[group_of[name]] = (*sources_of.get(group_of[name], ()), name)
-    return Plan(by_output, group_of, sources_of, activation_of)
+    return Plan(weights, group_of, sources_of, activation_of)
+
+
+def _has_computed_shape(graph: "GraphProto") -> bool:
+    """Whether a node makes a tensor whose shape is computed from another shape, such as a class token for each image.
+
+    In such a graph OpenVINO 2026.4 ignores the zero point of a convolution's input, and gives wrong results without a
+    message. Matrix products are right.
+    """
+    constants = {tensor.name for tensor in graph.initializer}
+    shapes = [
+        name
+        for node in graph.node
+        if node.op_type in _SHAPE_INPUTS
+        for name in node.input[_SHAPE_INPUTS[node.op_type] :]
+    ]
+    return not set(shapes) <= constants
+
+
+def _signed_conv_inputs(graph: "GraphProto") -> set[str]:
+    """The tensors that a convolution reads and that may hold negative values, so that their zero point may not be 0."""
+    positive: set[str] = set()
+    for node in graph.node:
+        sources = node.input if node.op_type == "Concat" else node.input[:1]
+        moved = node.op_type in _MOVES | {"AveragePool", "GlobalAveragePool"} and set(sources) <= positive
+        if moved or node.op_type in ("Relu", "Sigmoid", "HardSigmoid"):
+            positive.add(node.output[0])
+    return {node.input[0] for node in graph.node if node.op_type == "Conv"} - positive
 
 
 def _has_integer_kernel(graph: "GraphProto", node: "NodeProto") -> bool:
@@ -215,7 +253,7 @@ def write_qdq(
     scales: Mapping[str, Scale],
     weights: Mapping[str, tuple[NDArray[np.int8], Array]],
     *,
-    num_bits: int = 8,
+    num_bits: Mapping[str, int],
 ) -> "ModelProto":
     """The model with integer weights and activations.
 
@@ -224,7 +262,7 @@ def write_qdq(
         plan: plan that :func:`plan_of` made for this model.
         scales: scale of each group of tensors, by the name of the group's tensor in ``plan.group_of``.
         weights: integers (output channels first) and scale of each channel, by the name of the layer.
-        num_bits: number of bits of a weight, 8 or 4.
+        num_bits: number of bits of a weight, 8 or 4, by the name of the layer.
     """
     import onnx
 
@@ -245,7 +283,7 @@ def write_qdq(
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend([*kept, *writer.tensors])
-    if num_bits == 4:
+    if 4 in num_bits.values():
         _raise_opset_(result, 21)
     return result
 
@@ -256,7 +294,7 @@ class _Writer:
     ``stands_for`` maps the name of each tensor that became integers to the dequantized tensor that is read instead.
     """
 
-    def __init__(self, plan: Plan, scales: Mapping[str, Scale], num_bits: int) -> None:
+    def __init__(self, plan: Plan, scales: Mapping[str, Scale], num_bits: Mapping[str, int]) -> None:
         self.plan, self.scales, self.num_bits = plan, scales, num_bits
         self.nodes: list[NodeProto] = []
         self.tensors: list[onnx.TensorProto] = []  # type: ignore[name-defined]  # noqa: F821
@@ -310,7 +348,7 @@ class _Writer:
         from onnx import TensorProto, helper, numpy_helper
 
         values = np.ascontiguousarray(np.moveaxis(integers, 0, layer.axis))
-        if self.num_bits == 4:
+        if self.num_bits[layer.name] == 4:
             values = values.astype(helper.tensor_dtype_to_np_dtype(TensorProto.INT4))  # two values in a byte
         name = layer.weight if f"{layer.weight}_dq" not in self.weight_of.values() else f"{layer.weight}_{layer.output}"
         names = [f"{name}_q", f"{name}_s", f"z{len(self.tensors)}"]
