@@ -14,6 +14,7 @@ from helpers.int8_nets import IMAGE_SHAPE, small_images, small_net
 from helpers.nets import NETS, images_for, masked_and_thinned
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
+from torch import nn
 
 from project.deployment.engines import onnx_engine, openvino_engine
 from project.deployment.int8.qdq import layers_of
@@ -172,6 +173,25 @@ def test_a_computed_shape_leaves_signed_convolutions_in_floats() -> None:
     for node in convolutions:
         assert node.input[0] not in makers or makers[node.input[0]].op_type != "DequantizeLinear"
     assert any(node.op_type == "QuantizeLinear" for node in quantized.graph.node)  # the linear layer is in integers
+
+
+def test_computed_weights_are_constants_with_the_names_of_their_layers() -> None:
+    """The exporter computes large weights, such as those of weight normalisation, at each run of the model."""
+
+    class Tokens(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 320, 3, padding=1, stride=4))
+            self.mlp = nn.Sequential(nn.Linear(320, 8), nn.GELU(), nn.Linear(8, 10))
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            return self.mlp(self.norm(images).relu().flatten(2).transpose(1, 2)).mean(1)
+
+    torch.manual_seed(0)
+    model = to_onnx(Tokens(), IMAGE_SHAPE)
+    quantized, layers = quantize(model, small_images(16).numpy(), MIN_MAX)
+    assert {layer.name: layer.num_bits for layer in layers} == {"norm": 8, "mlp.0": 8, "mlp.2": 8}
+    assert len(quantized.SerializeToString()) < 8640 + 320 * 8 + 80 + 320 * 8 + 4_000
 
 
 @pytest.mark.parametrize("num_bits", [8, 4])
