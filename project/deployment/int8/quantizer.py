@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 
 from project.deployment.int8.observers import Array, Method, Observer, Scale, round_weight
 from project.deployment.int8.qdq import Layer, Plan, layers_of, plan_of, with_outputs, write_qdq
+from project.deployment.int8.qdq import float_operations as float_operations  # export lists them
 
 if TYPE_CHECKING:
     from onnx import ModelProto

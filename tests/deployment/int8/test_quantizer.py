@@ -17,7 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from project.deployment.engines import onnx_engine, openvino_engine
-from project.deployment.int8.qdq import layers_of
+from project.deployment.int8.qdq import float_operations, layers_of
 from project.deployment.int8.quantizer import Quantizer, quantize, sensitivity
 from project.deployment.onnx_file import _only_weights_are_integers, to_onnx
 
@@ -173,6 +173,30 @@ def test_a_computed_shape_leaves_signed_convolutions_in_floats() -> None:
     for node in convolutions:
         assert node.input[0] not in makers or makers[node.input[0]].op_type != "DequantizeLinear"
     assert any(node.op_type == "QuantizeLinear" for node in quantized.graph.node)  # the linear layer is in integers
+
+
+def test_the_quantization_takes_over_a_relu6() -> None:
+    """Without it, each ReLU6 runs in floating point between two roundings, and the first covers a wider range."""
+    model, images = small_model("relu6"), small_images(64).numpy()
+    quantized, _ = quantize(model, images, MIN_MAX)
+    assert Counter(node.op_type for node in model.graph.node)["Clip"] == 2
+    assert not any(node.op_type == "Clip" for node in quantized.graph.node)
+    assert noise(run(quantized, images), run(model, images)) < 0.003
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("inception", []),
+        ("hard swish", ["2 HardSwish", "1 ReduceMean"]),
+        ("transposed", ["1 ConvTranspose", "1 Relu"]),
+        ("squeeze and excitation", ["1 Mul", "1 Sigmoid"]),
+        ("class token", ["2 Conv", "1 LayerNormalization", "1 Mul", "1 Sigmoid"]),
+    ],
+)
+def test_what_computes_in_floats_is_listed(name: str, expected: list[str]) -> None:
+    quantized, _ = quantize(small_model(name), small_images(64).numpy(), MIN_MAX)
+    assert float_operations(quantized) == expected
 
 
 def test_computed_weights_are_constants_with_the_names_of_their_layers() -> None:
