@@ -7,6 +7,11 @@ keeps the files, for example for a measurement on another machine.
     pip install -e '.[openvino]' nncf
     python scripts/compare_quantization.py --runs logs/fashion_mnist/version_0 logs/fashion_mnist/version_1
 
+``--nets`` takes narrow nets of torchvision and timm in place of runs, trains them for some seconds each on digits in
+colour, and prints a table by net:
+
+    python scripts/compare_quantization.py --nets
+
 With the following variable OpenVINO computes as on a processor without VNNI instructions. Its times are not those of
 such a processor:
 
@@ -53,7 +58,10 @@ def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
     quantizers["mse, full range"] = Quantizer(reduce_range=False)
     quantizers["bias correction"] = Quantizer(bias_correction=True)
     quantizers["mean-min-max, bias correction"] = Quantizer(observer="mean-min-max", bias_correction=True)
-    quantizers["4-bit weights"] = Quantizer(activations=False, weight_bits=4, weight_observer="mse")
+    quantizers["4-bit weights"] = Quantizer(
+        activations=False, weight_bits=4, weight_observer="mse", bias_correction=False, eight_bit_share=0
+    )
+    quantizers["4-bit weights, default"] = Quantizer(activations=False, weight_bits=4)
     quantizers["4-bit weights, bias correction"] = replace(quantizers["4-bit weights"], bias_correction=True)
     for name, quantizer in quantizers.items():
         files[f"project, {name}"] = fp32.with_name(f"{name}.onnx")
@@ -101,6 +109,63 @@ def quantize_nncf(source: Path, target: Path, calibration: np.ndarray) -> None:
     onnx.save(nncf.quantize(onnx.load(source), data, subset_size=len(calibration)), target)
 
 
+def compare_foreign(names: list[str], epochs: int, num_images: int, rounds: int) -> None:
+    """Train nets of torchvision and timm, quantize them, and print a table with fp32, our default files and NNCF's.
+
+    Raises:
+        ImportError: if timm is not installed.
+    """
+    from foreign_nets import NETS, ColourDigits, trained
+
+    data = ColourDigits()
+    data.setup("validate")
+    data.setup("test")
+    images, labels = test_images(data)
+    print("| net | file | bytes | engine | accuracy, % | ms, batch 1 | ms, batch 64 |")  # noqa: T201
+    print("| --- | --- | ---: | --- | ---: | ---: | ---: |")  # noqa: T201
+    for name in names or NETS:
+        net = trained(name, data, 3 * epochs if "ViT" in name else epochs)
+        with tempfile.TemporaryDirectory() as temporary:
+            fp32 = Path(temporary) / "fp32.onnx"
+            export_onnx(net, fp32, data.image_shape)
+            files, calibration = {"fp32": fp32}, data.sample(num_images)[0].contiguous().numpy()
+            for file, quantizer in (("int8", Quantizer()), ("4 bits", Quantizer(activations=False, weight_bits=4))):
+                files[file] = fp32.with_name(f"{file}.onnx")
+                onnx.save(quantize(onnx.load(fp32), calibration, quantizer)[0], files[file])
+            if NNCF:
+                files["NNCF"] = fp32.with_name("nncf.onnx")
+                quantize_nncf(fp32, files["NNCF"], calibration)
+            makers = {"ONNX Runtime": onnx_engine} | ({"OpenVINO": openvino_engine} if OPENVINO else {})
+            engines = {
+                f"{file} | {engine}": make(path) for engine, make in makers.items() for file, path in files.items()
+            }
+            times = measure(engines, data.image_shape, rounds=rounds) if rounds else {}
+            for slot, engine in engines.items():
+                file, _, engine_name = slot.partition(" | ")
+                accuracy = 100 * float(right_answers(engine, images, labels).double().mean())
+                spans = [
+                    f"{t.median_ms:.3g} ({t.p05_ms:.3g} to {t.p95_ms:.3g})"
+                    for b in (1, 64)
+                    if (t := times.get((slot, b)))
+                ]
+                cells = [
+                    name,
+                    file,
+                    f"{files[file].stat().st_size:,}",
+                    engine_name,
+                    f"{accuracy:.2f}",
+                    *(spans or ["", ""]),
+                ]
+                print("|", " | ".join(cells), "|", flush=True)  # noqa: T201
+
+
+def test_images(data: ImageDataModule) -> tuple[Tensor, Tensor]:
+    """All normalised test images and their labels."""
+    assert data.test_data is not None
+    pixels, labels, _ = data.test_data.__getitems__(list(range(len(data.test_data))))
+    return data.normalize(pixels.float().div_(255)), labels
+
+
 def right_answers(engine: Engine, images: Tensor, labels: Tensor) -> Tensor:
     """Whether the engine finds the right class, for each image: ``[N]``."""
     return torch.cat([engine(x).argmax(1) for x in images.split(500)]) == labels
@@ -136,20 +201,24 @@ def load(run: Run) -> tuple[torch.nn.Module, ImageDataModule]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", nargs="+", required=True, help="folders of trained runs")
+    parser.add_argument("--runs", nargs="+", help="folders of trained runs")
+    parser.add_argument("--nets", nargs="*", help="nets of scripts/foreign_nets.py to train and compare; none: all")
+    parser.add_argument("--epochs", type=int, default=8, help="epochs of --nets; transformers take three times as many")
     parser.add_argument("--images", type=int, default=512, help="number of calibration images")
     parser.add_argument("--rounds", type=int, default=30, help="number of timing rounds; 0 measures no times")
     parser.add_argument("--keep", type=Path, help="folder to keep the files in, with subfolders 1, 2 … for the runs")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
+    if (args.runs is None) == (args.nets is None):
+        parser.error("give --runs with folders of trained runs, or --nets for nets of torchvision and timm.")
+    if args.nets is not None:
+        return compare_foreign(args.nets, args.epochs, args.images, args.rounds)
     right: dict[str, list[Tensor]] = {}
     times: dict[tuple[str, int], list[float]] = {}
     sizes: dict[str, int] = {}
     for folder in args.runs:
         net, data = load(Run.find(folder))
-        assert data.test_data is not None
-        pixels, labels, _ = data.test_data.__getitems__(list(range(len(data.test_data))))
-        images = data.normalize(pixels.float().div_(255))
+        images, labels = test_images(data)
         with tempfile.TemporaryDirectory() as temporary:
             fp32 = Path(temporary) / "fp32.onnx"
             export_onnx(net, fp32, data.image_shape)

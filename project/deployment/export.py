@@ -77,12 +77,15 @@ class Exported:
             more.
         agreement: share of the compared images to which file and net give the same class, from 0 to 1.
         layers: number of bits and loss of each layer of an int8 file; empty for the other formats.
+        float_operations: operations of an int8 file that compute in fp32, such as ``19 HardSwish``. It is empty for the
+            other formats, and if only the weights are integers.
     """
 
     path: Path
     difference: float
     agreement: float
     layers: "tuple[QuantizedLayer, ...]" = ()
+    float_operations: tuple[str, ...] = ()
 
 
 def export(
@@ -124,6 +127,7 @@ def export(
     with torch.inference_mode():
         expected = net(images)
     layers: list[QuantizedLayer] = []
+    floats: list[str] = []
     found: list[Exported] = []
     write: Callable[[Path], object] = partial(_write_pt2, net, metadata)
     rows: list[Any] = []
@@ -150,7 +154,9 @@ def export(
                     "calibration is None, but onnx-int8 needs images to find its ranges: give training images."
                 )
             int8 = needed(_INT8, "--format onnx-int8")
-            model, layers = int8.quantize(model, calibration.contiguous().numpy(), quantizer or int8.Quantizer())
+            quantizer = quantizer or int8.Quantizer()
+            model, layers = int8.quantize(model, calibration.contiguous().numpy(), quantizer)
+            floats = int8.float_operations(model) if quantizer.activations else []
         note_(model, metadata.to_strings())
         write = partial(write_onnx, model)
 
@@ -166,7 +172,7 @@ def export(
                 f"of the largest logit on this processor ({cpu_abilities()}), more than the tolerance {limit:g}: "
                 f"{_REMEDY[format]}."
             )
-        found.append(Exported(Path(path), difference, agreement, tuple(layers)))
+        found.append(Exported(Path(path), difference, agreement, tuple(layers), tuple(floats)))
 
     write_whole(Path(path), write_and_check)
     if packed is not None:
@@ -247,6 +253,8 @@ def export_checkpoint(
         _tell_speed(net, exported.path, module.image_shape)
     if floats := [layer.name for layer in exported.layers if layer.num_bits == 32]:
         log.info("these layers stay in fp32: %s", ", ".join(floats))
+    if exported.float_operations:
+        log.info("these operations compute in fp32: %s", ", ".join(exported.float_operations))
     return exported
 
 

@@ -1,7 +1,9 @@
 """Write a net as an fp32 ONNX file (https://onnx.ai), and run ONNX files in ONNX Runtime (https://onnxruntime.ai)."""
 
+import ast
 import copy
 import os
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
@@ -41,7 +43,13 @@ def export_onnx(
 
 
 def to_onnx(net: nn.Module, image_shape: tuple[int, int, int]) -> "ModelProto":
-    """The net as an fp32 ONNX model with a dynamic batch size, without the exporter's notes."""
+    """The net as an fp32 ONNX model with a dynamic batch size, without the exporter's notes.
+
+    What depends on weights alone, such as weight standardisation and weight normalisation, is computed once here and
+    not at each run of the model. The exporter's optimizer does this only for small weights.
+    """
+    from onnxscript.optimizer import fold_constants, remove_unused_nodes
+
     net = copy.deepcopy(net).eval().to("cpu", torch.float32)
     images = torch.zeros(2, *image_shape)  # two images: the exporter would treat a batch size of 1 as a constant
     with torch.no_grad():
@@ -56,11 +64,32 @@ def to_onnx(net: nn.Module, image_shape: tuple[int, int, int]) -> "ModelProto":
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     assert program is not None
+    fold_constants(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+    remove_unused_nodes(program.model)
     model = program.model_proto
+    _name_weights_(model.graph)
     model.ClearField("doc_string")
     model.ClearField("metadata_props")
     _strip_(model.graph)
     return model
+
+
+def _name_weights_(graph: "GraphProto") -> None:
+    """Name each computed or transposed weight after its layer's module: ``blocks.0.mlp.fc1.weight``, not ``val_13``."""
+    names = {tensor.name for tensor in graph.initializer}
+    renamed: dict[str, str] = {}
+    for node in graph.node:
+        scopes = next((note.value for note in node.metadata_props if note.key == "pkg.torch.onnx.name_scopes"), "[]")
+        module = ast.literal_eval(scopes)[-2:-1]
+        weight = node.input[1] if node.op_type in ("Conv", "Gemm", "MatMul") else ""
+        if module and module[0] and weight in names and weight not in renamed and not weight.endswith(".weight"):
+            name = f"{module[0]}.weight"
+            renamed[weight] = name if name not in names else f"{module[0]}.{node.output[0]}.weight"
+            names.add(renamed[weight])
+    for tensor in graph.initializer:
+        tensor.name = renamed.get(tensor.name, tensor.name)
+    for node in graph.node:
+        node.input[:] = [renamed.get(name, name) for name in node.input]
 
 
 def note_(model: "ModelProto", strings: Mapping[str, str]) -> None:

@@ -130,6 +130,21 @@ class Torch(nn.Module):
         return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
 
 
+class ClassToken(nn.Module):
+    """Patches behind a token that is expanded to the number of images, so the graph computes a shape."""
+
+    def __init__(self, width: int = 24) -> None:
+        super().__init__()
+        self.stem, self.patches = nn.Conv2d(3, 8, 3, 1, 1), nn.Conv2d(8, width, 4, 4)
+        self.token = nn.Parameter(torch.randn(1, 1, width))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.patches(functional.silu(self.stem(images))).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(images.shape[0], -1, -1), x], 1)
+        return self.head(self.norm(x)[:, 3])
+
+
 NETS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 10)),
     "mlp": lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 64), nn.ReLU(), nn.Linear(64, 10)),
@@ -175,6 +190,8 @@ NETS: dict[str, Callable[[], nn.Module]] = {
         normed(3, 16, 3, stride=2), nn.ConvTranspose2d(16, 16, 2, 2), nn.ReLU(), normed(16, 16), head(16)
     ),
     "one-dimensional": lambda: nn.Sequential(normed(3, 16), ChannelAttention(), normed(16, 16), head(16)),
+    "odd rows": lambda: nn.Sequential(nn.Flatten(), nn.Linear(768, 57), nn.ReLU(), nn.Linear(57, 10)),
+    "class token": ClassToken,
     "attention": Attention,
     "attention of torch": Torch,
 }  # fmt: skip

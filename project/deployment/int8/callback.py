@@ -74,6 +74,8 @@ class PostTrainingQuantization(AfterFit):
             source: path of the checkpoint to export.
         """
         data = trainer.datamodule  # type: ignore[attr-defined]
+        if any("integer training" in getattr(callback, "stages", ()) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+            self.quantizer = self.quantizer.after_training()
         export_checkpoint(module, data, source, run.model_file("onnx"))
         exported, drop = self._quantize(run, module, data, source)
         accurate = [run.model_file("onnx"), *([exported.path] if drop <= self.max_drop else [])]

@@ -8,11 +8,14 @@ Three rules keep the graph fast and small:
 
 - If an operation only moves values (max pooling, concatenation, reshaping), its inputs and its output share one scale,
   so that nothing is rescaled. The branches of an Inception block write with the scale of their concatenation.
-- A ReLU whose output has zero point 0 is left out, because the quantization clips at 0 too.
+- A ReLU whose output has zero point 0 is left out, because the quantization clips at 0 too. So is a ReLU6 whose scale
+  ends at 6 or below.
 - Equal scales and zero points are stored once. A zero point is always given: without it ONNX Runtime 1.32 pools in
   floating point.
 """
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -29,6 +32,14 @@ _MOVES = {"MaxPool", "Concat", "Flatten", "Reshape", "Transpose", "Squeeze", "Un
 """Operations whose output holds only values of their inputs (or 0, which every scale represents exactly)."""
 _COMPUTES = {"AveragePool", "GlobalAveragePool", "ReduceMean", "Add", "Mul"}
 """Operations that have integer kernels and compute new values, so that their output has its own scale."""
+
+_NO_ARITHMETIC = (_MOVES - {"MaxPool", "Relu"}) | {
+    "QuantizeLinear", "DequantizeLinear", "Shape", "Gather", "Slice", "Split", "Expand", "Tile", "Cast", "Constant",
+    "ConstantOfShape", "Range", "Pad", "DepthToSpace", "SpaceToDepth",
+}  # fmt: skip
+"""Operations that move values or compute shapes."""
+_SHAPE_INPUTS = {"Expand": 1, "Tile": 1, "Range": 0, "ConstantOfShape": 0}
+"""Operations that take the shape of their output as an input: index of the first of these inputs."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,10 @@ class Layer:
         assert self.bias is not None
         return _constant(model.graph, self.bias)
 
+    def is_linear(self, model: "ModelProto") -> bool:
+        """Whether the layer is linear and no convolution."""
+        return _constant(model.graph, self.weight).ndim == 2
+
     def add_to_bias_(self, model: "ModelProto", values: Array) -> None:
         """Add one number for each output channel to the bias in ``model``."""
         from onnx import numpy_helper
@@ -75,19 +90,22 @@ class Plan:
     """Which layers get integer weights, which activations become integers, and which of these share a scale.
 
     Args:
-        layers: layers with integer weights, by the name of their output.
+        layers: layers with integer weights, by the name of their output. A layer whose input becomes no integer
+            computes in floating point.
         group_of: name of the group that shares a scale with a tensor, by the name of each tensor that becomes integers.
             A group is named after one of its tensors.
         sources_of: names of the tensors that together hold all values of a group, by the name of the group. The other
             tensors of the group are moved from these.
-        activation_of: name of the output of the ReLU behind a layer, by the layer's output; only if nothing else reads
-            that output.
+        activation_of: name of the output of the ReLU or ReLU6 behind a layer, by the layer's output; only if nothing
+            else reads that output.
+        most: largest value of each ReLU6 in ``activation_of``, by the name of its output.
     """
 
     layers: dict[str, Layer]
     group_of: dict[str, str]
     sources_of: dict[str, tuple[str, ...]]
     activation_of: dict[str, str]
+    most: dict[str, float]
 
 
 def layers_of(model: "ModelProto") -> list[Layer]:
@@ -111,15 +129,18 @@ def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) 
 
     Without ``activations``, only the weights become integers.
     """
-    by_output = {layer.output: layer for layer in layers}
+    by_output = weights = {layer.output: layer for layer in layers}
     if not activations:
-        return Plan(by_output, {}, {}, {})
+        return Plan(by_output, {}, {}, {}, {})
     graph = model.graph
+    if _has_computed_shape(graph):
+        signed = _signed_conv_inputs(graph)
+        by_output = {name: layer for name, layer in weights.items() if layer.input not in signed}
     outputs = {value.name for value in graph.output}
     activation_of = _fused_activations(graph, by_output, outputs)
     # From the front of the graph: a tensor can be integers if one of the layers writes it, or if its node has an
     # integer kernel and reads integers only.
-    quantized = {layer.input for layer in layers}
+    quantized = {layer.input for layer in by_output.values()}
     tensors, fused = _activations(graph), set(activation_of.values())
     for node in graph.node:
         (target, *_) = node.output
@@ -144,7 +165,35 @@ def plan_of(model: "ModelProto", layers: Sequence[Layer], *, activations: bool) 
     sources_of: dict[str, tuple[str, ...]] = {}
     for name in sorted(quantized - moved):
         sources_of[group_of[name]] = (*sources_of.get(group_of[name], ()), name)
-    return Plan(by_output, group_of, sources_of, activation_of)
+    most = {node.output[0]: end for node in graph.node if (end := _end_of_clip(graph, node)) is not None}
+    return Plan(weights, group_of, sources_of, activation_of, most)
+
+
+def _has_computed_shape(graph: "GraphProto") -> bool:
+    """Whether a node makes a tensor whose shape is computed from another shape, such as a class token for each image.
+
+    In such a graph OpenVINO 2026.4 ignores the zero point of a convolution's input, and gives wrong results without a
+    message. Matrix products are right.
+    """
+    constants = {tensor.name for tensor in graph.initializer}
+    shapes = [
+        name
+        for node in graph.node
+        if node.op_type in _SHAPE_INPUTS
+        for name in node.input[_SHAPE_INPUTS[node.op_type] :]
+    ]
+    return not set(shapes) <= constants
+
+
+def _signed_conv_inputs(graph: "GraphProto") -> set[str]:
+    """The tensors that a convolution reads and that may hold negative values, so that their zero point may not be 0."""
+    positive: set[str] = set()
+    for node in graph.node:
+        sources = node.input if node.op_type == "Concat" else node.input[:1]
+        moved = node.op_type in _MOVES | {"AveragePool", "GlobalAveragePool"} and set(sources) <= positive
+        if moved or node.op_type in ("Relu", "Sigmoid", "HardSigmoid") or _end_of_clip(graph, node) is not None:
+            positive.add(node.output[0])
+    return {node.input[0] for node in graph.node if node.op_type == "Conv"} - positive
 
 
 def _has_integer_kernel(graph: "GraphProto", node: "NodeProto") -> bool:
@@ -196,7 +245,7 @@ def _activations(graph: "GraphProto") -> set[str]:
 
 
 def _fused_activations(graph: "GraphProto", by_output: Mapping[str, Layer], outputs: set[str]) -> dict[str, str]:
-    """For each layer whose output is read by a ReLU and nothing else: the ReLU's output."""
+    """For each layer whose output is read by a ReLU or ReLU6 and nothing else: the output of this activation."""
     readers: dict[str, list[NodeProto]] = {}
     for node in graph.node:
         for name in node.input:
@@ -204,9 +253,20 @@ def _fused_activations(graph: "GraphProto", by_output: Mapping[str, Layer], outp
     fused = {}
     for output in by_output:
         nodes = readers.get(output, [])
-        if len(nodes) == 1 and nodes[0].op_type == "Relu" and output not in outputs:
+        if len(nodes) != 1 or output in outputs:
+            continue
+        if nodes[0].op_type == "Relu" or _end_of_clip(graph, nodes[0]) is not None:
             fused[output] = nodes[0].output[0]
     return fused
+
+
+def _end_of_clip(graph: "GraphProto", node: "NodeProto") -> float | None:
+    """The largest value that a ``Clip`` node lets pass, if its smallest is 0, such as 6 of ReLU6."""
+    constants = {tensor.name for tensor in graph.initializer}
+    if node.op_type != "Clip" or len(node.input) < 3 or not set(node.input[1:]) <= constants:
+        return None
+    low, high = (float(_constant(graph, name)) for name in node.input[1:])
+    return high if low == 0 else None
 
 
 def write_qdq(
@@ -215,7 +275,7 @@ def write_qdq(
     scales: Mapping[str, Scale],
     weights: Mapping[str, tuple[NDArray[np.int8], Array]],
     *,
-    num_bits: int = 8,
+    num_bits: Mapping[str, int],
 ) -> "ModelProto":
     """The model with integer weights and activations.
 
@@ -224,7 +284,7 @@ def write_qdq(
         plan: plan that :func:`plan_of` made for this model.
         scales: scale of each group of tensors, by the name of the group's tensor in ``plan.group_of``.
         weights: integers (output channels first) and scale of each channel, by the name of the layer.
-        num_bits: number of bits of a weight, 8 or 4.
+        num_bits: number of bits of a weight, 8 or 4, by the name of the layer.
     """
     import onnx
 
@@ -245,7 +305,7 @@ def write_qdq(
     kept = [tensor for tensor in graph.initializer if tensor.name in read]
     del graph.initializer[:]
     graph.initializer.extend([*kept, *writer.tensors])
-    if num_bits == 4:
+    if 4 in num_bits.values():
         _raise_opset_(result, 21)
     return result
 
@@ -256,7 +316,7 @@ class _Writer:
     ``stands_for`` maps the name of each tensor that became integers to the dequantized tensor that is read instead.
     """
 
-    def __init__(self, plan: Plan, scales: Mapping[str, Scale], num_bits: int) -> None:
+    def __init__(self, plan: Plan, scales: Mapping[str, Scale], num_bits: Mapping[str, int]) -> None:
         self.plan, self.scales, self.num_bits = plan, scales, num_bits
         self.nodes: list[NodeProto] = []
         self.tensors: list[onnx.TensorProto] = []  # type: ignore[name-defined]  # noqa: F821
@@ -267,16 +327,22 @@ class _Writer:
         self._dropped = {
             activation
             for activation in plan.activation_of.values()
-            if activation in plan.group_of and scales[plan.group_of[activation]].zero_point == 0
+            if activation in plan.group_of
+            and self._clips(plan.group_of[activation], plan.most.get(activation, math.inf))
         }
+
+    def _clips(self, group: str, most: float) -> bool:
+        """Whether the quantization of a group cuts off all values below 0 and above ``most``."""
+        scale = self.scales[group]
+        return scale.zero_point == 0 and 255 * scale.scale <= most * (1 + 1e-6)
 
     def add(self, node: "NodeProto") -> None:
         """Copy one node of the model. It reads the dequantized tensors in place of those that became integers."""
         import onnx
 
         (output, *_) = node.output
-        if node.op_type == "Relu" and output in self._dropped:
-            return  # the quantization after its layer clips at 0 already
+        if output in self._dropped:
+            return  # the quantization after its layer clips already
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
         copy.ClearField("name")
@@ -310,7 +376,7 @@ class _Writer:
         from onnx import TensorProto, helper, numpy_helper
 
         values = np.ascontiguousarray(np.moveaxis(integers, 0, layer.axis))
-        if self.num_bits == 4:
+        if self.num_bits[layer.name] == 4:
             values = values.astype(helper.tensor_dtype_to_np_dtype(TensorProto.INT4))  # two values in a byte
         name = layer.weight if f"{layer.weight}_dq" not in self.weight_of.values() else f"{layer.weight}_{layer.output}"
         names = [f"{name}_q", f"{name}_s", f"z{len(self.tensors)}"]
@@ -331,6 +397,30 @@ class _Writer:
                 self.tensors.append(numpy_helper.from_array(np.asarray(value), name))
                 self._constants.add(name)
         return list(constants)
+
+
+def float_operations(model: "ModelProto") -> list[str]:
+    """The operations of a quantized model that compute in floating point, such as ``19 HardSwish``; most first.
+
+    An operation that has an integer kernel computes in integers if its inputs are dequantized and its output is
+    quantized. Matrix products may have a floating point output. Operations that only move values or compute shapes are
+    left out.
+    """
+    makers = {name: node.op_type for node in model.graph.node for name in node.output}
+    makers |= {value.name: "" for value in model.graph.input}
+    readers: dict[str, set[str]] = {}
+    for node in model.graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    counts: Counter[str] = Counter()
+    for node in model.graph.node:
+        sources = {makers[name] for name in node.input if name in makers}
+        written = node.op_type in ("Gemm", "MatMul") or (
+            node.op_type in _MOVES | _COMPUTES | {"Conv"} and readers.get(node.output[0]) == {"QuantizeLinear"}
+        )
+        if node.op_type not in _NO_ARITHMETIC and not (written and sources == {"DequantizeLinear"}):
+            counts[node.op_type] += 1
+    return [f"{counts[kind]} {kind}" for kind in sorted(counts, key=lambda kind: (-counts[kind], kind))]
 
 
 def with_outputs(model: "ModelProto", names: Sequence[str]) -> "ModelProto":

@@ -24,12 +24,15 @@ from numpy.typing import NDArray
 
 from project.deployment.int8.observers import Array, Method, Observer, Scale, round_weight
 from project.deployment.int8.qdq import Layer, Plan, layers_of, plan_of, with_outputs, write_qdq
+from project.deployment.int8.qdq import float_operations as float_operations  # export lists them
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
 _BATCH = 32
 """Number of images in one call while the model is calibrated."""
+_FEW = 128
+"""Number of images for what runs the model once for each layer by default."""
 
 
 @dataclass(frozen=True)
@@ -55,8 +58,11 @@ class Quantizer:
         reduce_range: whether to choose eight-bit weights with which the sums of products cannot overflow on any
             processor. False keeps one more bit of the largest weights. That is correct on processors with VNNI and on
             ARM, and wrong on x86 processors without VNNI. Without ``activations`` it has no effect.
-        bias_correction: whether to correct each layer's bias by the mean error of its outputs, layer after layer. It
-            is meant for four bits.
+        bias_correction: whether to correct each layer's bias by the mean error of its outputs, layer after layer.
+            ``None`` corrects four bits, unless the net was trained with rounded weights.
+        eight_bit_share: share of the weights that get eight bits if ``weight_bits`` is 4, from 0 to 1. The layers that
+            change the outputs most for each weight come first, such as the first layer of a net. ``None`` is 0.1, or 0
+            if the net was trained with rounded weights.
         num_images: number of calibration images, taken from the training set without augmentation; 1 or more.
         exclude: regular expressions; a layer whose whole name matches one stays in fp32.
         first_layer: whether to quantize the first layer; false keeps it in fp32.
@@ -74,7 +80,8 @@ class Quantizer:
     weight_bits: int = 8
     activations: bool = True
     reduce_range: bool = True
-    bias_correction: bool = False
+    bias_correction: bool | None = None
+    eight_bit_share: float | None = None
     num_images: int = 512
     exclude: list[str] = field(default_factory=list)
     first_layer: bool = True
@@ -90,10 +97,21 @@ class Quantizer:
             raise ValueError(
                 f"percentile is {self.percentile:g}: choose a number above 50 and up to 100, such as 99.99."
             )
+        if self.eight_bit_share is not None and not 0 <= self.eight_bit_share <= 1:
+            raise ValueError(f"eight_bit_share is {self.eight_bit_share:g}: choose a number from 0 to 1, such as 0.1.")
         if self.num_images < 1:
             raise ValueError(f"num_images is {self.num_images}: choose 1 or more, such as 512; ranges need images.")
         if self.float_layers < 0:
             raise ValueError(f"float_layers is {self.float_layers}: choose 0 or more.")
+
+    @property
+    def corrects_bias(self) -> bool:
+        """Whether biases are corrected: as ``bias_correction`` says, or by default with four bits."""
+        return self.weight_bits == 4 if self.bias_correction is None else self.bias_correction
+
+    def after_training(self) -> "Quantizer":
+        """These settings for a net that was trained with rounded weights: by default they round as the training did."""
+        return replace(self, bias_correction=bool(self.bias_correction), eight_bit_share=self.eight_bit_share or 0.0)
 
 
 @dataclass(frozen=True)
@@ -145,11 +163,31 @@ def quantize(model: "ModelProto", images: Array, quantizer: Quantizer) -> tuple[
         raise ValueError("no layer is left to quantize: exclude fewer layers, or choose fewer float_layers.")
     plan = plan_of(model, wanted, activations=quantizer.activations)
     scales = _scales_of(plan, _calibrate(model, [plan], images, quantizer))
-    quantized = _quantize_layers(model, images, quantizer, wanted, plan, scales)
-    chosen = {layer.name for layer in wanted}
-    bits = [quantizer.weight_bits if layer.name in chosen else 32 for layer in layers]
-    rows = [QuantizedLayer(layer.name, b, losses.get(layer.name)) for layer, b in zip(layers, bits, strict=True)]
-    return quantized, rows
+    bits, measured = _bits_of(model, images, quantizer, wanted)
+    quantized = _quantize_layers(model, images, quantizer, bits, wanted, plan, scales)
+    losses = measured | losses
+    return quantized, [QuantizedLayer(layer.name, bits.get(layer.name, 32), losses.get(layer.name)) for layer in layers]
+
+
+def _bits_of(
+    model: "ModelProto", images: Array, quantizer: Quantizer, layers: Sequence[Layer]
+) -> tuple[dict[str, int], dict[str, float]]:
+    """The number of bits of each layer's weights, and the loss of each layer if it was measured."""
+    bits = dict.fromkeys((layer.name for layer in layers), quantizer.weight_bits)
+    if quantizer.weight_bits == 8:
+        return bits, {}
+    sizes = {layer.name: layer.rows(model).size for layer in layers}
+    # OpenVINO 2026.4 reads the second and all later rows wrongly if each row has an odd number of four-bit weights.
+    bits |= {layer.name: 8 for layer in layers if layer.is_linear(model) and layer.rows(model).shape[1] % 2}
+    room = (0.1 if quantizer.eight_bit_share is None else quantizer.eight_bit_share) * sum(sizes.values())
+    if min(sizes.values()) > room:
+        return bits, {}
+    losses = sensitivity(model, images[:_FEW], quantizer, layers)
+    for name in sorted(losses, key=lambda name: losses[name] / sizes[name], reverse=True):
+        if bits[name] == 4 and sizes[name] <= room:
+            bits[name] = 8
+            room -= sizes[name]
+    return bits, losses
 
 
 def sensitivity(
@@ -169,7 +207,8 @@ def sensitivity(
     losses = {}
     for layer, plan in zip(layers, plans, strict=True):
         scales = _scales_of(plan, found)
-        rough = _run(_quantize_layers(model, images, alone, [layer], plan, scales), [output], images)[output]
+        bits = {layer.name: quantizer.weight_bits}
+        rough = _run(_quantize_layers(model, images, alone, bits, [layer], plan, scales), [output], images)[output]
         losses[layer.name] = float(((rough - exact) ** 2).mean() / exact.var())
     return losses
 
@@ -199,20 +238,23 @@ def _quantize_layers(
     model: "ModelProto",
     images: Array,
     quantizer: Quantizer,
+    bits: Mapping[str, int],
     layers: Sequence[Layer],
     plan: Plan,
     scales: Mapping[str, Scale],
 ) -> "ModelProto":
-    weights = {layer.name: _integers_of(model, layer, quantizer, plan, scales) for layer in layers}
+    weights = {layer.name: _integers_of(model, layer, quantizer, bits[layer.name], plan, scales) for layer in layers}
 
     def written(source: "ModelProto") -> "ModelProto":
-        return write_qdq(source, plan, scales, weights, num_bits=quantizer.weight_bits)
+        return write_qdq(source, plan, scales, weights, num_bits=bits)
 
-    return written(_corrected(model, written, layers, images)) if quantizer.bias_correction else written(model)
+    if not quantizer.corrects_bias:
+        return written(model)
+    return written(_corrected(model, written, layers, images if quantizer.bias_correction else images[:_FEW]))
 
 
 def _integers_of(
-    model: "ModelProto", layer: Layer, quantizer: Quantizer, plan: Plan, scales: Mapping[str, Scale]
+    model: "ModelProto", layer: Layer, quantizer: Quantizer, num_bits: int, plan: Plan, scales: Mapping[str, Scale]
 ) -> tuple[NDArray[np.int8], Array]:
     """A layer's integer weight, output channels first, and the scale of each channel.
 
@@ -226,7 +268,7 @@ def _integers_of(
         smallest = torch.from_numpy(np.abs(layer.bias_of(model)) / np.float32(scales[group].scale * 2**30))
     integers, steps = round_weight(
         torch.from_numpy(layer.rows(model).copy()),
-        quantizer.weight_bits,
+        num_bits,
         quantizer.weight_observer,
         reduce_range=quantizer.reduce_range and quantizer.activations,
         smallest=smallest,
