@@ -1,4 +1,4 @@
-"""The table of nets and techniques (scripts/any_net.py): how a cell is judged, the page, and the table of a few nets."""
+"""The table of nets and techniques (scripts/any_net.py): how cells are judged, the page, the table of a few nets."""
 
 import os
 import subprocess
@@ -90,7 +90,10 @@ def test_equal_looks_at_every_tensor():
 
 
 def test_the_page_has_all_cells_and_footnotes():
-    cells = [Cell("fit", "works", "90.0 %", 2.0, 700), Cell("winograd", "refused", "Net has no 3x3\nlayer: leave it out")]
+    cells = [
+        Cell("fit", "works", "90.0 %", 2.0, 700),
+        Cell("winograd", "refused", "Net has no 3x3\nlayer: leave it out"),
+    ]
     rows = [Row("resnet18", cells, 10, (3, 32, 32), 500, 550), Row("vit", [Cell("fit", "works", "80 %")])]
     text = any_net.to_markdown(rows, ["fit", "winograd"], "python scripts/any_net.py")
     assert "| resnet18 | 90.0 % | refused (1) |" in text and "| vit | 80 % | **failed** (2) |" in text
