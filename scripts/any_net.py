@@ -167,7 +167,7 @@ TECHNIQUES: dict[str, list[dict[str, Any]]] = {
     "ternary": [callback("TernaryWeights")],
     "four bits": [
         callback("QuantizationAwareTraining", weight_bits=4, activations=False),
-        callback("PostTrainingQuantization", quantizer=FOUR_BITS, max_drop=0.05, latency=False),
+        callback("PostTrainingQuantization", quantizer=FOUR_BITS, max_drop=1.0, latency=False),
     ],
     "winograd": [callback("WinogradConvolutions", algorithm="f4", batch_size=8, rounds=1, latency=False)],
 }
@@ -489,7 +489,7 @@ REMEDY = re.compile(
 def run_cell(work: Any, name: str) -> Cell:
     """Run one cell, and judge what it ends with."""
     start, steps = time.process_time(), Steps.num
-    signal.alarm(MAX_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # ends the process; it counts processor time
     try:
         cell = Cell(name, "works", getattr(work, name)())
     except Wrong as error:
@@ -503,7 +503,7 @@ def run_cell(work: Any, name: str) -> Cell:
             cell = Cell(name, "refused", text)
             if fault := fault_of(text, work, Steps.num - steps):
                 cell = Cell(name, "failed", f"refused {fault}: {text}")
-    signal.alarm(0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
     cell.seconds = time.process_time() - start
     cell.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     if cell.peak_mb > MAX_MEMORY_MB:
@@ -606,7 +606,7 @@ def row_of(name: str, cells: Sequence[str], options: Sequence[str]) -> Row:
     else:
         begun = next((line["begin"] for line in reversed(lines) if "begin" in line), cells[0])
         last = next(iter(done.stderr.strip().splitlines()[-1:]), "")
-        how = "it took too long" if done.returncode == -signal.SIGALRM else f"exit status {done.returncode}, {last}"
+        how = "it took too long" if done.returncode == -signal.SIGPROF else f"exit status {done.returncode}, {last}"
         row.cells = [cell for cell in row.cells if cell.name != begun] + [Cell(begun, "failed", f"it ended: {how}")]
     if any(row.failures):
         say(done.stderr.strip())
@@ -642,6 +642,7 @@ def to_markdown(rows: Sequence[Row], cells: Sequence[str], command: str) -> str:
         costs.append(markdown_line([row.net, *values, f"{peak:.0f}", f"{row.after_mb - row.before_mb:+.0f}"]))
     counts = [sum(cell.status == status for row in rows for cell in row.cells) for status in ("works", "refused")]
     return PAGE.format(
+        rooms=", ".join(ROOMS),
         command=command,
         day=date.today(),
         machine=f"{machine['cpu']}, one thread, {', '.join(packages)}",
@@ -654,7 +655,12 @@ def to_markdown(rows: Sequence[Row], cells: Sequence[str], command: str) -> str:
     )
 
 
-PAGE = """<!-- room: compression, deployment -->
+ROOMS = [
+    *(f"compression/{name}" for name in ("pruning", "thinning", "weight_sharing", "low_rank", "low_bit", "qat")),
+    *("compression/winograd", "deployment/int8", "deployment/packed", "deployment/benchmark"),
+]
+"""Folders of the package without which the page has no use."""
+PAGE = """<!-- room: {rooms} -->
 # Any net: what works
 
 `{command}`, {day}, {machine}. The command ends with status 1 if a cell fails.
