@@ -732,7 +732,12 @@ def main() -> None:
             args.keep.mkdir(parents=True, exist_ok=True)
             kept.write_text(json.dumps(asdict(rows[-1]), indent=1), encoding="utf-8")
         say(f"{time.perf_counter() - start:5.0f} s  {name}: {', '.join(cell.status for cell in rows[-1].cells)}")
-    command = shlex.join(["python", "scripts/any_net.py", *sys.argv[1:]])
+    words = ["python", "scripts/any_net.py"]  # without the places of files
+    for option in ("nets", "cells", "epochs", "batches"):
+        value = getattr(args, option)
+        if value != parser.get_default(option):
+            words += [f"--{option}", *map(str, value if isinstance(value, list) else [value])]
+    command = shlex.join(words)
     args.output.write_text(to_markdown(rows, cells, command), encoding="utf-8")
     failures = [failure for row in rows for failure in row.failures]
     say("\n".join(failures) or f"no failure: {args.output}")
