@@ -327,7 +327,7 @@ class Work:
             self.logits(self.file(self.dense, format).logits), self.logits(self.net(self.dense.best_checkpoint))
         )
         must(error <= TOLERANCE[format], f"its logits differ by {error:.1e} of the largest")  # type: ignore[index]
-        return f"{error:.0e}"
+        return f"{short(error)}"
 
     # -- the cells ------------------------------------------------------------------------------------------------
 
@@ -363,7 +363,7 @@ class Work:
         must(abs(macs - counted) <= 0.01 * counted, f"{macs} multiply-accumulates, but torch counts {counted:.0f}")
         reached = 100 * float(row["test_accuracy"])
         must(abs(reached - self.accuracy(net)) < 0.6, f"its accuracy is {reached:.2f} %, not that of the checkpoint")
-        return f"{macs / 1e6:.1f} M MACs, {float(row['latency_ms_batch1']):.1f} ms"
+        return f"{macs / 1e6:.1f} M MACs"
 
     def weights(self) -> str:
         run = self.compress("weights")
@@ -384,7 +384,7 @@ class Work:
         must(error <= 1e-5, f"thinned and masked net differ by {error:.1e} of the largest logit")
         macs = [count_macs(net, self.data.image_shape) for net in (thinned, masked)]
         must(macs[0] < macs[1], "no unit was removed")
-        return f"{self.accuracy(thinned):.1f} %, {100 * macs[0] / macs[1]:.0f} % MACs, {error:.0e}"
+        return f"{self.accuracy(thinned):.1f} %, {100 * macs[0] / macs[1]:.0f} % MACs, {short(error)}"
 
     def sharing(self) -> str:
         on = ("--ckpt_path", self.dense.last_checkpoint, f"--trainer.max_epochs={self.epochs}")
@@ -428,7 +428,7 @@ class Work:
             return "0 layers"
         error = difference(self.logits(self.net(run.best_checkpoint)), self.logits(self.net(run.level_checkpoint(0))))
         must(error <= 1e-4, f"its logits differ by {error:.1e} of the largest from those of direct convolutions")
-        return f"{num} layers, {error:.0e}"
+        return f"{num} layers, {short(error)}"
 
     def resume(self) -> str:
         few = ("--trainer.limit_train_batches=3", "--trainer.max_epochs=2", "--trainer.test_after_fit=false")
@@ -467,6 +467,11 @@ WARMING = ("fit", "onnx", "pt2", "units", "four_bits")
 def difference(found: Tensor, wanted: Tensor) -> float:
     """The largest difference of a logit, as a share of the largest logit."""
     return float((found - wanted).abs().max() / wanted.abs().max())
+
+
+def short(error: float) -> str:
+    """A difference with one digit, such as 3e-7."""
+    return f"{error:.0e}".replace("e-0", "e-") if error else "0"
 
 
 def equal(one: Any, other: Any) -> bool:
@@ -676,7 +681,7 @@ from this fit and trains for a few batches more. So the accuracies show that a t
 
 - An accuracy is that of the test images. Int8 and four bits have that of the file and that of the fp32 net.
 - ONNX and pt2: largest difference between a logit of the file and of the net, as a share of the largest logit.
-- benchmark: multiply-accumulates of an image, within 1 % of those that torch counts, and the time of an image in torch.
+- benchmark: multiply-accumulates of an image, within 1 % of those that torch counts.
 - weights pruned: 70 % of the weights of each pruned layer are zero, at the places that the masks say.
 - units pruned, thinned: 30 % of the units of each layer are removed where this is possible; the
   multiply-accumulates that are left, and the largest difference of a logit between thinned and masked net (at most
