@@ -40,6 +40,7 @@ ELSEWHERE = {
 }
 """Beginnings of commands that are not run here, and why. Of pip, pytest, make and sbatch the arguments are checked."""
 PARSED = {
+    "any_net.py": "tests/test_any_net_table.py runs it",
     "benchmark_training.py": "a ratio of speeds needs long runs",
     "benchmark_winograd.py": "minutes; it has a kernel's layers at full size",
     "compare_quantization.py": "needs NNCF",

@@ -126,7 +126,7 @@ def add_step_row(
     run, data = run_of(trainer), trainer.datamodule  # type: ignore[attr-defined]
     assert run is not None
     net = load_net(module, step.checkpoint)
-    own_engines = engines(net, module.image_shape, names or _ENGINES)
+    own_engines = engines(net, module.image_shape, names or _ENGINES) if latency else {}
     named = {f"own {name}": function for name, function in own_engines.items()}  # the dense net's names differ
     own, reference = _beside_dense(run, module, step, named) if latency else ({}, {})
     row = describe(

@@ -228,29 +228,33 @@ def export_checkpoint(
         data.setup("validate")
     assert data.test_data is not None
     pixels, *_ = data.test_data.__getitems__(list(range(min(num_images, len(data.test_data)))))
-    exported = export(
-        net,
-        path,
-        Metadata(module.class_names, module.image_shape, module.mean, module.std),
-        data.normalize(pixels.float().div_(255)),
-        format=format,
-        tolerance=tolerance,
-        calibration=data.sample(quantizer.num_images)[0] if quantizer and format == "onnx-int8" else None,
-        quantizer=quantizer,
-        fp32=fp32,
-        recipe=recipe,
-    )
-    log.info(
-        "%s: %d bytes; on %d test images a logit differs by at most %.2g of the largest, and %.1f %% of the images "
-        "get the same class",
-        exported.path,
-        exported.path.stat().st_size,
-        len(pixels),
-        exported.difference,
-        100 * exported.agreement,
-    )
-    if compare_speed and format == "onnx-int8" and quantizer is not None and quantizer.activations:
-        _tell_speed(net, exported.path, module.image_shape)
+    with tempfile.TemporaryDirectory() as folder:
+        if format == "onnx-int8" and fp32 is None:  # once, for the int8 file and for the comparison of speeds
+            fp32 = Path(folder) / "fp32.onnx"
+            export_onnx(net, fp32, module.image_shape)
+        exported = export(
+            net,
+            path,
+            Metadata(module.class_names, module.image_shape, module.mean, module.std),
+            data.normalize(pixels.float().div_(255)),
+            format=format,
+            tolerance=tolerance,
+            calibration=data.sample(quantizer.num_images)[0] if quantizer and format == "onnx-int8" else None,
+            quantizer=quantizer,
+            fp32=fp32,
+            recipe=recipe,
+        )
+        log.info(
+            "%s: %d bytes; on %d test images a logit differs by at most %.2g of the largest, and %.1f %% of the images "
+            "get the same class",
+            exported.path,
+            exported.path.stat().st_size,
+            len(pixels),
+            exported.difference,
+            100 * exported.agreement,
+        )
+        if compare_speed and fp32 is not None and quantizer is not None and quantizer.activations:
+            _tell_speed(fp32, exported.path, module.image_shape)
     if floats := [layer.name for layer in exported.layers if layer.num_bits == 32]:
         log.info("these layers stay in fp32: %s", ", ".join(floats))
     if exported.float_operations:
@@ -258,13 +262,10 @@ def export_checkpoint(
     return exported
 
 
-def _tell_speed(net: nn.Module, int8: Path, image_shape: tuple[int, int, int]) -> None:
+def _tell_speed(fp32: Path, int8: Path, image_shape: tuple[int, int, int]) -> None:
     """Log how long 64 images take in int8 and in fp32 on this processor, in ONNX Runtime."""
-    with tempfile.TemporaryDirectory() as folder:
-        fp32 = Path(folder) / "fp32.onnx"
-        export_onnx(net, fp32, image_shape)
-        engines = {"int8": onnx_engine(int8), "fp32": onnx_engine(fp32)}
-        times = measure(engines, image_shape, batch_sizes=(64,), rounds=30, budget_s=2)
+    engines = {"int8": onnx_engine(int8), "fp32": onnx_engine(fp32)}
+    times = measure(engines, image_shape, batch_sizes=(64,), rounds=30, budget_s=2)
     fast, slow = times["int8", 64].median_ms, times["fp32", 64].median_ms
     log.info(
         "64 images take %.3g ms in int8 and %.3g ms in fp32 (ONNX Runtime, %s, %d threads)",

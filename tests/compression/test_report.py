@@ -1,11 +1,13 @@
 import csv
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+from project.compression import report
 from project.compression.report_rows import ReportRow, describe, read_report, to_markdown, weight_sparsity, write_report
 from project.deployment.latency import Latency
 
@@ -122,6 +124,25 @@ def test_table_shows_the_spread() -> None:
     assert "0.0123 (0.0110-0.0150)" in to_markdown(
         [ReportRow("a", latency_ms_batch1=0.0123, latency_ms_batch1_p05=0.011, latency_ms_batch1_p95=0.015)]
     )
+
+
+@pytest.mark.parametrize("latency", [False, True])
+def test_engines_are_built_for_latencies_alone(latency: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To build ONNX Runtime's engine takes an export, of a deep net ten seconds or more."""
+    built: list[nn.Module] = []
+    net, module = make_net(), SimpleNamespace(image_shape=(1, 4, 4))
+    trainer = SimpleNamespace(datamodule=None)
+    monkeypatch.setattr(report, "run_of", lambda trainer: SimpleNamespace(report=tmp_path / "report.csv"))
+    monkeypatch.setattr(report, "load_net", lambda module, path: net)
+    monkeypatch.setattr(report, "_accuracy", lambda *args: 0.5)
+    monkeypatch.setattr(report, "engines", lambda net, *args: built.append(net) or {})
+    monkeypatch.setattr(report, "_beside_dense", lambda *args: ({}, {}))
+    monkeypatch.setattr(report, "_publish", lambda trainer, rows, new: None)
+    monkeypatch.setattr(report, "read_report", lambda path: [])
+    checkpoint = tmp_path / "best.ckpt"
+    checkpoint.write_bytes(b"1")
+    report.add_step_row(trainer, module, report.Step("shared", checkpoint), latency=latency)  # type: ignore[arg-type]
+    assert bool(built) == latency
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from project.data import Digits
 from project.deployment.export import export_onnx
-from project.models import SmallInception
+from project.deployment.latency import Latency
+from project.models import Classifier, SmallInception
 
 SHAPE = (1, 8, 8)
 
@@ -144,3 +145,21 @@ def test_a_failed_export_keeps_the_old_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes"):
         export_onnx(SmallInception(10, SHAPE), tmp_path / "net.onnx", (3, 8, 8))
     assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("net.onnx", "old")]
+
+
+def test_int8_exports_the_net_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The int8 file and the comparison of its speed begin with one fp32 file."""
+    from project.deployment import export, onnx_file
+
+    module = Classifier(make(Depthwise, torch.zeros(2, *SHAPE)), 10, SHAPE)
+    calls: list[nn.Module] = []
+    to_onnx = onnx_file.to_onnx
+    for place in (export, onnx_file):
+        monkeypatch.setattr(place, "to_onnx", lambda net, shape: calls.append(net) or to_onnx(net, shape))
+    monkeypatch.setattr(export, "load_net", lambda module, path: module.net)
+    times = {("int8", 64): Latency(1, 1, 1, 1, 1), ("fp32", 64): Latency(2, 2, 2, 1, 1)}
+    monkeypatch.setattr(export, "measure", lambda *args, **options: times)
+    target = tmp_path / "model_int8.onnx"
+    options = {"format": "onnx-int8", "num_images": 4, "tolerance": 10.0}
+    export.export_checkpoint(module, Digits(), tmp_path / "best.ckpt", target, **options)  # type: ignore[arg-type]
+    assert len(calls) == 1 and target.is_file()

@@ -24,7 +24,7 @@ from project.compression.low_rank.rank_budget import Option, choose_within
 from project.compression.low_rank.thin_layers import Factorize
 from project.compression.low_rank.vbmf import vbmf_rank
 from project.compression.plain_layers import copy_of, name_layers, other_layers, read_by_torch
-from project.metrics.complexity import count_macs
+from project.metrics.complexity import complexity_by_layer, count_macs
 from project.models.known import KINDS
 
 log = logging.getLogger(__name__)
@@ -184,11 +184,13 @@ class Factorizer:
                 dense += own
                 least += min([own, *(positions[name].macs(weight, kind, ranks) for kind, ranks in known)])
             if whole - dense + least > self.macs_left * whole:
+                rows = [row for row in complexity_by_layer(net, image_shape) if row.name not in weights and row.macs]
+                largest = max(rows, key=lambda row: row.macs).name if rows else ""
                 raise ValueError(
                     f"macs_left is {self.macs_left:g}, but at least {(whole - dense + least) / whole:.3g} of the net's "
-                    f"multiply-accumulates stay: {(whole - dense) / whole:.3g} are in layers that are not factorised, "
-                    f"and {least / whole:.3g} are in the others at their lowest ranks. Raise macs_left, lower "
-                    "round_to, or exclude fewer layers."
+                    f"multiply-accumulates stay: {(whole - dense) / whole:.3g} are in {len(rows)} layers that are not "
+                    f"factorised{f' (the largest is {largest})' if rows else ''}, and {least / whole:.3g} are in the "
+                    "others at their lowest ranks. Raise macs_left, lower round_to, or exclude fewer layers."
                 )
         return weights
 

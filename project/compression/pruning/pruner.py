@@ -183,7 +183,12 @@ class Pruner:
         else:
             units, reasons = look_at_units(net, image_shape)
             refused = {name: reasons.get(name, "it is not traced") for name in chosen if name not in units}
-            if refused and (self.exclude is not None or len(refused) == len(chosen)):
+            if refused and len(refused) == len(chosen):
+                raise ValueError(
+                    f"{type(net).__name__} has no layer left whose units can be removed: {name_layers(refused)}. Prune "
+                    "its weights (structure: weights), or include other layers."
+                )
+            if refused and self.exclude is not None:
                 name, reason = next(iter(refused.items()))
                 raise ValueError(f"units of {name} can not be removed: {reason}. Add this layer to exclude.")
             if refused:

@@ -620,6 +620,7 @@ def test_without_exclude_the_layers_whose_units_stay_are_named_and_the_rest_is_p
     groups = Pruner(structure="units").groups(Grouped(), (3, 8, 8))
     assert [group.layer for group in groups] == ["back"]
     assert "wide (deep (Conv2d) is a grouped convolution)" in caplog.text
-    for options in ({"exclude": ["head"]}, {"include": ["deep"]}):
-        with pytest.raises(ValueError, match=r"units of .* can not be removed: .* is a grouped convolution. Add"):
-            Pruner(structure="units", **options).groups(Grouped(), (3, 8, 8))
+    with pytest.raises(ValueError, match=r"units of .* can not be removed: .* is a grouped convolution. Add"):
+        Pruner(structure="units", exclude=["head"]).groups(Grouped(), (3, 8, 8))
+    with pytest.raises(ValueError, match=r"Grouped has no layer left .*: deep \(.* is a grouped .*structure: weights"):
+        Pruner(structure="units", include=["deep"]).groups(Grouped(), (3, 8, 8))
