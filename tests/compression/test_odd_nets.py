@@ -196,9 +196,8 @@ def test_the_trace_of_a_swin_transformer_ends():
 def test_a_net_that_is_mostly_its_head_says_what_is_left():
     net = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 8, 1), nn.Flatten(), nn.Linear(8 * 256, 200))
     for check in (Factorizer(num_images=0).check, Factorizer(num_images=0).plan):
-        with pytest.raises(
-            ValueError, match=r"macs_left is 0\.5, but at least 1 of the net's.*0\.982 are in 2 layers .*the largest is 3"
-        ):
+        words = r"macs_left is 0\.5, but at least 1 of the net's.*0\.982 are in 2 layers .*the largest is 3"
+        with pytest.raises(ValueError, match=words):
             check(net, SHAPE)
     with pytest.raises(ValueError, match="has no layer that can be factorised"):
         Factorizer(num_images=0).check(copy.deepcopy(net[:1]), SHAPE)
