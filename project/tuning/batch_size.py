@@ -70,7 +70,8 @@ def find_batch_size(
         datamodule: data module that gives the training images.
         mode: ``power`` doubles the size until a step fails. ``binsearch`` then also tries sizes between the last one
             that fitted and the one that failed.
-        first: batch size of the first try; from 1 to ``largest``. If it fails, it is halved until a size fits.
+        first: batch size of the first try, 1 or more; ``largest`` where that is smaller. If it fails, it is halved
+            until a size fits.
         largest: largest batch size to try; 1 or more. ``None`` takes the size of the training set.
         patience_s: number of seconds after which a try counts as failed, above 0. A size gets more time if that is
             expected from the smaller sizes. The limit holds in another process only.
@@ -81,8 +82,10 @@ def find_batch_size(
     datamodule.setup("fit")
     most = len(datamodule.train_data)
     largest = most if largest is None else min(largest, most)
-    if not 0 < first <= largest:
-        raise ValueError(f"first is {first}: choose a batch size from 1 to {largest}.")
+    for name, value in (("first", first), ("largest", largest)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}: choose a batch size of 1 or more.")
+    first = min(first, largest)
     if patience_s <= 0:
         raise ValueError(f"patience_s is {patience_s}: choose a number of seconds above 0.")
     if getattr(trainer, "configuration", None) is None:

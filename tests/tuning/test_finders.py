@@ -3,7 +3,10 @@
 import math
 import os
 import re
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,7 +104,13 @@ def test_each_proposed_size_was_tried(mode):
 
 @pytest.mark.parametrize(
     ("mode", "limit", "largest", "size"),
-    [("power", 40, None, 32), ("binsearch", 40, None, 40), ("power", 40, 38, 38), ("power", 35, 40, 32)],
+    [
+        ("power", 40, None, 32),
+        ("binsearch", 40, None, 40),
+        ("power", 40, 38, 38),
+        ("power", 35, 40, 32),
+        ("power", 40, 9, 9),
+    ],
 )
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_a_net_that_is_short_of_memory_gets_the_size_that_it_was_trained_with(tiny, mode, limit, largest, size):
@@ -120,6 +129,8 @@ def test_an_error_that_is_not_of_memory_is_told(tiny):
     data, net = tiny.data(), Narrow(limit=0, how="wrong")
     data.train_data = range(96)
     model = Classifier(net, 10, (1, 8, 8))
+    with pytest.raises(ValueError, match="largest is 0: choose a batch size of 1 or more"):
+        find_batch_size(tiny.trainer(), model, data, mode="power", first=16, largest=0)
     with pytest.raises(ValueError, match="batch size of 16 fails: shapes do not fit"):
         find_batch_size(tiny.trainer(), model, data, mode="power", first=16, largest=None)
     net.limit = 20
@@ -144,6 +155,7 @@ def test_a_step_takes_place_with_accumulated_gradients_too(tiny):
 OUTSIDE = """
 import os
 import time
+from pathlib import Path
 
 from torch import nn
 
@@ -173,6 +185,49 @@ def test_a_size_that_hangs_or_kills_the_process_does_not_fit(command, digits, lo
     assert re.search(r"batch_size 32$", out, re.MULTILINE) and reason in out
     assert time.perf_counter() - began < 300, "the net sleeps for 600 seconds"
     assert not list(logs.glob("*/version_*"))
+
+
+LIMITED = """
+import resource
+import sys
+from pathlib import Path
+
+from project.__main__ import main
+
+limit = int(sys.argv.pop(1))
+if limit:
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+try:
+    main()
+finally:
+    print(*[line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmPeak")])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells the largest address space")
+def test_a_limit_of_memory_is_found_in_a_run(digits, logs):
+    """Neither process hangs where the address space is limited, as by ``ulimit -v``."""
+
+    def run(limit, *options):
+        arguments = [*digits, "--model.net.init_args.width=4", "--trainer.kernels=off", *options]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        return subprocess.run(
+            [sys.executable, "-c", LIMITED, str(limit), "find_batch_size", *arguments],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+
+    free = run(0, "--largest=1")
+    assert free.returncode == 0, free.stderr
+    peak = 1024 * int(re.search(r"VmPeak:\s*(\d+) kB", free.stdout)[1])
+    done = run(peak + (256 << 20), "--first=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    size = int(re.search(r"--data.init_args.batch_size (\d+)$", done.stdout, re.MULTILINE)[1])
+    assert f"size {size} " in done.stdout and f"size {2 * size:<10} fails: " in done.stdout
 
 
 # -- learning rate ----------------------------------------------------------------------------------------------------
