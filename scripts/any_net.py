@@ -650,7 +650,9 @@ def to_markdown(rows: Sequence[Row], cells: Sequence[str], command: str) -> str:
         seconds = [cell.seconds for cell in row.cells]
         peak = max((cell.peak_mb for cell in row.cells), default=0)
         values = [f"{row.parameters:,}", "x".join(map(str, row.shape)), f"{sum(seconds):.0f}", f"{max(seconds):.0f}"]
-        costs.append(markdown_line([row.net, *values, f"{peak:.0f}", f"{row.after_mb - row.before_mb:+.0f}"]))
+        kept = row.after_mb - row.before_mb
+        mark = "**" if kept > MAX_GROWTH_MB else ""
+        costs.append(markdown_line([row.net, *values, f"{peak:.0f}", f"{mark}{kept:+.0f}{mark}"]))
     counts = [sum(cell.status == status for row in rows for cell in row.cells) for status in ("works", "refused")]
     return PAGE.format(
         rooms=", ".join(ROOMS),
@@ -706,7 +708,8 @@ from this fit and trains for a few batches more. So the accuracies show that a t
 
 Each net has a process of its own, which first trains and exports a small net. Peak is the largest memory of the
 process. Kept is the memory that it holds at the end beyond that after the small net, both after garbage collection and
-`malloc_trim`; it holds the libraries that later cells load, too. Seconds are processor time.
+`malloc_trim`; it holds the libraries that later cells load, too. What
+is above the limit of 200 MB is in bold and counts as a failure. Seconds are processor time.
 
 {costs}
 """
