@@ -8,9 +8,10 @@ do instead. Anything else is a failure, and the command then ends with status 1.
 
     python scripts/any_net.py
 
-Each net has a process of its own. It first trains and exports a small net, so that most libraries are loaded. The
-memory that the process then holds is compared with the memory that it holds after the last cell. Both are the resident
-memory after garbage collection, when the C library has given free pages back (``malloc_trim``). One thread is used.
+Each net has a process of its own. It first trains and exports a small net, so that most libraries are loaded, and at
+the end again, so that the last run is this one. The memory that the process holds is compared between the two. Both are
+the resident memory after garbage collection, when the C library has given free pages back (``malloc_trim``). One thread
+is used.
 """
 
 import argparse
@@ -543,17 +544,22 @@ def resident_mb() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
+def run_small_net(cells: Sequence[str], folder: Path) -> None:
+    """Train and export a small net, so that most libraries are loaded, and nothing else is kept than this net."""
+    folder.mkdir()
+    work = Work("small", WARM_UP, folder, batches=1, epochs=1)
+    for cell in WARMING:
+        if cell in cells:
+            run_cell(work, cell)
+
+
 def run_net(name: str, cells: Sequence[str], folder: Path, batches: int, epochs: int) -> None:
     """Run the cells of one net, and print a line of JSON for each, and one for the memory."""
     for logger in ("lightning.pytorch", "lightning.fabric", "project"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    warm = Work("warm_up", WARM_UP, folder, batches=1, epochs=1)
-    for cell in WARMING:
-        if cell in cells:
-            run_cell(warm, cell)
-    del warm
+    run_small_net(cells, folder / "first")
     before = resident_mb()
     work = Work(name, NETS[name], folder, batches, epochs)
     for cell in cells:
@@ -562,6 +568,7 @@ def run_net(name: str, cells: Sequence[str], folder: Path, batches: int, epochs:
     parameters = sum(parameter.numel() for parameter in work.model.net.parameters())
     shape = work.data.image_shape
     del work
+    run_small_net(cells, folder / "last")  # jsonargparse keeps the last run
     say({"parameters": parameters, "shape": shape, "before_mb": before, "after_mb": resident_mb()})
 
 
@@ -706,10 +713,10 @@ from this fit and trains for a few batches more. So the accuracies show that a t
 
 ## Memory and time
 
-Each net has a process of its own, which first trains and exports a small net. Peak is the largest memory of the
-process. Kept is the memory that it holds at the end beyond that after the small net, both after garbage collection and
-`malloc_trim`; it holds the libraries that later cells load, too. What
-is above the limit of 200 MB is in bold and counts as a failure. Seconds are processor time.
+Each net has a process of its own, which trains and exports a small net first, and again at the end. Peak is the largest
+memory of the process. Kept is by how much its memory grew from the first small net to the last one, both after garbage
+collection and `malloc_trim`. Libraries that the cells between them load count, too. More than 200 MB is in bold and
+counts as a failure. Seconds are processor time.
 
 {costs}
 """
