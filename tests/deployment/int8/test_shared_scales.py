@@ -26,7 +26,7 @@ FAST = {"pool into a concatenation", "signed values", "inception"}
 def test_no_tensor_is_clipped(name: str) -> None:
     """With ``min-max`` each quantized tensor lies within its scale on the calibration images, to half a step.
 
-    Only a ReLU that the quantization has taken over cuts off values, those below 0.
+    Only a ReLU or ReLU6 that the quantization has taken over cuts off values, those below 0.
     """
     images = small_images(64)
     model = to_onnx(small_net(name, images), IMAGE_SHAPE)
@@ -37,7 +37,7 @@ def test_no_tensor_is_clipped(name: str) -> None:
         for node in quantized.graph.node
         if node.op_type == "QuantizeLinear"
     }
-    rectified = {node.input[0] for node in model.graph.node if node.op_type == "Relu"}
+    rectified = {node.input[0] for node in model.graph.node if node.op_type in ("Relu", "Clip")}
     made = {value for node in model.graph.node for value in node.output}
     values = outputs_of(model, sorted(made & set(pairs)), images.numpy())
     for tensor, value in values.items():
