@@ -2,7 +2,7 @@
 
 It is a small data set for nets that take colour images, without a download: 1,797 images.
 
-    python scripts/colour_digits.py --folder colour_digits
+    python scripts/colour_digits.py
 """
 
 import argparse
@@ -12,10 +12,12 @@ import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
 
+from project.frame.paths import Paths
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("colour_digits"), help="folder to write; made if missing")
+    parser.add_argument("--folder", type=Path, default=Paths().data / "colour_digits", help="made if missing")
     folder = parser.parse_args().folder
     digits = load_digits()
     for number, (digit, label) in enumerate(zip(digits.images, digits.target, strict=True)):
