@@ -183,12 +183,11 @@ class IterativeMagnitudePruning(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, Classifier)
-        step = step_of(trainer, batch_idx)
         if self.after == "rewind" and not self.rewound and self._lengths.reaches_rewind_point(trainer):
             self.rewound = {name: value.clone() for name, value in pl_module.net.state_dict().items()}
-            self.rewound_at = step / steps_per_epoch(trainer)
+            self.rewound_at = step_of(trainer, batch_idx) / steps_per_epoch(trainer)
         if isinstance(self.schedule, Gradual) and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            target = self.schedule.sparsity_at(step, steps_per_epoch(trainer))
+            target = self.schedule.sparsity_at(step_of(trainer, batch_idx), steps_per_epoch(trainer))
             if target is not None:  # the schedule counts from the dense net, the pruner from what is left
                 self._prune(trainer, pl_module, share_to_take(self._share_gone(pl_module), target))
                 forget_best(trainer)
