@@ -6,8 +6,8 @@ when a technique is added or deleted, the others do not change.
 A callback may have two attributes:
 
 - ``stages``: words for what the callback does; other callbacks refer to them. These are in use: ``smaller net`` (the
-  weights or layers of the net change for good), ``pruning``, ``units removed at the end``, ``low rank``,
-  ``shared weights``, ``low bit``, ``integer training``, ``integer file``, ``own teacher`` and ``early stopping``.
+  weights or layers of the net change for good), ``pruning``, ``low rank``, ``shared weights``,
+  ``low bit``, ``integer training``, ``integer file``, ``own teacher`` and ``early stopping``.
 - ``company``: a :class:`Company` with the stages that the callback cannot run with and those that must come before or
   after it.
 """

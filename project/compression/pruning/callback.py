@@ -8,28 +8,31 @@
 """
 
 import logging
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor
 
 from project.callbacks.checkpoint import BestAndLast, forget_best, keep_best_as
 from project.callbacks.ema import EMA
 from project.callbacks.places import run_of, show_figure, tensorboard
-from project.compression.pruning.checkpoint import thin_checkpoint
+from project.compression.pruning.checkpoint import keep_fresh
 from project.compression.pruning.checks import check_end, check_run, check_trainer
 from project.compression.pruning.held_masks import HeldMasks, mask_gradients_
-from project.compression.pruning.masks import Group, Masks, apply_masks_, removed_units, sparsity, thinned_macs
-from project.compression.pruning.pruner import Pruner
+from project.compression.pruning.masks import Group, Masks, apply_masks_, removed_units, sparsity
+from project.compression.pruning.pruner import Pruner, Whole, num_weights
 from project.compression.pruning.round_lengths import After, RoundLengths, step_of, steps_per_epoch
 from project.compression.pruning.schedules import Gradual, Iterative, QualityFactors, Rounds, share_to_take
 from project.compression.report import Step, report_steps
+from project.compression.thinning.carry import thin_optimizers_, thin_state
+from project.compression.thinning.units import plan_thinning
 from project.data import ImageDataModule
 from project.deployment.report_plots import plot_levels
 from project.learning.classifier import Classifier
-from project.metrics.complexity import count_macs
 from project.models.layers import reinit_
 
 log = logging.getLogger(__name__)
@@ -38,13 +41,16 @@ log = logging.getLogger(__name__)
 class IterativeMagnitudePruning(Callback):
     """Trains the dense net for ``trainer.max_epochs``, then prunes and trains it again, round after round.
 
-    Each round begins with a new optimizer and a new learning-rate schedule. Masks keep the pruned weights at zero after
-    each optimizer step, also in EMA's averages. The run's checkpoints hold the masks and the number of the round, so
-    that a run continued by ``fit --resume`` ends in the same bits as a run that was not stopped.
+    Each round begins with a new optimizer and a new learning-rate schedule. Masks keep pruned weights at zero after each
+    optimizer step, also in EMA's averages. Pruned units are removed from the net at once, so that the next epochs cost
+    less; EMA's averages and the weights to rewind to lose the same units. The run's checkpoints hold the masks, the
+    removed units and the number of the round, so that a run continued by ``fit --resume`` ends in the same bits as a run
+    that was not stopped.
 
     Level 0 is the trained dense net, and level r is the net after round r. The best epoch of each level is kept as
-    ``checkpoints/level_<r>.ckpt``. ``best.ckpt`` is the best epoch of the last level. If ``max_time`` or another
-    callback ends the run early, there is no report and no thinning until the run is resumed and reaches its last epoch.
+    ``checkpoints/level_<r>.ckpt``. ``best.ckpt`` is the best epoch of the last level. If units were removed, a fit from it
+    (``--ckpt_path``) trains the smaller net with a new optimizer from epoch 0. If ``max_time`` or another callback ends
+    the run early, there is no report until the run is resumed and reaches its last epoch.
 
     Example::
 
@@ -72,9 +78,6 @@ class IterativeMagnitudePruning(Callback):
         rewind_to: moment of the dense training that ``rewind`` goes back to: ``0``, a step such as ``500it``, or an
             epoch such as ``2ep``. Anything but ``0`` needs ``after: rewind``.
         finetune_lr: factor on the learning rate in the rounds of ``finetune``, above 0.
-        thin: whether pruned units are removed for good at the end; it concerns ``structure: units`` only. ``best.ckpt``
-            then holds the smaller net. A fit from it (``--ckpt_path``) trains the smaller net with a new optimizer from
-            epoch 0.
         report: whether ``report.csv`` and ``report.md`` are written, with the accuracy of each level on validation and
             test images and its size.
         latency: whether the report has the latency of its first step (the dense net, if there are rounds) and of its
@@ -92,14 +95,13 @@ class IterativeMagnitudePruning(Callback):
         epochs_per_round: int | None = None,
         rewind_to: str = "0",
         finetune_lr: float = 0.1,
-        thin: bool = True,
         report: bool = True,
         latency: bool = True,
     ) -> None:
         self.schedule = schedule or Iterative()
         self.pruner = pruner or Pruner()
         self.after = after
-        self.thin, self.report, self.latency = thin, report, latency
+        self.report, self.latency = report, latency
         self._lengths = RoundLengths(after, epochs_per_round, rewind_to, finetune_lr)
         if isinstance(self.schedule, Gradual) and (after, epochs_per_round, finetune_lr) != ("finetune", None, 0.1):
             raise ValueError(
@@ -122,6 +124,8 @@ class IterativeMagnitudePruning(Callback):
         """For each finished level: ``sparsity`` and best ``score``; with the budget ``macs`` also ``macs_gone``, the
         share of the net's multiply-accumulates that thinning removes.
         """
+        self.whole: Whole | None = None
+        """The size of the net before the first pruning."""
         self._groups: list[Group] = []
         self._amounts: list[float] = []
         self._held = HeldMasks()
@@ -131,8 +135,7 @@ class IterativeMagnitudePruning(Callback):
     @property
     def stages(self) -> tuple[str, ...]:
         """The words by which other callbacks know this one, see :mod:`project.compression.company`."""
-        removed = self.pruner.structure == "units" and self.thin
-        return ("pruning", "smaller net", *(["units removed at the end"] if removed else []))
+        return ("pruning", "smaller net")
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -141,6 +144,7 @@ class IterativeMagnitudePruning(Callback):
         assert isinstance(pl_module, Classifier)
         fast = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         self.round, self.masks, self.rewound, self.rewound_at, self.levels = 0, {}, {}, 0.0, []
+        self.whole = None
         self._amounts = [] if isinstance(self.schedule, Gradual) or fast else self.schedule.amounts()
         self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
         check_end(self.schedule, self.pruner, self._groups, pl_module)
@@ -158,6 +162,8 @@ class IterativeMagnitudePruning(Callback):
         # A checkpoint may have changed the net's structure (fewer units, low-rank layers) after `setup` ran.
         if pl_module.surgeries:
             self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
+        if self.whole is None:
+            self.whole = self.pruner.size_of(pl_module.net, self._groups, pl_module.image_shape)
         if (
             self._amounts
             and self.after == "rewind"
@@ -179,7 +185,7 @@ class IterativeMagnitudePruning(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
-        pl_module.log("pruning/sparsity", sparsity(self.masks, pl_module.net), sync_dist=trainer.world_size > 1)
+        pl_module.log("pruning/sparsity", self._sparsity(pl_module), sync_dist=trainer.world_size > 1)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert isinstance(pl_module, Classifier)
@@ -217,10 +223,8 @@ class IterativeMagnitudePruning(Callback):
             if "macs_gone" in level:
                 name = f"pruned {100 * level['macs_gone']:.2f} % of MACs"
             steps.append(Step(name, run.level_checkpoint(number)))
-        if self.pruner.structure == "units" and self.thin:
-            removed = removed_units(self._groups, self.masks)
-            thin_checkpoint(pl_module, run.level_checkpoint(self.round), run.best_checkpoint, self.masks, removed)
-            steps.append(Step("thinned", run.best_checkpoint))
+        if self.pruner.structure == "units":
+            keep_fresh(pl_module, run.level_checkpoint(self.round), run.best_checkpoint)
         if self.report and isinstance(trainer.datamodule, ImageDataModule):  # type: ignore[attr-defined]
             report_steps(trainer, pl_module, steps, measured=[step.name for step in steps[-2:]] if self.latency else [])
 
@@ -242,12 +246,14 @@ class IterativeMagnitudePruning(Callback):
             "rewound": self.rewound,
             "rewound_at": self.rewound_at,
             "levels": self.levels,
+            "whole": None if self.whole is None else asdict(self.whole),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.round, self.masks = state_dict["round"], state_dict["masks"]
         self.rewound, self.levels = state_dict["rewound"], list(state_dict["levels"])
         self.rewound_at = state_dict.get("rewound_at", self.rewound_at)
+        self.whole = Whole(**state_dict["whole"]) if state_dict.get("whole") else None
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Set the phase of the checkpoint's round, before the optimizer of a resumed run is made."""
@@ -287,14 +293,20 @@ class IterativeMagnitudePruning(Callback):
         log.info("round %d of %d: %.2f %% of the %s pruned", self.round, len(self._amounts), share, counted)
 
     def _share_gone(self, module: Classifier) -> float:
-        """The share of the schedule's quantity that the present masks remove."""
-        return self.pruner.share_gone(module.net, self._groups, self.masks, module.image_shape)
+        """The share of the schedule's quantity that is gone."""
+        if self.pruner.structure == "weights":
+            return self.pruner.share_gone(module.net, self._groups, self.masks)
+        assert self.whole is not None
+        return 1 - self.pruner.size_of(module.net, self._groups, module.image_shape).counted / self.whole.counted
+
+    def _sparsity(self, module: Classifier) -> float:
+        """The share of the pruned layers' weights that are zero; of units, the share of the net's weights that are gone."""
+        if self.pruner.structure == "weights":
+            return sparsity(self.masks, module.net)
+        return 0.0 if self.whole is None else 1 - num_weights(module.net) / self.whole.weights
 
     def _prune(self, trainer: Trainer, module: Classifier, amount: float) -> None:
-        """Prune ``amount`` of what is left, and apply the new masks to the weights and to EMA's averages.
-
-        All processes get the masks of the first one.
-        """
+        """Prune ``amount`` of what is left. All processes get the masks of the first one."""
         images, labels = self._images(trainer, module) if self.pruner.needs_images else (None, None)
         masks = self.pruner.prune(
             module.net,
@@ -306,12 +318,30 @@ class IterativeMagnitudePruning(Callback):
             seed=hash((_seed(trainer), trainer.global_step)) % 2**32,  # a sum would repeat in runs of other seeds
             image_shape=module.image_shape,
         )
-        self.masks = trainer.strategy.broadcast(masks)
-        self.hold(trainer, module)
-        apply_masks_(module.net, self.masks)
-        for ema in _emas(trainer):
-            ema.mask_({f"net.{name}": mask for name, mask in self.masks.items()})
+        masks = trainer.strategy.broadcast(masks)
+        if self.pruner.structure == "units":
+            self._remove(trainer, module, removed_units(self._groups, masks))
+        else:
+            self.masks = masks
+            self.hold(trainer, module)
+            apply_masks_(module.net, self.masks)
+            for ema in _emas(trainer):
+                ema.mask_({f"net.{name}": mask for name, mask in self.masks.items()})
         self._draw_sparsity(trainer, module)
+
+    def _remove(self, trainer: Trainer, module: Classifier, removed: dict[str, list[int]]) -> None:
+        """Remove units from the net, the optimizer's state, EMA's averages and the weights to rewind to."""
+        plan = plan_thinning(module.net, removed, module.image_shape)
+        before = dict(module.net.named_parameters())
+        module.operate_(plan)
+        thin_optimizers_(trainer.optimizers, before, module.net, plan)
+        for ema in _emas(trainer):
+            ema.change_(lambda averages: thin_state(averages, plan, "net."))
+        self.rewound = thin_state(self.rewound, plan)
+        if isinstance(trainer.strategy, DDPStrategy):  # DDP holds the parameters that it was made with
+            trainer.strategy.model = module
+            trainer.strategy.configure_ddp()
+        self._groups = self.pruner.groups(module.net, module.image_shape)
 
     def hold(self, trainer: Trainer, module: Classifier) -> None:
         """Multiply the weights by the masks after each step of the present optimizer.
@@ -334,10 +364,9 @@ class IterativeMagnitudePruning(Callback):
         number = self.round
         best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
         score = None if best is None or best.best_model_score is None else float(best.best_model_score)
-        level: dict[str, Any] = {"sparsity": sparsity(self.masks, module.net), "score": score}
+        level: dict[str, Any] = {"sparsity": self._sparsity(module), "score": score}
         if self.pruner.budget == "macs":
-            thinned = thinned_macs(module.net, self._groups, self.masks, module.image_shape)
-            level["macs_gone"] = 1 - thinned / count_macs(module.net, module.image_shape)
+            level["macs_gone"] = self._share_gone(module)
         self.levels = [*self.levels[:number], level]
         if (run := run_of(trainer)) is None or best is None:
             return
@@ -349,15 +378,20 @@ class IterativeMagnitudePruning(Callback):
     def _draw_sparsity(self, trainer: Trainer, module: Classifier) -> None:
         """Write the sparsity of each layer to TensorBoard."""
         if (writer := tensorboard(trainer)) is not None:
+            assert self.whole is not None
             for group in self._groups:
-                share = sparsity({group.parameters[0]: self.masks[group.parameters[0]]}, module.net)
+                name = group.parameters[0]
+                if group.units is None or self.pruner.structure == "weights":
+                    share = sparsity({name: self.masks[name]}, module.net)
+                else:
+                    share = 1 - group.units.num / self.whole.units.get(group.layer, group.units.num)
                 writer.add_scalar(f"sparsity/{group.layer}", share, trainer.global_step)
 
     def _tell_that_it_stopped(self, trainer: Trainer) -> None:
         """Warn that the run ended before its last epoch, and say how to finish it."""
         timed = any(isinstance(callback, Timer) for callback in trainer.callbacks)  # type: ignore[attr-defined]
         log.warning(
-            "stopped after epoch %d of %s, before the pruning was over: there is no report and no thinned net yet. To "
+            "stopped after epoch %d of %s, before the pruning was over: there is no report yet. To "
             "finish, run fit --resume %s%s",
             trainer.current_epoch,
             trainer.max_epochs,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from project.compression.pruning.masks import Group, Masks
+from project.compression.thinning.units import Units
 
 
 @torch.no_grad()
@@ -28,28 +29,29 @@ def without_dead_ends(net: nn.Module, groups: Iterable[Group], masks: Mapping[st
         masks: the mask of each group's weight, in the shape of the weight.
     """
     masks = {name: mask.clone() for name, mask in masks.items()}
+    parameters = dict(net.named_parameters())
     groups = [group for group in groups if group.units is not None]
     found = True
     while found:  # a dead unit reads nothing, so that the units it read may be dead ends in the next pass
         found = False
         for group in groups:
-            unread = ~_read(group, masks)
-            for name in group.parameters:
-                mask = masks.setdefault(name, torch.ones_like(net.get_parameter(name)))
-                found |= bool(mask[unread].any())
-                mask[unread] = 0
+            assert group.units is not None
+            unread = ~_read(group.units, masks)
+            for name, dim in group.units.slices:
+                if (name, dim) not in group.units.read and name in parameters:
+                    mask = masks.setdefault(name, torch.ones_like(parameters[name]))
+                    indices = group.units.slices[name, dim].to(mask.device)[unread.to(mask.device)].flatten()
+                    found |= bool(mask.index_select(dim, indices).any())
+                    mask.index_fill_(dim, indices, 0)
     return masks
 
 
-def _read(group: Group, masks: Mapping[str, Tensor]) -> Tensor:
-    """For each unit of the group, whether a remaining weight reads it, ``[num]``."""
-    assert group.units is not None
-    device = masks[group.parameters[0]].device
-    read = torch.zeros(group.units.num, dtype=torch.bool, device=device)
-    for reader, pairs in group.units.inputs.items():
-        units, inputs = torch.tensor(pairs, device=device).T
-        if (mask := masks.get(f"{reader}.weight")) is None:  # this layer is not pruned and reads all its inputs
-            read[units] = True
-        else:  # [out, in, ...] -> [in]: does any weight that is left read this input?
-            read[units[mask.transpose(0, 1).flatten(1).any(1)[inputs]]] = True
+def _read(units: Units, masks: Mapping[str, Tensor]) -> Tensor:
+    """For each unit, whether a remaining weight reads it, or a norm's statistic, ``[num]``."""
+    read = torch.full((units.num,), units.mixed)
+    for name, dim in units.read:
+        if (mask := masks.get(name)) is None:  # this layer is not pruned and reads all its inputs
+            return torch.ones(units.num, dtype=torch.bool)
+        along = mask.movedim(dim, 0).flatten(1).any(1).cpu()  # does any weight that is left read this input?
+        read |= along[units.slices[name, dim]].any(1)
     return read

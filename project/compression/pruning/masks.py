@@ -1,19 +1,16 @@
 """Masks: tensors of 0 and 1 that multiply parameters, and how much of a net they remove.
 
-If single weights are pruned, a mask has the shape of its parameter. If units are pruned, a mask has one number for each
-unit, ``[num_units, 1, ...]``, and is broadcast over the weights of the unit.
+If single weights are pruned, a mask has the shape of its parameter. If units are pruned, a mask is broadcast to the
+shape of its parameter: it has a size of 1 in each dimension that loses nothing.
 """
 
 from collections.abc import Iterable, Mapping
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from project.compression.thinning.dependency_graph import UnitGroup
-from project.compression.thinning.thin import plan_thinning
-from project.metrics.complexity import count_macs
+from project.compression.thinning.units import Units
 
 Masks = dict[str, Tensor]
 """The mask of each parameter, by the parameter's name in ``net.named_parameters()``."""
@@ -33,25 +30,31 @@ class Group:
         ... )
         >>> for group in Pruner("units").groups(net, image_shape=(1, 12, 12)):
         ...     print(group.layer, group.parameters, group.readers)
-        2 ('2.weight', '2.bias') {'5': 16}
-        5 ('5.weight', '5.bias') {'7': 1}
+        0 ('0.weight', '0.bias', '2.weight') {'2': 1}
+        2 ('2.weight', '2.bias', '5.weight') {'5': 16}
+        5 ('5.weight', '5.bias', '7.weight') {'7': 1}
 
     Args:
         layer: the layer's name in ``net.named_modules()``.
-        parameters: names of the parameters that are masked; the first is the layer's weight.
-        coupled: names of other layers that have the same units, for example because a residual connection adds them
-            together.
-        readers: the layers that read the units, each with the number of its inputs that one unit fills (1, or several
-            if a channel is flattened). Empty for groups of single weights.
-        units: the layer's units and the inputs that read each of them, for groups of single weights that are pruned
-            with their dead ends. ``None`` if dead ends are not pruned, or if the readers are not known.
+        parameters: names of the parameters that are masked; the first is the layer's weight. For units, they include
+            the weights that read the units.
+        units: the layer's units. ``None`` for groups of single weights that are pruned without their dead ends, and if
+            the units are not known.
     """
 
     layer: str
     parameters: tuple[str, ...]
-    coupled: tuple[str, ...] = ()
-    readers: Mapping[str, int] = field(default_factory=dict)
-    units: UnitGroup | None = None
+    units: Units | None = None
+
+    @property
+    def coupled(self) -> tuple[str, ...]:
+        """Names of other layers that have the same units, for example because a residual connection adds them."""
+        return () if self.units is None else self.units.coupled
+
+    @property
+    def readers(self) -> Mapping[str, int]:
+        """The layers that read the units, each with the number of its inputs that one unit fills."""
+        return {} if self.units is None else self.units.readers
 
 
 @torch.no_grad()
@@ -66,28 +69,58 @@ def apply_masks_(net: nn.Module, masks: Mapping[str, Tensor]) -> None:
         torch._foreach_mul_([net.get_parameter(name) for name in masks], list(masks.values()))
 
 
+def unit_masks(net: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tensor]) -> Masks:
+    """The masks that set everything that belongs to the removed units to zero.
+
+    Args:
+        net: net that the groups belong to; only the shapes and types of its parameters matter.
+        groups: groups of units.
+        kept: whether each unit stays, bools ``[num_units]``, by the name of the group.
+    """
+    masks: Masks = {}
+    parameters = dict(net.named_parameters())
+    for group in groups:
+        assert group.units is not None
+        gone = (~kept[group.layer]).nonzero().flatten().cpu()
+        for (name, dim), indices in group.units.slices.items():
+            if (parameter := parameters.get(name)) is not None:
+                along = parameter.new_ones(parameter.shape[dim])
+                along[indices[gone].flatten().to(along.device)] = 0
+                along = along.view([-1 if each == dim else 1 for each in range(parameter.dim())])
+                masks[name] = masks[name] * along if name in masks else along
+    return masks
+
+
+def units_left(group: Group, masks: Mapping[str, Tensor]) -> Tensor:
+    """Whether the masks keep each unit of a group, bools ``[num_units]``.
+
+    Args:
+        group: a group of units.
+        masks: the mask of each pruned parameter, by its name; a parameter without a mask keeps all.
+    """
+    assert group.units is not None
+    (name, dim), indices = next(iter(group.units.slices.items()))
+    if name not in masks:
+        return torch.ones(group.units.num, dtype=torch.bool)
+    along = masks[name].movedim(dim, 0).flatten(1).any(1)
+    return along[indices[:, 0].to(along.device)]
+
+
 def removed_units(groups: Iterable[Group], masks: Mapping[str, Tensor]) -> dict[str, list[int]]:
-    """For each layer, the numbers of the units whose mask is 0, which thinning removes.
+    """For each layer, the numbers of the outputs whose mask is 0, which thinning removes.
 
     Args:
         groups: the groups of units that were pruned.
         masks: the mask of each pruned parameter, by the parameter's name.
     """
-    return {
-        layer: (masks[group.parameters[0]].flatten(1)[:, 0] == 0).nonzero().flatten().tolist()
-        for group in groups
-        if group.parameters[0] in masks
-        for layer in (group.layer, *group.coupled)
-    }
-
-
-def thinned_macs(
-    net: nn.Module, groups: Iterable[Group], masks: Mapping[str, Tensor], image_shape: tuple[int, int, int]
-) -> int:
-    """Multiply-accumulates for one image after the masked units are removed, counted while a thinned copy runs."""
-    small = deepcopy(net).cpu()
-    plan_thinning(small, removed_units(groups, masks), image_shape).apply_(small)
-    return count_macs(small, image_shape)
+    removed: dict[str, list[int]] = {}
+    for group in groups:
+        assert group.units is not None
+        indices = next(iter(group.units.slices.values()))
+        gone = indices[~units_left(group, masks).cpu()].flatten().tolist()
+        layer = group.units.layers[0]
+        removed[layer] = sorted([*removed.get(layer, []), *gone])
+    return removed
 
 
 def sparsity(masks: Mapping[str, Tensor], net: nn.Module) -> float:

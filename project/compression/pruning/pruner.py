@@ -14,6 +14,7 @@ masks of the call before.
 import logging
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -21,16 +22,33 @@ from torch import Tensor, nn
 
 from project.compression.plain_layers import check_weights, name_layers
 from project.compression.pruning.dead_ends import without_dead_ends
-from project.compression.pruning.masks import Group, Masks, sparsity
+from project.compression.pruning.masks import Group, Masks, sparsity, unit_masks, units_left
 from project.compression.pruning.saliency import Criterion, saliency_of_units, saliency_of_weights
 from project.compression.pruning.unit_budget import Macs, least_units, take_cheapest
-from project.compression.thinning.dependency_graph import UnitGroup, trace
-from project.compression.thinning.thin import look_at_units
+from project.compression.thinning.units import Units, look_at_units, trace
 
 log = logging.getLogger(__name__)
 
+_WEIGHT_LAYERS = (nn.Conv2d, nn.Linear)
+_UNIT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
+
 Scope = Literal["global", "layer", "deviation"]
 Budget = Literal["count", "effective", "macs"]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """The size of a net before a pruning.
+
+    Args:
+        counted: the quantity that the schedule's shares are shares of; see :attr:`Pruner.counted`.
+        weights: number of the net's weights without biases and norms.
+        units: number of units by the name of their group; empty for single weights.
+    """
+
+    counted: float
+    weights: int
+    units: dict[str, int]
 
 
 class Pruner:
@@ -59,9 +77,8 @@ class Pruner:
             reasons other than importance.
         include: regular expressions; a layer is pruned only if one of them is found in its name. Null includes all.
         exclude: regular expressions; a layer is not pruned if one of them is found in its name. Null excludes the head
-            (the last layer) and, for units, also the stem (the first layer) and the layers whose units cannot be
-            removed, which a log line names. With a list, such a layer is an error. Biases and norms are never pruned on
-            their own.
+            (the last layer). Layers whose units cannot be removed keep them, and a log line names them; it is an error
+            only if ``include`` names such a layer. Biases and norms are never pruned on their own.
         rates: factors, 0 or more, on the share that is pruned of the layers whose names match a regular expression, for
             the scopes ``layer`` and ``deviation``. The first match counts. Frankle & Carbin 2019 prune the output layer
             at half the rate: ``{fc3: 0.5}``.
@@ -129,7 +146,7 @@ class Pruner:
             )
         self.budget, self.round_to = budget, round_to or (8 if rounds else 1)
         self.structure, self.criterion, self.scope = structure, criterion, scope
-        self.include, self.exclude, self.rates = include or [".*"], exclude, rates or {}
+        self.include, self.exclude, self.rates = include, exclude, rates or {}
         self.keep, self.num_images = keep, num_images
 
     @property
@@ -160,51 +177,64 @@ class Pruner:
             ValueError: if a regular expression matches no layer, if no layer is left to prune, or if ``exclude`` is
                 given and the units of an included layer cannot be removed.
         """
-        layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-        for argument, patterns in (("include", self.include), ("exclude", self.exclude or []), ("rates", self.rates)):
+        kinds = _UNIT_LAYERS if self.structure == "units" else _WEIGHT_LAYERS
+        layers = [name for name, module in net.named_modules() if isinstance(module, kinds)]
+        for argument, patterns in (
+            ("include", self.include or []),
+            ("exclude", self.exclude or []),
+            ("rates", self.rates),
+        ):
             for pattern in patterns:
                 if not any(re.search(pattern, name) for name in layers):
                     raise ValueError(
                         f"{argument} has {pattern!r}, which finds no layer: choose among the layers {_some(layers)}."
                     )
         excluded = [f"^{re.escape(name)}$" for name in layers[-1:]] if self.exclude is None else self.exclude
-        if self.exclude is None and self.structure == "units":
-            excluded = [*excluded, f"^{re.escape(layers[0])}$"]
         chosen = [
             name
             for name in layers
-            if any(re.search(pattern, name) for pattern in self.include)
+            if any(re.search(pattern, name) for pattern in self.include or [".*"])
             and not any(re.search(pattern, name) for pattern in excluded)
         ]
         if self.structure == "weights":
             check_weights(net, chosen, "pruning")
-            known = trace(net, image_shape)[0] if self.budget == "effective" else {}
-            groups = [_group_of_weights(net, name, known.get(name)) for name in chosen]
+            known = trace(net, image_shape).groups if self.budget == "effective" else {}
+            groups = [_group_of_weights(net, name, known) for name in chosen]
         else:
-            units, reasons = look_at_units(net, image_shape)
-            refused = {name: reasons.get(name, "it is not traced") for name in chosen if name not in units}
-            if refused and len(refused) == len(chosen):
-                raise ValueError(
-                    f"{type(net).__name__} has no layer left whose units can be removed: {name_layers(refused)}. Prune "
-                    "its weights (structure: weights), or include other layers."
-                )
-            if refused and self.exclude is not None:
-                name, reason = next(iter(refused.items()))
-                raise ValueError(f"units of {name} can not be removed: {reason}. Add this layer to exclude.")
-            if refused:
-                log.info("these layers keep their units, which can not be removed: %s", name_layers(refused))
-            chosen = [name for name in chosen if name in units]
-            groups = []
-            for name in chosen:  # of coupled layers, the first stands for all
-                if not any(name in group.coupled for group in groups):
-                    weight = f"{name}.weight"
-                    others = tuple(parameter for parameter in units[name].parameters if parameter != weight)
-                    groups.append(Group(name, (weight, *others), units[name].coupled, units[name].readers))
+            groups = self._groups_of_units(net, chosen, excluded, image_shape)
         if not groups:
             raise ValueError(
-                f"no layer is left to prune with include {self.include} and exclude {excluded}: include more layers, "
-                "or exclude fewer."
+                f"no layer is left to prune with include {self.include or ['.*']} and exclude {excluded}: include more "
+                "layers, or exclude fewer."
             )
+        return groups
+
+    def _groups_of_units(
+        self, net: nn.Module, chosen: list[str], excluded: list[str], image_shape: tuple[int, int, int]
+    ) -> list[Group]:
+        """The groups of units with a chosen layer and without an excluded one."""
+        units, reasons = look_at_units(net, image_shape)
+        refused = {name: reasons[name] for name in chosen if name in reasons}
+        if refused and len(refused) == len(chosen):
+            raise ValueError(
+                f"{type(net).__name__} has no layer left whose units can be removed: {name_layers(refused)}. Prune its "
+                "weights (structure: weights), or include other layers."
+            )
+        if refused and self.include is not None:
+            name, reason = next(iter(refused.items()))
+            raise ValueError(
+                f"units of {name}, which include names, cannot be removed: {reason}. Take this layer out of include, or "
+                "add it to exclude."
+            )
+        if refused:
+            log.info("these layers keep their units, which cannot be removed: %s", name_layers(refused))
+        groups = []
+        for name, each in units.items():
+            kept = [other for other in each.layers if any(re.search(pattern, other) for pattern in excluded)]
+            if any(layer in chosen for layer in each.layers) and not kept:
+                parameters = dict(net.named_parameters())
+                names = tuple(dict.fromkeys(key for key, _ in each.slices if key in parameters))
+                groups.append(Group(name, names, each))
         return groups
 
     def prune(
@@ -249,14 +279,20 @@ class Pruner:
                 for layer in left
             }
         elif self.structure == "units":
-            macs = self._macs(net, groups, image_shape)
-            kept = take_cheapest(scores, left, amount, keep=self.keep, round_to=self.round_to, macs=macs)
+            cost = self._macs(net, groups, image_shape)
+            kept = take_cheapest(scores, left, amount, keep=self.keep, round_to=self._round_to(groups), cost=cost)
         else:
             kept = self._prune_global(scores, left, amount)
+        for group in groups:
+            if not kept[group.layer].any():
+                raise ValueError(
+                    f"the amount {amount:g} would take all {self.structure} of {group.layer}, so that nothing could "
+                    "pass through this layer: prune less, exclude the layer, set keep, or set scope: layer."
+                )
+        if self.structure == "units":
+            return unit_masks(net, groups, kept)
         masks = {
-            name: _shaped(kept[group.layer], net.get_parameter(name))
-            for group in groups
-            for name in (group.parameters if self.structure == "units" else group.parameters[:1])
+            group.parameters[0]: _shaped(kept[group.layer], net.get_parameter(group.parameters[0])) for group in groups
         }
         if self.budget == "effective":
             masks = without_dead_ends(net, groups, masks)
@@ -284,6 +320,18 @@ class Pruner:
         kept = {group.layer: int(_left(net, group, masks, self.structure).sum()) for group in groups}
         return self._share_without(net, groups, kept, image_shape)
 
+    def size_of(self, net: nn.Module, groups: list[Group], image_shape: tuple[int, int, int]) -> Whole:
+        """The present size of a net.
+
+        Args:
+            net: the net that is pruned.
+            groups: the groups that :meth:`groups` returned for this net.
+            image_shape: shape (C, H, W) of an image.
+        """
+        units = {g.layer: g.units.num for g in groups if g.units is not None and self.structure == "units"}
+        macs = self._macs(net, groups, image_shape) if self.budget == "macs" else None
+        return Whole(sum(units.values()) if macs is None else macs.total, num_weights(net), units)
+
     def most(self, net: nn.Module, groups: list[Group], image_shape: tuple[int, int, int] | None = None) -> float:
         """The largest share that the scope ``global`` can prune, whatever the scores are. See :meth:`share_gone`.
 
@@ -295,8 +343,9 @@ class Pruner:
         if self.structure == "weights":
             sizes = [net.get_parameter(group.parameters[0]).numel() for group in groups]
             return 1 - sum(round(self.keep * size) for size in sizes) / sum(sizes)
-        widths = {group.layer: len(net.get_parameter(group.parameters[0])) for group in groups}
-        least = {layer: min(least_units(width, self.keep, self.round_to), width) for layer, width in widths.items()}
+        widths = {group.layer: group.units.num for group in groups if group.units is not None}
+        round_to = self._round_to(groups)
+        least = {layer: min(least_units(width, self.keep, round_to[layer]), width) for layer, width in widths.items()}
         return self._share_without(net, groups, least, image_shape)
 
     def _share_without(
@@ -307,7 +356,7 @@ class Pruner:
         image_shape: tuple[int, int, int] | None,
     ) -> float:
         """The share that is gone if each group keeps this number of units."""
-        whole = {group.layer: len(net.get_parameter(group.parameters[0])) for group in groups}
+        whole = {group.layer: group.units.num for group in groups if group.units is not None}
         macs = self._macs(net, groups, image_shape)
         return 1 - (sum(kept.values()) / sum(whole.values()) if macs is None else macs(kept) / macs(whole))
 
@@ -316,7 +365,12 @@ class Pruner:
         if self.budget == "count":
             return None
         assert image_shape is not None, "multiply-accumulates depend on the image's size"
-        return Macs(net, image_shape, {g.layer: ((g.layer, *g.coupled), g.readers) for g in groups})
+        return Macs(net, image_shape, {g.layer: g.units for g in groups if g.units is not None})
+
+    def _round_to(self, groups: list[Group]) -> dict[str, int]:
+        """For each group the divisor of its number of units: a unit of several channels counts as so many."""
+        sizes = {g.layer: next(iter(g.units.slices.values())).shape[1] for g in groups if g.units is not None}
+        return {layer: max(self.round_to // size, 1) for layer, size in sizes.items()}
 
     def _scores(
         self, net: nn.Module, groups: list[Group], images: Tensor | None, labels: Tensor | None, seed: int
@@ -326,7 +380,7 @@ class Pruner:
             names = [group.parameters[0] for group in groups]
             scores = saliency_of_weights(net, names, self.criterion, images, labels, seed)
             return {group.layer: scores[group.parameters[0]] for group in groups}
-        units = {group.layer: group.parameters for group in groups}
+        units = {group.layer: group.units for group in groups if group.units is not None}
         scores = saliency_of_units(net, units, self.criterion, images, labels, seed)
         if self.criterion == "magnitude" and self.scope == "global":
             return {layer: score / score.mean().clamp(min=1e-12) for layer, score in scores.items()}
@@ -358,28 +412,33 @@ class Pruner:
         return next((rate for pattern, rate in self.rates.items() if re.search(pattern, layer)), 1.0)
 
 
-def _group_of_weights(net: nn.Module, layer: str, units: UnitGroup | None) -> Group:
+def num_weights(net: nn.Module) -> int:
+    """Number of a net's weights, without biases and the parameters of norms.
+
+    Args:
+        net: any net.
+    """
+    return sum(parameter.numel() for parameter in net.parameters() if parameter.dim() > 1)
+
+
+def _group_of_weights(net: nn.Module, layer: str, known: Mapping[str, Units]) -> Group:
     """The group of one layer's weights.
 
-    If the readers of its units are known, the group also names the biases and norms that are pruned with a dead end.
+    If the units of the layer are known, the group also names the biases and norms that are pruned with a dead end.
     """
-    others = [
-        f"{module}.{key}"
-        for module in (units.outputs if units else ())
-        for key, parameter in net.get_submodule(module).named_parameters(recurse=False)
-        if parameter.dim() == 1
-    ]
-    return Group(layer, (f"{layer}.weight", *others), units=units)
+    units = next((each for each in known.values() if each.layers[0] == layer), None)
+    names = dict(net.named_parameters())
+    others = [name for name in units.parameters if name in names and names[name].dim() == 1] if units else []
+    return Group(layer, (f"{layer}.weight", *others), units)
 
 
 def _left(net: nn.Module, group: Group, masks: Mapping[str, Tensor], structure: str) -> Tensor:
     """What earlier rounds have left of a group, as bools: the weight's shape for weights, ``[num_units]`` for units."""
     name = group.parameters[0]
     weight = net.get_parameter(name)
-    if name not in masks:
-        return torch.ones_like(weight if structure == "weights" else weight.flatten(1)[:, 0], dtype=torch.bool)
-    mask = masks[name] != 0
-    return mask if structure == "weights" else mask.flatten(1)[:, 0]
+    if structure == "units":
+        return units_left(group, masks).to(weight.device)
+    return torch.ones_like(weight, dtype=torch.bool) if name not in masks else masks[name] != 0
 
 
 def _without_least(scores: Tensor, left: Tensor, amount: float) -> Tensor:
@@ -397,10 +456,8 @@ def _deviation(net: nn.Module, layer: str, left: Tensor) -> Tensor:
 
 
 def _shaped(mask: Tensor, parameter: Tensor) -> Tensor:
-    """The mask with the parameter's type and number of dimensions; with its memory format if both shapes are equal."""
-    if mask.shape == parameter.shape:
-        return torch.empty_like(parameter).copy_(mask)
-    return mask.to(parameter.dtype).view(-1, *[1] * (parameter.dim() - 1))
+    """The mask with the parameter's type and memory format."""
+    return torch.empty_like(parameter).copy_(mask)
 
 
 def _some(names: list[str]) -> str:

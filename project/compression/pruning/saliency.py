@@ -1,7 +1,8 @@
 """Saliency: an estimate of how much the loss needs a weight or a whole unit. The least saliency is pruned first.
 
 - ``magnitude``: Han et al. 2015 (arXiv:1506.02626, sec. 3). The score of a filter is its L1 norm, Li et al. 2017
-  (arXiv:1608.08710, sec. 3.1), here divided by the number of weights, so that filters of different sizes compare.
+  (arXiv:1608.08710, sec. 3.1). The score of a unit is the mean over all weights that make it or read it, in all layers
+  that share it (DepGraph, Fang et al. 2023, arXiv:2301.12900, sec. 3.3), so that units of different sizes compare.
 - ``obd``: LeCun, Denker & Solla 1989, Optimal Brain Damage, eq. 5: ``h_kk w_k^2 / 2``. ``h_kk`` is the diagonal of the
   Gauss-Newton matrix: the mean of squared gradients of single images, with labels drawn from the net's own prediction
   (Martens 2020, arXiv:1412.1193, sec. 9.2). It needs no second derivative.
@@ -9,9 +10,8 @@
 - ``random``: the control experiment.
 
 For ``obd`` and ``gradient`` a unit has a gate of value 1 (Molchanov et al. 2019, arXiv:1906.10771, eq. 8 and sec. 3.3).
-The gate multiplies the scale and shift of the unit's norm, or the unit's weights and bias if there is no norm. A gate
-on weights and scale together would count the unit twice. The gradient of the gate is the sum of ``w g`` over the
-parameters that it multiplies.
+The gate multiplies the weights that read the unit. If it is 0, the unit is gone, whatever activations, norms and
+depthwise convolutions lie between. A gate on several parameters in a row would count the unit several times.
 """
 
 import zlib
@@ -21,6 +21,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+
+from project.compression.thinning.units import Units
 
 Criterion = Literal["magnitude", "obd", "gradient", "random"]
 Parameters = Mapping[str, Tensor]
@@ -56,7 +58,7 @@ def saliency_of_weights(
 
 def saliency_of_units(
     net: nn.Module,
-    units: Mapping[str, tuple[str, ...]],
+    units: Mapping[str, Units],
     criterion: Criterion,
     images: Tensor | None,
     labels: Tensor | None,
@@ -66,46 +68,53 @@ def saliency_of_units(
 
     Args:
         net: a net that maps images ``[N, C, H, W]`` to logits ``[N, K]``. It runs in eval mode and is not changed.
-        units: names of the parameters whose first dimension is the layer's units, for each layer; the first is the
-            layer's weight.
+        units: the units of each layer.
         criterion: the kind of score; ``magnitude`` and ``random`` need no images.
         images, labels: normalised images ``[N, C, H, W]`` and class numbers ``[N]`` that gradients are taken of.
         seed: seed of the random scores, and of the labels drawn for ``obd``; any int.
     """
     if criterion == "magnitude":
-        return {layer: net.get_parameter(names[0]).detach().abs().flatten(1).mean(1) for layer, names in units.items()}
+        return {layer: _mean_magnitude(net, each) for layer, each in units.items()}
+    device = next(net.parameters()).device
+    gates = {layer: torch.ones(each.num, device=device) for layer, each in units.items()}
     if criterion == "random":
-        return {
-            layer: _random(net.get_parameter(names[0]).detach().flatten(1)[:, 0], seed, layer)
-            for layer, names in units.items()
-        }
-    units = {layer: _gated(net, names) for layer, names in units.items()}
-    weights = {name: net.get_parameter(name).detach() for names in units.values() for name in names}
+        return {layer: _random(gate, seed, layer) for layer, gate in gates.items()}
 
-    def gates(gradients: Parameters) -> dict[str, Tensor]:
-        """From the gradients of single images ``[n, …]`` to the gradients of the units' gates ``[n, num_units]``."""
-        return {
-            layer: torch.stack([(gradients[name] * weights[name]).flatten(2).sum(2) if weights[name].dim() > 1
-                                else gradients[name] * weights[name] for name in names]).sum(0)
-            for layer, names in units.items()
-        }  # fmt: skip
+    def gated(gates: Parameters) -> dict[str, Tensor]:
+        """The parameters that the gates multiply."""
+        parameters: dict[str, Tensor] = {}
+        for layer, each in units.items():
+            for name, dim in each.read or each.slices:
+                parameter = parameters.get(name, named.get(name))
+                if parameter is not None:
+                    indices = each.slices[name, dim].to(device)
+                    factors = torch.ones(parameter.shape[dim], device=device).index_add(
+                        0, indices.flatten(), (gates[layer] - 1).repeat_interleave(indices.shape[1])
+                    )
+                    factors = factors.view([-1 if each == dim else 1 for each in range(parameter.dim())])
+                    parameters[name] = parameter * factors
+        return parameters
 
+    named = {name: parameter.detach() for name, parameter in net.named_parameters()}
     if criterion == "gradient":
-        return {
-            layer: mean.abs() for layer, mean in _mean_over_images(net, weights, images, labels, gates, None).items()
-        }
+        means = _mean_over_images(net, gates, images, labels, lambda gradients: gradients, None, gated)
+        return {layer: mean.abs() for layer, mean in means.items()}
     squares = _mean_over_images(
-        net, weights, images, labels, lambda g: {layer: gate.square() for layer, gate in gates(g).items()}, seed
+        net, gates, images, labels, lambda g: {layer: gate.square() for layer, gate in g.items()}, seed, gated
     )
     return {layer: square / 2 for layer, square in squares.items()}
 
 
-def _gated(net: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """The parameters that a unit's gate multiplies: the norms' if each layer has a norm, otherwise all."""
-    owners = {name: net.get_submodule(name.rpartition(".")[0]) for name in names}
-    layers = {owner for owner in owners.values() if isinstance(owner, nn.Conv2d | nn.Linear)}
-    norms = set(owners.values()) - layers
-    return names if len(norms) < len(layers) else tuple(name for name in names if owners[name] in norms)
+def _mean_magnitude(net: nn.Module, units: Units) -> Tensor:
+    """The mean of the absolute weights that make or read each unit, ``[num_units]``."""
+    parameters = dict(net.named_parameters())
+    total, count = torch.zeros(units.num), 0
+    for (name, dim), indices in units.slices.items():
+        if name in parameters and parameters[name].dim() > 1:
+            weights = parameters[name].detach().abs().movedim(dim, 0).flatten(1)
+            total = total.to(weights.device) + weights.sum(1)[indices.to(weights.device)].sum(1)
+            count += indices.shape[1] * weights.shape[1]
+    return total / max(count, 1)
 
 
 def _mean_over_images(
@@ -115,10 +124,12 @@ def _mean_over_images(
     labels: Tensor | None,
     per_image: Callable[[Parameters], Parameters],
     seed: int | None,
+    parameters_of: Callable[[Parameters], Parameters] = lambda weights: weights,
 ) -> dict[str, Tensor]:
     """The mean over all images of ``per_image(gradients)``, whose gradients have one row for each image.
 
-    With a seed, the labels are drawn from the net's prediction; without one, the given labels are used.
+    The gradients are those of ``weights``, from which ``parameters_of`` makes parameters of the net. With a seed, the
+    labels are drawn from the net's prediction; without one, the given labels are used.
     """
     if images is None or labels is None or not len(images):
         raise ValueError(
@@ -131,7 +142,7 @@ def _mean_over_images(
     fixed = {name: tensor.detach() for name, tensor in state.items() if name not in weights}
 
     def loss(chosen: Parameters, image: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(net, {**fixed, **chosen}, (image[None],))
+        logits = functional_call(net, {**fixed, **parameters_of(chosen)}, (image[None],))
         return nn.functional.cross_entropy(logits, label[None])
 
     try:

@@ -48,6 +48,15 @@ class ThinAttention(nn.MultiheadAttention):
             functional.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
             for tokens, weight, bias in zip((query, key, value), weights, biases, strict=True)
         )  # each [N, heads, L, head_dim]
+        if not need_weights and key_padding_mask is None:
+            mask = attn_mask
+            if mask is not None:
+                mask = mask if mask.dim() == 2 else mask.unflatten(0, (-1, self.num_heads))
+                mask = ~mask if mask.dtype is torch.bool else mask.to(q.dtype)
+            dropout = self.dropout if self.training else 0.0
+            attended = functional.scaled_dot_product_attention(q, k, v, mask, dropout)
+            output = self.out_proj(attended.transpose(1, 2).flatten(2))
+            return (output if self.batch_first else output.transpose(0, 1)), None
         scores = q @ k.transpose(-2, -1) * q.shape[-1] ** -0.5
         if attn_mask is not None:
             attn_mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads))

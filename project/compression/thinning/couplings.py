@@ -315,7 +315,9 @@ class Couplings(TorchDispatchMode):
                 for axis in self.of(tensor) if isinstance(tensor, Tensor) else ():
                     if axis is not None:
                         self.unknown.add(name)
-                        self.joined.fix(axis, f"it passes through {name} in {self.stack.name or 'the net'}, which has no rule")
+                        self.joined.fix(
+                            axis, f"it passes through {name} in {self.stack.name or 'the net'}, which has no rule"
+                        )
         labels = labels if isinstance(labels, list) else [labels]
         for number, tensor in enumerate(each for each in flat(result) if isinstance(each, Tensor)):
             label = labels[number] if number < len(labels) else None

@@ -96,5 +96,3 @@ def _cut(args: Any, kwargs: Any, over: dict[int, list[int]], shape: Any) -> tupl
         return value
 
     return [cut(value) for value in args], {key: cut(value) for key, value in kwargs.items()}
-
-

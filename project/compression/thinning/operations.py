@@ -134,14 +134,24 @@ def convolution(c: Couplings, result: Tensor, x: Tensor, w: Tensor, b: Tensor | 
     if groups > 1:
         made = _grouped(c, x.shape[1], result.shape[1], groups, seen, read, made, transposed, c.names.get(id(w), ""))
     else:
-        c.joined.join(seen, read, "it reads the images" if seen is None else "a convolution with another weight reads it")
+        c.joined.join(
+            seen, read, "it reads the images" if seen is None else "a convolution with another weight reads it"
+        )
     if b is not None:
         c.joined.join(made, c.of(b)[0])
     return (c.of(x)[0], made, *(None,) * (result.dim() - 2))
 
 
 def _grouped(
-    c: Couplings, num_in: int, num_out: int, groups: int, seen: Axis, read: Axis, made: Axis, transposed: bool, name: str
+    c: Couplings,
+    num_in: int,
+    num_out: int,
+    groups: int,
+    seen: Axis,
+    read: Axis,
+    made: Axis,
+    transposed: bool,
+    name: str,
 ) -> Axis:
     """Couple a grouped convolution; the axis of its outputs."""
     if transposed:  # weight [in, out / groups, ...]
@@ -279,7 +289,11 @@ def reduction(c: Couplings, result: Any, x: Tensor, *args: Any, **kwargs: Any) -
     given = next((each for each in args if isinstance(each, list | tuple)), kwargs.get("dim"))
     if given is None:
         given = [each for each in args if type(each) is int][:1] or range(x.dim())
-    dims = {dim % x.dim() for dim in ([given] if isinstance(given, int) else given or range(x.dim()))} if x.dim() else set()
+    dims = (
+        {dim % x.dim() for dim in ([given] if isinstance(given, int) else given or range(x.dim()))}
+        if x.dim()
+        else set()
+    )
     for dim in dims:
         c.stay(label[dim], "a sum or mean")
     outs = [each for each in flat(result) if isinstance(each, Tensor)]
@@ -373,7 +387,9 @@ def cat(c: Couplings, result: Tensor, tensors: Sequence[Tensor], dim: int = 0) -
             label.append(None)
         else:
             sizes = [each.shape[number] for each in tensors]
-            label.append(np.concatenate([_known(c, *each, "it is a constant") for each in zip(axes, sizes, strict=True)]))
+            label.append(
+                np.concatenate([_known(c, *each, "it is a constant") for each in zip(axes, sizes, strict=True)])
+            )
     return tuple(label)
 
 

@@ -110,8 +110,7 @@ class Thin:
             for by_name in (self.kept_out, self.kept_in)
         )
         slices = {
-            name: [len(kept) if isinstance(kept, list) else kept for kept in dims]
-            for name, dims in self.slices.items()
+            name: [len(kept) if isinstance(kept, list) else kept for kept in dims] for name, dims in self.slices.items()
         }
         return Thin(kept_out, kept_in, self.out_channels, slices, self.sizes)
 

@@ -331,9 +331,7 @@ def _roots(traced: Traced, removed: Mapping[str, Iterable[int]]) -> np.ndarray[A
     return gone[c.root]
 
 
-def _gone(
-    net: nn.Module, traced: Traced, removed: Mapping[str, Sequence[int]]
-) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def _gone(net: nn.Module, traced: Traced, removed: Mapping[str, Sequence[int]]) -> np.ndarray[Any, np.dtype[np.bool_]]:
     """Whether each slot goes, if each layer loses these outputs.
 
     Raises:

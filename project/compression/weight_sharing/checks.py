@@ -20,9 +20,6 @@ COMPANY = Company(
         "with --ckpt_path set to the first run's checkpoints/best.ckpt and --trainer.max_epochs 0",
         "integer training": _INTEGERS,
         "integer file": _INTEGERS,
-        "units removed at the end": "pruning removes units at the end of the run, after the weights were shared: set "
-        "thin: false, or share in a second run: fit with --ckpt_path set to the first run's best.ckpt and "
-        "--trainer.max_epochs 0",
     },
     after={"pruning": "weights must be pruned before they are shared: put the pruning first"},
     before={
