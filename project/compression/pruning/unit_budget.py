@@ -109,15 +109,10 @@ class Macs:
 
     def saved(self, name: str, num: int) -> float:
         rows = self._rows[name]
-        smaller = self._sizes.copy() if len(rows) > len(self._sizes) // 2 else None
-        if smaller is None:
-            before = self._sizes[rows].copy()
-            self._shrink(self._sizes, name, num)
-            after = self._sizes[rows].copy()
-            self._sizes[rows] = before
-        else:
-            self._shrink(smaller, name, num)
-            before, after = self._sizes[rows], smaller[rows]
+        before = self._sizes[rows].copy()
+        self._shrink(self._sizes, name, num)
+        after = self._sizes[rows].copy()
+        self._sizes[rows] = before
         return float((self._constants[rows] * (before.prod(1) - after.prod(1))).sum())
 
     def remove(self, name: str, num: int) -> set[str]:
@@ -125,11 +120,11 @@ class Macs:
         self.total = self._sum(self._sizes)
         return {other for row in self._rows[name].tolist() for other in self._concerned[row]} | {name}
 
-    def _shrink(self, sizes: np.ndarray, name: str, num: int) -> None:  # type: ignore[type-arg]
+    def _shrink(self, sizes: np.ndarray, name: str, num: int) -> None:
         rows, columns, share = self._places[name]
         np.subtract.at(sizes, (rows.astype(int), columns.astype(int)), num * share)
 
-    def _sum(self, sizes: np.ndarray) -> float:  # type: ignore[type-arg]
+    def _sum(self, sizes: np.ndarray) -> float:
         return float((self._constants * sizes.prod(1)).sum())
 
 
@@ -208,14 +203,15 @@ def take_cheapest(
     target = cost.total - (round(amount * cost.total) if counted == "units" else amount * cost.total)
     offers = {name: offer(name) for name in kept}
     while cost.total > target * (1 + 1e-9):
-        name = min((name for name in offers if offers[name]), key=lambda name: offers[name] or (), default=None)
-        if name is None:
+        open_ = {name: each for name, each in offers.items() if each is not None}
+        if not open_:
             raise ValueError(
                 f"{100 * amount:g} % of the {counted} that are left are to be pruned, but with keep {keep:g} and "
                 f"round_to {max(step_to.values())} the layers can not lose so many: prune less, choose a smaller keep "
                 "or round_to, or exclude fewer layers."
             )
-        _, fewer = offers[name] or (0.0, 0)
+        name = min(open_, key=lambda name: open_[name][0])
+        fewer = open_[name][1]
         changed = cost.remove(name, kept[name] - fewer)
         kept[name] = fewer
         offers |= {other: offer(other) for other in changed}

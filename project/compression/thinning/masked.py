@@ -34,7 +34,7 @@ class MaskedNet(nn.Module):
         self.net = copy_of(net)
         self._calls = calls
         with torch.no_grad():
-            tensors = dict(self.net.named_parameters(remove_duplicate=False))
+            tensors: dict[str, Tensor] = {**dict(self.net.named_parameters(remove_duplicate=False))}
             tensors |= dict(self.net.named_buffers(remove_duplicate=False))
             for name, dims in zeros.items():
                 for dim, indices in dims.items():

@@ -109,7 +109,7 @@ class Thin:
             {name: list(range(len(kept))) for name, kept in by_name.items()}
             for by_name in (self.kept_out, self.kept_in)
         )
-        slices = {
+        slices: Slices = {
             name: [len(kept) if isinstance(kept, list) else kept for kept in dims] for name, dims in self.slices.items()
         }
         return Thin(kept_out, kept_in, self.out_channels, slices, self.sizes)

@@ -13,7 +13,7 @@ of the net, and a group that breaks the law is refused.
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from random import Random
 from typing import Any
@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from project.compression.plain_layers import copy_of
-from project.compression.thinning.attention import ThinAttention
 from project.compression.thinning.couplings import Couplings, Slots
 from project.compression.thinning.masked import MaskedNet
 from project.compression.thinning.operations import RULES
@@ -99,13 +98,11 @@ class Traced:
             are read by different layers has several groups, the further ones with a number behind the name.
         reasons: for each convolution, linear layer or attention without such a group, why its units stay.
         couplings: the slots of the net's parameters.
-        root: for each slot the smallest slot that goes with it, with the slots of refused groups fixed.
     """
 
     groups: dict[str, Units]
     reasons: dict[str, str]
     couplings: Couplings
-    roots: dict[str, Slots] = field(default_factory=dict)
 
 
 def trace(net: nn.Module, image_shape: tuple[int, int, int]) -> Traced:
@@ -174,8 +171,8 @@ def plan_thinning(net: nn.Module, removed: Mapping[str, Sequence[int]], image_sh
         image_shape: shape (C, H, W) of an image.
 
     Raises:
-        ValueError: if a layer is not in the net or has units that stay (:func:`why_not`), if there is no such unit, if a
-            layer would lose all its units, or if the thinned copy computes something else.
+        ValueError: if a layer is not in the net or has units that stay (:func:`why_not`), if there is no such unit, if
+            a layer would lose all its units, or if the thinned copy computes something else.
     """
     traced = trace(net, image_shape)
     gone = _gone(net, traced, removed)
@@ -226,44 +223,59 @@ def _follow(net: nn.Module, image_shape: tuple[int, int, int]) -> Couplings:
 
 def _groups(c: Couplings, order: Mapping[str, int]) -> dict[str, Units]:
     """Put the sets of slots that can be removed into groups of equal kind."""
-    pairs = [(name, dim, axis) for name, label in c.owned.items() if name in order for dim, axis in enumerate(label)]
-    slots = np.concatenate([axis for _, _, axis in pairs]) if pairs else np.zeros(0, int)
-    which = np.repeat(np.arange(len(pairs)), [len(axis) for _, _, axis in pairs])
-    index = np.concatenate([np.arange(len(axis)) for _, _, axis in pairs]) if pairs else slots
-    roots = c.root[slots]
-    free = ~np.isin(roots, np.fromiter(c.reasons, int, len(c.reasons)))
-    at = np.lexsort((index[free], which[free], roots[free]))
-    roots, which, index, slots = (each[free][at] for each in (roots, which, index, slots))
-    mixed = np.zeros(c.joined.num, bool)
+    axes = {
+        (name, dim): axis
+        for name, label in c.owned.items()
+        if name in order
+        for dim, axis in enumerate(label)
+        if axis is not None
+    }
+    pairs, mixed = list(axes), np.zeros(c.joined.num, bool)
     for mixing in c.mixing.values():
         for axis in mixing.axes.values():
             mixed[c.root[axis]] = True
-    kinds: dict[tuple[Any, ...], list[np.ndarray[Any, Any]]] = defaultdict(list)
-    first = np.flatnonzero(np.diff(roots, prepend=-1))
-    for begin, end in zip(first, [*first[1:], len(roots)], strict=True):
-        members = which[begin:end]
-        starts = np.flatnonzero(np.diff(members, prepend=-1))
-        counts = np.diff([*starts, len(members)])
-        kind = (*zip(members[starts].tolist(), counts.tolist(), strict=True), bool(mixed[roots[begin]]))
-        kinds[kind].append(index[begin:end])
     groups: dict[str, Units] = {}
-    for kind, units in kinds.items():
-        slices, read, layers, at = {}, set(), {}, 0
-        numbers = np.stack(units)
-        for pair, count in kind[:-1]:
-            name, dim, axis = pairs[pair]
-            slices[name, dim] = torch.from_numpy(numbers[:, at : at + count].copy())
-            at += count
+    for kind, numbers in _kinds(c, list(axes.values())).items():
+        slices: dict[Slice, Tensor] = {}
+        read: set[Slice] = set()
+        layers: list[str] = []
+        begin = 0
+        for pair, count in kind:
+            (name, dim), axis = pairs[pair], axes[pairs[pair]]
+            slices[name, dim] = torch.from_numpy(numbers[:, begin : begin + count].copy())
+            begin += count
             if c.makes[axis].any():
-                layers[name.rpartition(".")[0]] = None
+                layers.append(name.rpartition(".")[0])
             elif c.reads[axis].any():
                 read.add((name, dim))
         if layers:
-            key, number = next(iter(layers)), 2
+            first = axes[pairs[kind[0][0]]][numbers[0, 0]]
+            key, number = layers[0], 2
             while key in groups:
-                key, number = f"{next(iter(layers))} ({number})", number + 1
-            groups[key] = Units(tuple(layers), slices, frozenset(read), kind[-1])
+                key, number = f"{layers[0]} ({number})", number + 1
+            groups[key] = Units(tuple(dict.fromkeys(layers)), slices, frozenset(read), bool(mixed[c.root[first]]))
     return groups
+
+
+def _kinds(c: Couplings, axes: Sequence[Slots]) -> dict[tuple[tuple[int, int], ...], Any]:
+    """The sets of slots that can be removed, by their kind.
+
+    A kind is the number of indices in each axis, as pairs (number of the axis, number of indices). Its sets are the rows
+    of an array, which holds the indices axis after axis.
+    """
+    slots = np.concatenate([np.zeros(0, int), *axes])
+    which = np.repeat(np.arange(len(axes)), [len(axis) for axis in axes])
+    index = np.concatenate([np.zeros(0, int), *(np.arange(len(axis)) for axis in axes)])
+    roots = c.root[slots]
+    free = ~np.isin(roots, np.fromiter(c.reasons, int, len(c.reasons)))
+    order = np.flatnonzero(free)[np.lexsort((index[free], which[free], roots[free]))]
+    roots, which, index = roots[order], which[order], index[order]
+    sets: dict[tuple[tuple[int, int], ...], list[Any]] = defaultdict(list)
+    begins = np.flatnonzero(np.diff(roots, prepend=-1)).tolist()
+    for begin, end in zip(begins, [*begins[1:], len(roots)], strict=True):
+        members, counts = np.unique(which[begin:end], return_counts=True)
+        sets[tuple(zip(members.tolist(), counts.tolist(), strict=True))].append(index[begin:end])
+    return {kind: np.stack(rows) for kind, rows in sets.items()}
 
 
 def _reason(c: Couplings, name: str, module: nn.Module) -> str:
