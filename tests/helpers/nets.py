@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from project.compression import to_plain
-from project.compression.thinning.thin import Thin, Units, plan_thinning, units_of
+from project.compression.thinning.thin import Thin
+from project.compression.thinning.units import Units, plan_thinning, units_of
 from project.deployment.recipe import Recipe
 from project.frame.rooms import needed, optional
 from project.models import BatchNorm, DropPath, InstanceNorm, NoNorm, SmallInception

@@ -223,8 +223,8 @@ class Pruner:
         if refused and self.include is not None:
             name, reason = next(iter(refused.items()))
             raise ValueError(
-                f"units of {name}, which include names, cannot be removed: {reason}. Take this layer out of include, or "
-                "add it to exclude."
+                f"units of {name}, which include names, cannot be removed: {reason}. Take this layer out of include, "
+                "or add it to exclude."
             )
         if refused:
             log.info("these layers keep their units, which cannot be removed: %s", name_layers(refused))

@@ -6,8 +6,8 @@ neuron with its bias, the scale and shift of its norm, the filter of a depthwise
 that read it; or a head of attention.
 
 Our addition to the paper is a law: the thinned net computes what the masked net computes
-(:mod:`project.compression.thinning.masked`), up to the rounding of shorter sums. Every group of units is tried on a copy
-of the net, and a group that breaks the law is refused.
+(:mod:`project.compression.thinning.masked`), up to the rounding of shorter sums. Every group of units is tried on a
+copy of the net, and a group that breaks the law is refused.
 """
 
 from collections import defaultdict
@@ -260,8 +260,8 @@ def _groups(c: Couplings, order: Mapping[str, int]) -> dict[str, Units]:
 def _kinds(c: Couplings, axes: Sequence[Slots]) -> dict[tuple[tuple[int, int], ...], Any]:
     """The sets of slots that can be removed, by their kind.
 
-    A kind is the number of indices in each axis, as pairs (number of the axis, number of indices). Its sets are the rows
-    of an array, which holds the indices axis after axis.
+    A kind is the number of indices in each axis, as pairs (number of the axis, number of indices). Its sets are the
+    rows of an array, which holds the indices axis after axis.
     """
     slots = np.concatenate([np.zeros(0, int), *axes])
     which = np.repeat(np.arange(len(axes)), [len(axis) for axis in axes])

@@ -193,7 +193,7 @@ def test_a_trained_run_is_shared_at_once(tmp_path):
 
 
 def test_a_thinned_net_is_shared_at_once(tmp_path):
-    units = pruning(schedule=Gradual(0.5, 0.2, 1.0), pruner=Pruner("units", scope="layer"), thin=True)
+    units = pruning(schedule=Gradual(0.5, 0.2, 1.0), pruner=Pruner("units", scope="layer"))
     thinned = fit(tmp_path / "thinned", units)
     outcome = share_from(thinned, tmp_path / "shared", epochs=0, checkpoint=thinned.run.best_checkpoint)
     assert outcome.trainer.global_step == 2 * STEPS
@@ -335,7 +335,7 @@ def _fail_at_level(number: int) -> Any:
 REFUSED: dict[str, tuple[list[Callback], str]] = {
     "before pruning": ([sharing(), pruning()], "put the pruning first"),
     "thinned later": (
-        [pruning(pruner=Pruner("units", round_to=1), thin=True), sharing()],
+        [pruning(pruner=Pruner("units", round_to=1)), sharing()],
         "set thin: false, or share in a second",
     ),
     "aware": ([QuantizationAwareTraining(0), sharing()], "WeightSharing and QuantizationAwareTraining"),
