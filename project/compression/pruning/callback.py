@@ -300,7 +300,7 @@ class IterativeMagnitudePruning(Callback):
         return 1 - self.pruner.size_of(module.net, self._groups, module.image_shape).counted / self.whole.counted
 
     def _sparsity(self, module: Classifier) -> float:
-        """The share of the pruned layers' weights that are zero; for units, the share of the net's weights that is gone."""
+        """The share of the pruned layers' weights that are zero. For units: of the net's weights that are gone."""
         if self.pruner.structure == "weights":
             return sparsity(self.masks, module.net)
         return 0.0 if self.whole is None else 1 - num_weights(module.net) / self.whole.weights

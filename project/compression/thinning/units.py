@@ -58,15 +58,17 @@ class Units:
     Args:
         layers: names of the layers whose outputs are the units, in the order of the net. There are several if, for
             example, a residual connection adds their outputs together.
-        slices: for each dimension of a parameter or buffer the indices of every unit there, ``[num, indices a unit]``.
+        slices: indices of every unit in each dimension of a parameter or buffer, ``[num, indices a unit]``.
         read: the slices in which a layer reads the units, and does not make them.
         mixed: whether a norm takes statistics over these units, so that a unit matters even if nothing reads it.
+        buffers: names in ``slices`` that are no parameters, such as running statistics.
     """
 
     layers: tuple[str, ...]
     slices: dict[Slice, Tensor]
     read: frozenset[Slice]
     mixed: bool = False
+    buffers: frozenset[str] = frozenset()
 
     @property
     def num(self) -> int:
@@ -80,8 +82,9 @@ class Units:
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters and buffers that belong to the units and do not only read them."""
-        return tuple(dict.fromkeys(name for name, dim in self.slices if (name, dim) not in self.read))
+        """Names of the parameters that belong to the units and do not only read them; the first is a layer's weight."""
+        made = (name for name, dim in self.slices if (name, dim) not in self.read and name not in self.buffers)
+        return tuple(dict.fromkeys(made))
 
     @cached_property
     def readers(self) -> dict[str, int]:
@@ -113,8 +116,7 @@ def trace(net: nn.Module, image_shape: tuple[int, int, int]) -> Traced:
         image_shape: shape (C, H, W) of an image.
     """
     couplings = _follow(net, image_shape)
-    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
-    groups = _groups(couplings, {name: number for number, name in enumerate(tensors)})
+    groups = _groups(couplings, [name for name, _ in net.named_parameters()], [name for name, _ in net.named_buffers()])
     reasons: dict[str, str] = {}
     in_groups = {layer for units in groups.values() for layer in units.layers}
     for name, module in net.named_modules():
@@ -221,15 +223,10 @@ def _follow(net: nn.Module, image_shape: tuple[int, int, int]) -> Couplings:
             return Couplings(copy_of(net).cpu().float().eval(), image_shape, RULES)
 
 
-def _groups(c: Couplings, order: Mapping[str, int]) -> dict[str, Units]:
+def _groups(c: Couplings, parameters: Sequence[str], buffers: Sequence[str]) -> dict[str, Units]:
     """Put the sets of slots that can be removed into groups of equal kind."""
-    axes = {
-        (name, dim): axis
-        for name, label in c.owned.items()
-        if name in order
-        for dim, axis in enumerate(label)
-        if axis is not None
-    }
+    names = (*parameters, *buffers)
+    axes = {(name, dim): axis for name in names for dim, axis in enumerate(c.owned[name]) if axis is not None}
     pairs, mixed = list(axes), np.zeros(c.joined.num, bool)
     for mixing in c.mixing.values():
         for axis in mixing.axes.values():
@@ -253,7 +250,9 @@ def _groups(c: Couplings, order: Mapping[str, int]) -> dict[str, Units]:
             key, number = layers[0], 2
             while key in groups:
                 key, number = f"{layers[0]} ({number})", number + 1
-            groups[key] = Units(tuple(dict.fromkeys(layers)), slices, frozenset(read), bool(mixed[c.root[first]]))
+            named = tuple(dict.fromkeys(layers))
+            of_buffers = frozenset(name for name, _ in slices if name in buffers)
+            groups[key] = Units(named, slices, frozenset(read), bool(mixed[c.root[first]]), of_buffers)
     return groups
 
 
