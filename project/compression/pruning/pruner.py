@@ -416,7 +416,7 @@ def num_weights(net: nn.Module) -> int:
     """Number of a net's weights, without biases and the parameters of norms.
 
     Args:
-        net: any net.
+        net: net whose weights are counted.
     """
     return sum(parameter.numel() for parameter in net.parameters() if parameter.dim() > 1)
 

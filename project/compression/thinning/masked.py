@@ -25,7 +25,7 @@ class MaskedNet(nn.Module):
 
     Args:
         net: net that is copied; it is not changed.
-        zeros: for each parameter or buffer, by its name, the indices to set to zero, by dimension.
+        zeros: indices to set to zero, by the name of the parameter or buffer and by dimension.
         calls: the norms whose statistics leave channels out.
     """
 

@@ -99,7 +99,7 @@ class Traced:
     Args:
         groups: all units of each layer that can be removed, by the name of the group's first layer. A layer whose units
             are read by different layers has several groups, the further ones with a number behind the name.
-        reasons: for each convolution, linear layer or attention without such a group, why its units stay.
+        reasons: reason why the units stay, for each convolution, linear layer or attention without such a group.
         couplings: the slots of the net's parameters.
     """
 
