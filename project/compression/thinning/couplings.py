@@ -337,11 +337,14 @@ class _NotedCalls(MixingCalls):
         c = self._couplings
         before, c._call = c._call, (key, name)
         try:
-            if name != "local_response_norm":
+            if name not in ("local_response_norm", "rms_norm"):
                 return function(*args, **kwargs)
-            label, c._quiet = c.of(args[0]), True  # it pools over neighbouring channels
+            label, c._quiet = c.of(args[0]), True  # these consist of operations that reduce channels
             result = function(*args, **kwargs)
-            c.mix({1: label[1]})
+            if name == "rms_norm":
+                c._rules[name](c, result, *args, **kwargs)
+            else:
+                c.mix({1: label[1]})
             c._set(result, label)
             return result
         finally:

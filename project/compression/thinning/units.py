@@ -58,7 +58,8 @@ class Units:
     Args:
         layers: names of the layers whose outputs are the units, in the order of the net. There are several if, for
             example, a residual connection adds their outputs together.
-        slices: indices of every unit in each dimension of a parameter or buffer, ``[num, indices a unit]``.
+        slices: indices of every unit in each dimension of a parameter or buffer, ``[num, indices a unit]``. The
+            outputs of the first layer come first.
         read: the slices in which a layer reads the units, and does not make them.
         mixed: whether a norm takes statistics over these units, so that a unit matters even if nothing reads it.
         buffers: names in ``slices`` that are no parameters, such as running statistics.
@@ -228,6 +229,9 @@ def _groups(c: Couplings, parameters: Sequence[str], buffers: Sequence[str]) -> 
     names = (*parameters, *buffers)
     axes = {(name, dim): axis for name in names for dim, axis in enumerate(c.owned[name]) if axis is not None}
     pairs, mixed = list(axes), np.zeros(c.joined.num, bool)
+    names_of: dict[int, list[str]] = defaultdict(list)  # all names of a shared tensor, by its label
+    for name, label in c.owned.items():
+        names_of[id(label)].append(name)
     for mixing in c.mixing.values():
         for axis in mixing.axes.values():
             mixed[c.root[axis]] = True
@@ -236,16 +240,20 @@ def _groups(c: Couplings, parameters: Sequence[str], buffers: Sequence[str]) -> 
         slices: dict[Slice, Tensor] = {}
         read: set[Slice] = set()
         layers: list[str] = []
+        made: list[Slice] = []
         begin = 0
         for pair, count in kind:
             (name, dim), axis = pairs[pair], axes[pairs[pair]]
             slices[name, dim] = torch.from_numpy(numbers[:, begin : begin + count].copy())
             begin += count
             if c.makes[axis].any():
-                layers.append(name.rpartition(".")[0])
+                layers += [each.rpartition(".")[0] for each in names_of[id(c.owned[name])]]
+                made.append((name, dim))
             elif c.reads[axis].any():
                 read.add((name, dim))
         if layers:
+            # the outputs of the first layer come first: a net may define what reads them before it
+            slices = {made[0]: slices[made[0]], **slices}
             first = axes[pairs[kind[0][0]]][numbers[0, 0]]
             key, number = layers[0], 2
             while key in groups:
@@ -382,11 +390,10 @@ def _gone(net: nn.Module, traced: Traced, removed: Mapping[str, Sequence[int]]) 
 
 def _outputs(c: Couplings, traced: Traced, layer: str) -> Any:
     """The slots of a layer's outputs; ``None`` if it is no layer with units that can be removed."""
-    for units in traced.groups.values():
-        if layer in units.layers:
-            for name, dim in units.slices:
-                axis = c.owned[name][dim]
-                if name.rpartition(".")[0] == layer and axis is not None and c.makes[axis].any():
+    if any(layer in units.layers for units in traced.groups.values()):
+        for name, label in c.owned.items():
+            for axis in label if name.rpartition(".")[0] == layer else ():
+                if axis is not None and c.makes[axis].any():
                     return axis
     return None
 
