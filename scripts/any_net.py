@@ -146,14 +146,7 @@ def part(name: str, **arguments: Any) -> dict[str, Any]:
 ROUND: dict[str, Any] = {"epochs_per_round": 1, "latency": False}
 FOUR_BITS = {"weight_bits": 4, "activations": False}
 TECHNIQUES: dict[str, list[dict[str, Any]]] = {
-    "weights": [
-        callback(
-            "IterativeMagnitudePruning",
-            schedule=part("OneShot", sparsity=0.7),
-            pruner=part("Pruner", keep=0.02),
-            **ROUND,
-        )
-    ],
+    "weights": [callback("IterativeMagnitudePruning", schedule=part("OneShot", sparsity=0.7), **ROUND)],
     "units": [
         callback(
             "IterativeMagnitudePruning",
@@ -696,7 +689,7 @@ from this fit and trains for a few batches more. So the accuracies show that a t
 - An accuracy is that of the test images. Int8 and four bits have that of the file and that of the fp32 net.
 - ONNX and pt2: largest difference between a logit of the file and of the net, as a share of the largest logit.
 - benchmark: multiply-accumulates of an image, within 1 % of those that torch counts.
-- weights pruned: 70 % of the weights are zero, at the places that the masks say; each layer keeps 2 % of its own.
+- weights pruned: 70 % of the weights are zero, at the places that the masks say.
 - units pruned, thinned: 30 % of the units of each layer are removed where this is possible; the
   multiply-accumulates that are left, and the largest difference of a logit between thinned and masked net (at most
   1e-5 of the largest).

@@ -33,7 +33,7 @@ def without_dead_ends(net: nn.Module, groups: Iterable[Group], masks: Mapping[st
     while found:  # a dead unit reads nothing, so that the units it read may be dead ends in the next pass
         found = False
         for group in groups:
-            unread = ~_read(group, masks)
+            unread = ~read_units(group, masks, masks[group.parameters[0]].device)
             for name in group.parameters:
                 mask = masks.setdefault(name, torch.ones_like(net.get_parameter(name)))
                 found |= bool(mask[unread].any())
@@ -41,10 +41,15 @@ def without_dead_ends(net: nn.Module, groups: Iterable[Group], masks: Mapping[st
     return masks
 
 
-def _read(group: Group, masks: Mapping[str, Tensor]) -> Tensor:
-    """For each unit of the group, whether a remaining weight reads it, ``[num]``."""
+def read_units(group: Group, masks: Mapping[str, Tensor], device: torch.device) -> Tensor:
+    """For each unit of the group, whether a remaining weight reads it, ``[num]``.
+
+    Args:
+        group: a group whose units are known.
+        masks: the mask of each pruned weight, by its name; a layer without a mask reads all its inputs.
+        device: the device of the masks.
+    """
     assert group.units is not None
-    device = masks[group.parameters[0]].device
     read = torch.zeros(group.units.num, dtype=torch.bool, device=device)
     for reader, pairs in group.units.inputs.items():
         units, inputs = torch.tensor(pairs, device=device).T
