@@ -107,8 +107,8 @@ NETS: dict[str, dict[str, Any]] = {
     "inception_v3": torchvision("inception_v3", aux_logits=False, init_weights=False),
     "densenet121": torchvision("DenseNet", growth_rate=8, block_config=[6, 12, 24, 16], num_init_features=16),
     "mobilenet_v2": torchvision("mobilenet_v2", width_mult=0.5),
-    "mobilenet_v3_small": torchvision("mobilenet_v3_small", width_mult=0.5),
-    "efficientnet_b0": torchvision("efficientnet_b0"),
+    "mobilenet_v3_small": torchvision("mobilenet_v3_small", width_mult=0.5, norm_layer="torch.nn.BatchNorm2d"),
+    "efficientnet_b0": torchvision("efficientnet_b0", stochastic_depth_prob=0.0),
     "shufflenet_v2_x0_5": torchvision("shufflenet_v2_x0_5"),
     "squeezenet1_1": torchvision("squeezenet1_1"),
     "regnet_y_400mf": torchvision("regnet_y_400mf"),
@@ -121,7 +121,7 @@ NETS: dict[str, dict[str, Any]] = {
     "test_nfnet": timm("test_nfnet"),
     "ghostnet_050": timm("ghostnet_050"),
 }
-"""The nets, as ``model.net`` of a configuration has them."""
+"""The nets, as ``model.net`` of a configuration has them; two with the arguments of the fragments in configs/nets."""
 LARGE = ("inception_v3",)
 WARM_UP = {"class_path": "project.models.SmallInception", "init_args": {"width": 0.25, "stem": [16], "stages": [[32]]}}
 
