@@ -126,9 +126,7 @@ def vit() -> nn.Module:
         return m.head(m.norm(x)[:, 0])
 
     def block() -> nn.ModuleList:
-        return nn.ModuleList(
-            [nn.LayerNorm(12), Heads(), nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12)]
-        )
+        return nn.ModuleList([nn.LayerNorm(12), Heads(), nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12)])
 
     return Do(
         forward,
@@ -211,7 +209,11 @@ def _rows() -> dict[str, Row]:
         lambda: around(
             Do(
                 lambda m, x: m.last(m.norm2(torch.cat([x, y := m.conv1(m.norm1(x).relu()), m.conv2(y)], 1)).relu()),
-                norm1=nn.BatchNorm2d(8), conv1=conv(8, 4), conv2=conv(4, 6), norm2=nn.BatchNorm2d(18), last=conv(18, 8),
+                norm1=nn.BatchNorm2d(8),
+                conv1=conv(8, 4),
+                conv2=conv(4, 6),
+                norm2=nn.BatchNorm2d(18),
+                last=conv(18, 8),
             )  # fmt: skip
         ),
     )
@@ -220,12 +222,18 @@ def _rows() -> dict[str, Row]:
         lambda: around(
             Do(
                 lambda m, x: m.norm3(x + m.conv2(m.norm2(m.conv1(m.norm1(x).relu())).relu())),
-                norm1=nn.BatchNorm2d(8), conv1=conv(8, 6), norm2=nn.BatchNorm2d(6), conv2=conv(6, 8),
+                norm1=nn.BatchNorm2d(8),
+                conv1=conv(8, 6),
+                norm2=nn.BatchNorm2d(6),
+                conv2=conv(6, 8),
                 norm3=nn.BatchNorm2d(8),
             )  # fmt: skip
         ),
     )
-    row("layer norm of tokens", lambda: on_tokens(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.LayerNorm(12)), 12))
+    row(
+        "layer norm of tokens",
+        lambda: on_tokens(nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 12), nn.LayerNorm(12)), 12),
+    )
     row("layer norm of pixels", lambda: between(Do(
         lambda m, x: m.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), norm=nn.LayerNorm(8))))  # fmt: skip
     row("layer norm of images", lambda: between(nn.LayerNorm((8, 8, 8))))
