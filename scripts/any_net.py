@@ -32,6 +32,7 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -46,6 +47,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from project.compression.report import accuracy
+from project.compression.thinning.units import masked_net, plan_thinning, units_of
 from project.data import Digits
 from project.deployment.export import TOLERANCE
 from project.deployment.model_file import ModelFile
@@ -377,11 +379,15 @@ class Work:
         return f"{self.checked_accuracy(run):.1f} %, {100 * zeros / size:.0f} % zeros"
 
     def units(self) -> str:
-        run = self.compress("units")
-        thinned, masked = self.net(run.best_checkpoint), self.net(run.level_checkpoint(1))
+        run, dense = self.compress("units"), self.net(self.dense.best_checkpoint)
+        shape = self.data.image_shape
+        gone = {layer: of.outputs(range(0, of.num - 1, 3)) for layer, of in units_of(dense, shape).items()}
+        masked, thinned = masked_net(dense, gone, shape), deepcopy(dense)
+        plan_thinning(dense, gone, shape).apply_(thinned)
         error = difference(self.logits(thinned), self.logits(masked))
         must(error <= 1e-5, f"thinned and masked net differ by {error:.1e} of the largest logit")
-        macs = [count_macs(net, self.data.image_shape) for net in (thinned, masked)]
+        thinned = self.net(run.best_checkpoint)
+        macs = [count_macs(net, shape) for net in (thinned, dense)]
         must(macs[0] < macs[1], "no unit was removed")
         return f"{self.accuracy(thinned):.1f} %, {100 * macs[0] / macs[1]:.0f} % MACs, {short(error)}"
 

@@ -81,6 +81,14 @@ class Units:
         """Names of the other layers with the same units."""
         return self.layers[1:]
 
+    def outputs(self, units: Sequence[int]) -> list[int]:
+        """The numbers of the first layer's outputs that are these units: one for a channel, several for a head.
+
+        Args:
+            units: numbers of units, each from 0 to below ``num``.
+        """
+        return next(iter(self.slices.values()))[list(units)].flatten().tolist()
+
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters that belong to the units and do not only read them; the first is a layer's weight."""
