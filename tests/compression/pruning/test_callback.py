@@ -495,7 +495,7 @@ trainer:
     - class_path: project.callbacks.IterativeMagnitudePruning
       init_args:
         schedule: {class_path: project.compression.Iterative, init_args: {fraction: 0.4, rounds: 2}}
-        pruner: {class_path: project.compression.Pruner, init_args: {criterion: gradient}}
+        pruner: {class_path: project.compression.Pruner, init_args: {criterion: gradient, structure: STRUCTURE}}
         after: rewind_lr
         report: false
     - class_path: project.callbacks.EMA
@@ -504,10 +504,11 @@ trainer:
 
 
 @pytest.mark.slow
-def test_two_processes_have_the_same_masks(logs, monkeypatch):
+@pytest.mark.parametrize("structure", ["weights", "units"])
+def test_two_processes_prune_the_same(logs, monkeypatch, structure):
     """Gradients are taken at batch-norm statistics of a process's own, so that the masks must come from one of them."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
-    logs.parent.joinpath("pruning.yaml").write_text(CONFIG)
+    logs.parent.joinpath("pruning.yaml").write_text(CONFIG.replace("STRUCTURE", structure))
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
     options += [f"--config={logs.parent / 'pruning.yaml'}", "--trainer.observe=false", "--trainer.test_after_fit=false"]
     command = [sys.executable, "-m", "project", "fit", "--config", str(ROOT / "configs/digits.yaml"), *options]
@@ -515,7 +516,10 @@ def test_two_processes_have_the_same_masks(logs, monkeypatch):
     assert done.returncode == 0, done.stderr
     folder = logs / "digits/version_0"
     first, second = (torch.load(folder / f"process_{rank}.pt", weights_only=True) for rank in range(2))
-    assert sum(int((mask == 0).sum()) for mask in first["masks"].values()) == gone_after(0.4, 2)[-1]
+    if structure == "weights":
+        assert sum(int((mask == 0).sum()) for mask in first["masks"].values()) == gone_after(0.4, 2)[-1]
+    else:
+        assert first["masks"] == {} and len(first["weights"]["conv2.conv.weight"]) < 16
     assert not differences(first["masks"], second["masks"])
     trained = [name for name in first["weights"] if "running" not in name and "tracked" not in name]
     assert not differences(*({name: each["weights"][name] for name in trained} for each in (first, second)))
