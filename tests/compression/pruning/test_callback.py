@@ -495,7 +495,7 @@ trainer:
     - class_path: project.callbacks.IterativeMagnitudePruning
       init_args:
         schedule: {class_path: project.compression.Iterative, init_args: {fraction: 0.4, rounds: 2}}
-        pruner: {class_path: project.compression.Pruner, init_args: {criterion: gradient, structure: STRUCTURE}}
+        pruner: {class_path: project.compression.Pruner, init_args: {criterion: gradient, structure: STRUCTURE, scope: layer}}
         after: rewind_lr
         report: false
     - class_path: project.callbacks.EMA
