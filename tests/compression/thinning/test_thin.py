@@ -298,7 +298,9 @@ def test_nets_that_the_plan_does_not_fit_are_refused_untouched() -> None:
         assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
     net = build("LeNet5-28x19")
     plan.apply_(net)
-    with pytest.raises(ValueError, match=r"conv1.conv.weight has 19 indices in dimension 0, but 19 is to be kept.*thin it once"):
+    with pytest.raises(
+        ValueError, match=r"conv1.conv.weight has 19 indices in dimension 0, but 19 is to be kept.*thin it once"
+    ):
         plan.apply_(net)
 
 
