@@ -21,6 +21,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from project.compression.thinning.units import Units
 
@@ -151,7 +152,8 @@ def _mean_over_images(
         sums: dict[str, Tensor] = {}
         for start in range(0, len(images), _CHUNK):
             chunk = slice(start, start + _CHUNK)
-            gradients = vmap(grad(loss), in_dims=(None, 0, 0))(dict(weights), images[chunk], labels[chunk])
+            with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the other kernels of attention
+                gradients = vmap(grad(loss), in_dims=(None, 0, 0))(dict(weights), images[chunk], labels[chunk])
             for name, values in per_image(gradients).items():
                 total = values.sum(0)
                 sums[name] = sums[name] + total if name in sums else total

@@ -186,8 +186,9 @@ class MixingCalls(TorchFunctionMode):
         Args:
             key: name of the module, and number of the call in this module, from 0.
             name: name of the function.
-            function: the function.
-            args, kwargs: its arguments.
+            function: the function that was called.
+            args: positional arguments of the call.
+            kwargs: named arguments of the call.
         """
         return function(*args, **kwargs)
 
@@ -366,7 +367,7 @@ def flat(value: Any) -> Iterable[Any]:
     """All values within nested lists, tuples and dictionaries.
 
     Args:
-        value: any value.
+        value: any value, also within lists.
     """
     if isinstance(value, list | tuple):
         for each in value:

@@ -6,8 +6,8 @@ neuron with its bias, the scale and shift of its norm, the filter of a depthwise
 that read it; or a head of attention.
 
 Our addition to the paper is a law: the thinned net computes what the masked net computes
-(:mod:`project.compression.thinning.masked`), up to the rounding of shorter sums. Every group of units is tried on a copy
-of the net, and a group that breaks the law is refused.
+(:mod:`project.compression.thinning.masked`), up to the rounding of shorter sums. Every group of units is tried on a
+copy of the net, and a group that breaks the law is refused.
 """
 
 from collections import defaultdict
@@ -58,16 +58,18 @@ class Units:
     Args:
         layers: names of the layers whose outputs are the units, in the order of the net. There are several if, for
             example, a residual connection adds their outputs together.
-        slices: for each dimension of a parameter or buffer the indices of every unit there, ``[num, indices a unit]``.
-            The outputs of the first layer come first.
+        slices: indices of every unit in each dimension of a parameter or buffer, ``[num, indices a unit]``. The
+            outputs of the first layer come first.
         read: the slices in which a layer reads the units, and does not make them.
         mixed: whether a norm takes statistics over these units, so that a unit matters even if nothing reads it.
+        buffers: names in ``slices`` that are no parameters, such as running statistics.
     """
 
     layers: tuple[str, ...]
     slices: dict[Slice, Tensor]
     read: frozenset[Slice]
     mixed: bool = False
+    buffers: frozenset[str] = frozenset()
 
     @property
     def num(self) -> int:
@@ -79,10 +81,19 @@ class Units:
         """Names of the other layers with the same units."""
         return self.layers[1:]
 
+    def outputs(self, units: Sequence[int]) -> list[int]:
+        """The numbers of the first layer's outputs that are these units: one for a channel, several for a head.
+
+        Args:
+            units: numbers of units, each from 0 to below ``num``.
+        """
+        return next(iter(self.slices.values()))[list(units)].flatten().tolist()
+
     @cached_property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters and buffers that belong to the units and do not only read them."""
-        return tuple(dict.fromkeys(name for name, dim in self.slices if (name, dim) not in self.read))
+        """Names of the parameters that belong to the units and do not only read them; the first is a layer's weight."""
+        made = (name for name, dim in self.slices if (name, dim) not in self.read and name not in self.buffers)
+        return tuple(dict.fromkeys(made))
 
     @cached_property
     def readers(self) -> dict[str, int]:
@@ -97,7 +108,7 @@ class Traced:
     Args:
         groups: all units of each layer that can be removed, by the name of the group's first layer. A layer whose units
             are read by different layers has several groups, the further ones with a number behind the name.
-        reasons: for each convolution, linear layer or attention without such a group, why its units stay.
+        reasons: reason why the units stay, for each convolution, linear layer or attention without such a group.
         couplings: the slots of the net's parameters.
     """
 
@@ -114,8 +125,7 @@ def trace(net: nn.Module, image_shape: tuple[int, int, int]) -> Traced:
         image_shape: shape (C, H, W) of an image.
     """
     couplings = _follow(net, image_shape)
-    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
-    groups = _groups(couplings, {name: number for number, name in enumerate(tensors)})
+    groups = _groups(couplings, [name for name, _ in net.named_parameters()], [name for name, _ in net.named_buffers()])
     reasons: dict[str, str] = {}
     in_groups = {layer for units in groups.values() for layer in units.layers}
     for name, module in net.named_modules():
@@ -222,15 +232,10 @@ def _follow(net: nn.Module, image_shape: tuple[int, int, int]) -> Couplings:
             return Couplings(copy_of(net).cpu().float().eval(), image_shape, RULES)
 
 
-def _groups(c: Couplings, order: Mapping[str, int]) -> dict[str, Units]:
+def _groups(c: Couplings, parameters: Sequence[str], buffers: Sequence[str]) -> dict[str, Units]:
     """Put the sets of slots that can be removed into groups of equal kind."""
-    axes = {
-        (name, dim): axis
-        for name, label in c.owned.items()
-        if name in order
-        for dim, axis in enumerate(label)
-        if axis is not None
-    }
+    names = (*parameters, *buffers)
+    axes = {(name, dim): axis for name in names for dim, axis in enumerate(c.owned[name]) if axis is not None}
     pairs, mixed = list(axes), np.zeros(c.joined.num, bool)
     names_of: dict[int, list[str]] = defaultdict(list)  # all names of a shared tensor, by its label
     for name, label in c.owned.items():
@@ -261,15 +266,17 @@ def _groups(c: Couplings, order: Mapping[str, int]) -> dict[str, Units]:
             key, number = layers[0], 2
             while key in groups:
                 key, number = f"{layers[0]} ({number})", number + 1
-            groups[key] = Units(tuple(dict.fromkeys(layers)), slices, frozenset(read), bool(mixed[c.root[first]]))
+            named = tuple(dict.fromkeys(layers))
+            of_buffers = frozenset(name for name, _ in slices if name in buffers)
+            groups[key] = Units(named, slices, frozenset(read), bool(mixed[c.root[first]]), of_buffers)
     return groups
 
 
 def _kinds(c: Couplings, axes: Sequence[Slots]) -> dict[tuple[tuple[int, int], ...], Any]:
     """The sets of slots that can be removed, by their kind.
 
-    A kind is the number of indices in each axis, as pairs (number of the axis, number of indices). Its sets are the rows
-    of an array, which holds the indices axis after axis.
+    A kind is the number of indices in each axis, as pairs (number of the axis, number of indices). Its sets are the
+    rows of an array, which holds the indices axis after axis.
     """
     slots = np.concatenate([np.zeros(0, int), *axes])
     which = np.repeat(np.arange(len(axes)), [len(axis) for axis in axes])
