@@ -76,8 +76,8 @@ def saliency_of_units(
     """
     if criterion == "magnitude":
         return {layer: _mean_magnitude(net, each) for layer, each in units.items()}
-    device = next(net.parameters()).device
-    gates = {layer: torch.ones(each.num, device=device) for layer, each in units.items()}
+    like = next(net.parameters()).detach()
+    gates = {layer: like.new_ones(each.num) for layer, each in units.items()}
     if criterion == "random":
         return {layer: _random(gate, seed, layer) for layer, gate in gates.items()}
 
@@ -88,8 +88,8 @@ def saliency_of_units(
             for name, dim in each.read or each.slices:
                 parameter = parameters.get(name, named.get(name))
                 if parameter is not None:
-                    indices = each.slices[name, dim].to(device)
-                    factors = torch.ones(parameter.shape[dim], device=device).index_add(
+                    indices = each.slices[name, dim].to(like.device)
+                    factors = like.new_ones(parameter.shape[dim]).index_add(
                         0, indices.flatten(), (gates[layer] - 1).repeat_interleave(indices.shape[1])
                     )
                     factors = factors.view([-1 if each == dim else 1 for each in range(parameter.dim())])

@@ -197,12 +197,12 @@ class Couplings(TorchDispatchMode):
     """Follows the channels of a net through one forward pass.
 
     Args:
-        net: net on the meta device, in eval mode; its parameters stay the same.
+        net: net on the meta device, or on the CPU if it reads values, in eval mode; its parameters stay the same.
         image_shape: shape (C, H, W) of an image.
         rules: the rule of each operation, by the operation's name.
 
     Raises:
-        Exception: whatever the net raises on the meta device.
+        Exception: whatever the net raises on this device.
     """
 
     def __init__(self, net: nn.Module, image_shape: tuple[int, int, int], rules: Mapping[str, Rule]) -> None:
@@ -233,7 +233,8 @@ class Couplings(TorchDispatchMode):
             self.owned[name] = self.owned[first] if first != name else tuple(map(self.joined.new, tensor.shape))
             self._set(tensor, self.owned[name])
         self.stack = ModuleStack(net)
-        images = torch.empty(1, *image_shape, device="meta")
+        device = next((tensor.device for _, tensor in named), torch.device("meta"))
+        images = torch.zeros(1, *image_shape, device=device)
         self._set(images, (None,) * 4)
         try:
             with torch.no_grad(), _no_fast_path(), _NotedCalls(self), self:
