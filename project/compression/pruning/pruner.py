@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from project.compression.plain_layers import check_weights, name_layers
 from project.compression.pruning.dead_ends import without_dead_ends
-from project.compression.pruning.last_weights import last_weights, tell_of_last_weights
+from project.compression.pruning.last_weights import keep_last_weights_, last_weights
 from project.compression.pruning.masks import Group, Masks, sparsity, unit_masks, units_left
 from project.compression.pruning.saliency import Criterion, saliency_of_units, saliency_of_weights
 from project.compression.pruning.unit_budget import Macs, least_units, take_cheapest
@@ -84,7 +84,7 @@ class Pruner:
         rates: factors, 0 or more, on the share that is pruned of the layers whose names match a regular expression, for
             the scopes ``layer`` and ``deviation``. The first match counts. Frankle & Carbin 2019 prune the output layer
             at half the rate: ``{fc3: 0.5}``.
-        keep: share of each layer, in [0, 1), that ``global`` never prunes, so that no layer loses nearly all while
+        keep: share of each layer, in [0, 1), that ``global`` never prunes, so that no layer loses (nearly) all while
             others are wide.
         budget: the quantity that the schedule's shares are shares of. ``count``: the number of weights or units.
             ``effective``: the number of weights, where weights whose unit is read by no remaining weight are pruned as
@@ -301,10 +301,7 @@ class Pruner:
         }
         if self.budget == "effective":
             masks = without_dead_ends(net, groups, masks)
-        for group in groups:
-            if not (mask := masks[group.parameters[0]]).any():  # the whole layer is a dead end
-                mask.copy_(last[group.layer])
-        tell_of_last_weights(left, masks, "choose a larger keep" if self.scope == "global" else "prune less")
+        keep_last_weights_(masks, last, left, "choose a larger keep" if self.scope == "global" else "prune less")
         return masks
 
     def share_gone(
