@@ -102,15 +102,19 @@ class Heads(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(n, length, -1))
 
 
-def attention(batch_first: bool) -> nn.Module:
+def attention(batch_first: bool = True, need_weights: bool = False, cross: bool = False, **options: Any) -> nn.Module:
     """Torch's attention on tokens [N, L, C] or [L, N, C], with a residual connection."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
         x = x if batch_first else x.transpose(0, 1)
-        x = x + m.attend(m.norm(x), m.norm(x), m.norm(x), need_weights=False)[0]
+        y = m.norm(x)
+        z = m.other(x) if cross else y
+        x = x + m.attend(y, z, z, need_weights=need_weights)[0]
         return x if batch_first else x.transpose(0, 1)
 
-    return Do(forward, norm=nn.LayerNorm(12), attend=nn.MultiheadAttention(12, 3, batch_first=batch_first))
+    attend = nn.MultiheadAttention(12, 3, batch_first=batch_first, **options)
+    other = {"other": nn.Linear(12, options.get("kdim", 12))} if cross else {}
+    return Do(forward, norm=nn.LayerNorm(12), attend=attend, **other)
 
 
 def vit() -> nn.Module:
@@ -300,8 +304,16 @@ def _rows() -> dict[str, Row]:
         lambda m, x: x + (m.gamma * m.back(F.gelu(m.wide(m.norm(m.deep(x).permute(0, 2, 3, 1)))))).permute(0, 3, 1, 2),
         deep=conv(8, 8, 5, groups=8), norm=nn.LayerNorm(8), wide=nn.Linear(8, 16), back=nn.Linear(16, 8),
         gamma=parameter(8))))
-    row("attention", lambda: on_tokens(attention(True), 12, 12))
-    row("attention, batch second", lambda: on_tokens(attention(False), 12, 12))
+    row("attention", lambda: on_tokens(attention(), 12, 12))
+    row("attention, batch second", lambda: on_tokens(attention(batch_first=False), 12, 12))
+    row("attention with its weights", lambda: on_tokens(attention(need_weights=True), 12, 12))
+    row("attention without biases", lambda: on_tokens(attention(bias=False), 12, 12))
+    row("attention to others", lambda: on_tokens(attention(cross=True), 12, 12))
+    row("attention to narrower others", lambda: on_tokens(attention(cross=True, kdim=8, vdim=8), 12, 12))
+    row("attention to a learned token", lambda: on_tokens(nn.Sequential(
+        attention(add_bias_kv=True), nn.Linear(12, 8)), 8, 12), "stem", "block.0.attend")
+    row("attention to zero", lambda: on_tokens(nn.Sequential(
+        attention(add_zero_attn=True), nn.Linear(12, 8)), 8, 12), "stem", "block.0.attend")
     row("encoder layer, norm first", lambda: on_tokens(
         nn.TransformerEncoderLayer(12, 3, 20, 0.0, batch_first=True, norm_first=True), 12, 12))
     row("encoder layer, norm last", lambda: on_tokens(

@@ -96,13 +96,8 @@ def choose(units: dict[str, Units], sparsity: float) -> dict[str, list[int]]:
     removed: dict[str, list[int]] = {}
     for of in units.values():
         gone = torch.randperm(of.num, generator=generator)[: min(of.num - 1, int(sparsity * of.num))]
-        removed.setdefault(of.layers[0], []).extend(outputs(of)[gone].flatten().tolist())
+        removed.setdefault(of.layers[0], []).extend(of.outputs(gone.tolist()))
     return removed
-
-
-def outputs(units: Units) -> Tensor:
-    """The outputs of the units' first layer, ``[num_units, outputs a unit]``."""
-    return next(iter(units.slices.values()))
 
 
 @torch.no_grad()

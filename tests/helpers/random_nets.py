@@ -5,10 +5,9 @@ from random import Random
 from typing import Any
 
 import torch
+from helpers.coupled_nets import Do, Heads, conv, parameter
 from torch import Tensor, nn
 from torch.nn import functional as F
-
-from helpers.coupled_nets import Do, Heads, conv, parameter
 
 Block = Callable[[int, Random], tuple[nn.Module, int]]
 """Makes a block for this number of channels, a multiple of 4; the block and the number of channels after it."""
@@ -76,9 +75,9 @@ def inverted(width: int, draw: Random) -> tuple[nn.Module, int]:
     inner, times = some(draw), draw.choice([1, 2])
     deep = layer(inner, inner * times, draw, groups=inner) if times == 1 else conv(inner, inner * times, groups=inner)
     return Do(
-        lambda m, x: x + m.narrow((y := m.deep(m.wide(x))) * m.up(m.down(y.mean((2, 3), keepdim=True)).relu()).sigmoid()),
-        wide=layer(width, inner, draw, 1), deep=deep, down=conv(inner * times, 4, 1), up=conv(4, inner * times, 1),
-        narrow=conv(inner * times, width, 1),
+        lambda m, x: x + m.narrow((y := m.deep(m.wide(x))) * m.squeeze(y)),
+        wide=layer(width, inner, draw, 1), deep=deep, narrow=conv(inner * times, width, 1), squeeze=nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), conv(inner * times, 4, 1), nn.ReLU(), conv(4, inner * times, 1), nn.Sigmoid()),
     ), width  # fmt: skip
 
 
@@ -180,9 +179,9 @@ def random_net(seed: int) -> nn.Module:
     draw = Random(seed)
     torch.manual_seed(seed)
     width = some(draw)
-    blocks: list[nn.Module] = [layer(3, width, draw)]
-    for _ in range(draw.choice([3, 4])):
-        made = draw.choice([each for each in BLOCKS if width >= 8 or each is not folded])
+    blocks: list[nn.Module] = [conv(3, width)]
+    for _ in range(draw.choice([2, 3, 4])):
+        made = draw.choice([each for each in BLOCKS if width % 8 == 0 or each is not folded])
         block, width = made(width, draw)
         blocks.append(block)
     head = draw.choice(["mean", "flat", "hidden"])

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class ThinAttention(nn.MultiheadAttention):
-    """Multi-head self-attention whose heads are not as wide together as the tokens.
+    """Multi-head attention whose heads are not as wide together as the tokens.
 
     It computes ``softmax(q k^T / sqrt(head_dim)) v`` for each head. Thinning changes the class of a
     ``nn.MultiheadAttention`` to this one (:class:`project.compression.thinning.thin.Thin`), and nobody else makes one.
@@ -42,7 +42,9 @@ class ThinAttention(nn.MultiheadAttention):
         """
         if not self.batch_first:
             query, key, value = (each.transpose(0, 1) for each in (query, key, value))
-        weights = self.in_proj_weight.chunk(3)
+        weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
         biases: Any = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
             functional.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -227,6 +227,7 @@ class Couplings(TorchDispatchMode):
         self._labels: dict[int, tuple[Any, Label]] = {}
         self._call: tuple[tuple[str, int], str] | None = None
         self._quiet = False
+        self._if_used: dict[int, list[tuple[Axis, str]]] = {}
         named = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
         for name, tensor in named:
             first = self.names.setdefault(id(tensor), name)
@@ -241,12 +242,13 @@ class Couplings(TorchDispatchMode):
                 output = net(images)
         finally:
             self.stack.close()
+        self._use(output)
         for tensor in flat(output):
             for axis in self.of(tensor) if isinstance(tensor, Tensor) else ():
                 self.joined.fix(axis, "it gives the net's output: its units are the logits")
         self.root, self.reasons = self.joined.solve()
         self.reads, self.makes = self._marked(self._read), self._marked(self._made)
-        del self._labels, self._read, self._made
+        del self._labels, self._read, self._made, self._if_used
 
     def of(self, tensor: Tensor) -> Label:
         """The label of a tensor.
@@ -285,14 +287,24 @@ class Couplings(TorchDispatchMode):
             for axis in known.values():
                 self.stay(axis, "a statistic")
 
-    def stay(self, axis: Axis, what: str) -> None:
+    def stay(self, axis: Axis, what: str, results: Iterable[Tensor] = ()) -> None:
         """Let an axis stay because something is computed over it.
 
         Args:
             axis: axis whose slots stay.
             what: the thing that is computed, such as "a mean".
+            results: tensors that are the thing. If they are given, the axis stays only if one of them is used.
         """
-        self.joined.fix(axis, f"{what} in {self.stack.name or 'the net'} is taken over its units")
+        why = f"{what} in {self.stack.name or 'the net'} is taken over its units"
+        for tensor in results:
+            self._if_used.setdefault(id(tensor), []).append((axis, why))
+        if not results:
+            self.joined.fix(axis, why)
+
+    def _use(self, values: Any) -> None:
+        for tensor in flat(values):
+            for axis, why in self._if_used.pop(id(tensor), ()):
+                self.joined.fix(axis, why)
 
     def _set(self, tensor: Tensor, label: Label) -> None:
         assert len(label) == tensor.dim(), (tensor.shape, len(label))
@@ -306,6 +318,7 @@ class Couplings(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._use((args, kwargs))
         result = function(*args, **kwargs)
         name = function.overloadpacket.__name__
         rule = self._rules.get(name) or self._rules.get(name.removesuffix("_"))  # an operation in place has no rule

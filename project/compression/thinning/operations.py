@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
 from project.compression.thinning.couplings import Axis, Couplings, Label, Rule, Slots, View, flat
 
@@ -294,9 +294,9 @@ def reduction(c: Couplings, result: Any, x: Tensor, *args: Any, **kwargs: Any) -
         if x.dim()
         else set()
     )
-    for dim in dims:
-        c.stay(label[dim], "a sum or mean")
     outs = [each for each in flat(result) if isinstance(each, Tensor)]
+    for dim in dims:
+        c.stay(label[dim], "a sum or mean", outs)
     if outs[0].dim() == x.dim():
         made = tuple(None if dim in dims else axis for dim, axis in enumerate(label))
     else:
@@ -417,7 +417,9 @@ def split(c: Couplings, result: Sequence[Tensor], x: Tensor, sizes: Any, dim: in
     if axis is None:
         return [label] * len(result)
     parts = np.split(axis, np.cumsum([each.shape[dim] for each in result])[:-1])
-    if len({len(part) for part in parts}) == 1:
+    if isinstance(c.net.get_submodule(c.stack.name), nn.MultiheadAttention):  # its parts are one third and two thirds
+        equal_shares(c, axis, 3)
+    elif len({len(part) for part in parts}) == 1:
         for part in parts[1:]:
             c.joined.join(parts[0], part)
     else:

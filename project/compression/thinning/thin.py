@@ -192,7 +192,9 @@ def _state_sizes_(module: nn.Module, sizes: Mapping[str, int | list[int]]) -> No
         assert isinstance(module, nn.MultiheadAttention)
         module.__class__ = ThinAttention
         # torch's TransformerEncoderLayer calls such a layer, and does not read its parameters instead
-        stated = {"embed_dim": module.in_proj_weight.shape[1], "_qkv_same_embed_dim": False}
-        stated["kdim"] = stated["vdim"] = stated["embed_dim"]
+        stated = {"_qkv_same_embed_dim": False}
+        for key, one in (("embed_dim", "q_proj_weight"), ("kdim", "k_proj_weight"), ("vdim", "v_proj_weight")):
+            read = module.in_proj_weight if module.in_proj_weight is not None else getattr(module, one)
+            stated[key] = read.shape[1]
     for key, value in stated.items():
         setattr(module, key, value)

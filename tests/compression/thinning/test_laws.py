@@ -77,11 +77,12 @@ def images() -> Tensor:
 @pytest.mark.parametrize("name", ROWS)
 def test_all_units_go_that_can_and_the_others_have_a_reason(name: str) -> None:
     net, units, reasons, *_ = case(name)
-    layers = {n for n, m in net.named_modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear)}
-    layers -= {n for n in layers if n.endswith("out_proj")}  # its parameters are those of attention
+    kinds = nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention
+    layers = {layer for layer, module in net.named_modules() if isinstance(module, kinds)}
     gone = {layer for each in units.values() for layer in each.layers}
-    assert {*reasons} - {n for n in reasons if n.endswith("out_proj")} == ROWS[name].stays | {"head"}
-    assert layers - gone == ROWS[name].stays | {"head"} and all(reasons.values())
+    inner = {layer for layer in layers if layer.endswith("out_proj")}  # a part of attention
+    assert layers - gone - inner == reasons.keys() - inner == ROWS[name].stays | {"head"}
+    assert all(reasons.values())
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -161,9 +161,10 @@ def test_memory_format_type_frozen_layers_and_modes_stay() -> None:
 
 def test_units_name_their_parameters() -> None:
     units = units_by_layer("SmallInception-28")
-    norm = ("weight", "bias", "running_mean", "running_var")
     stem = units["stem.0.conv"]
-    assert stem.parameters == ("stem.0.conv.weight", *(f"stem.0.norm.{name}" for name in norm))
+    assert stem.parameters == ("stem.0.conv.weight", "stem.0.norm.weight", "stem.0.norm.bias")
+    assert stem.buffers == {"stem.0.norm.running_mean", "stem.0.norm.running_var"}
+    assert stem.outputs([3, 5]) == [3, 5]
     assert (stem.num, stem.coupled, stem.readers, stem.mixed) == (16, (), {"stem.1.conv": 1}, False)
     assert all(indices.tolist() == [[unit] for unit in range(16)] for indices in stem.slices.values())
     layers = {n for n, m in build("SmallInception-28").named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
@@ -246,7 +247,7 @@ def test_layers_that_are_added_up_lose_the_same_units() -> None:
     (units,) = units_of(net, shape).values()
     parameters = {"stem.weight", "stem.bias", "norm.weight", "norm.bias", "conv.weight", "conv.bias"}
     assert units.layers == ("stem", "conv") and units.coupled == ("conv",)
-    assert {*units.parameters} == parameters | {"norm.running_mean", "norm.running_var"}
+    assert {*units.parameters} == parameters and units.buffers == {"norm.running_mean", "norm.running_var"}
     images = torch.randn(8, *shape)
     for removed in ({"stem": [1, 2]}, {"conv": [2, 1]}, {"stem": [1], "conv": [2]}):
         masked, thinned = lively_pair(net, removed, shape, images)
