@@ -116,8 +116,7 @@ def removed_units(groups: Iterable[Group], masks: Mapping[str, Tensor]) -> dict[
     removed: dict[str, list[int]] = {}
     for group in groups:
         assert group.units is not None
-        indices = next(iter(group.units.slices.values()))
-        gone = indices[~units_left(group, masks).cpu()].flatten().tolist()
+        gone = group.units.outputs[~units_left(group, masks).cpu()].flatten().tolist()
         layer = group.units.layers[0]
         removed[layer] = sorted([*removed.get(layer, []), *gone])
     return removed

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from project.compression.thinning.couplings import Axis, Couplings, Label, Rule, Slots, View, flat
+from project.compression.thinning.couplings import Axis, Couplings, Label, Rule, Slots, Split, View, flat
 
 RULES: dict[str, Rule] = {}
 """The rule of each operation, by the operation's name in its library. A name ending in ``_`` uses the rule without."""
@@ -411,15 +411,21 @@ def stack(c: Couplings, result: Tensor, tensors: Sequence[Tensor], dim: int = 0)
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
 def split(c: Couplings, result: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> list[Label]:
-    """A tensor is cut into parts. Equal parts lose the same channels. Parts of other sizes keep theirs."""
+    """A tensor is cut into parts. Equal parts lose the same channels. Other parts need a module that states their sizes."""
     label = c.of(x)
     axis = label[dim]
     if axis is None:
         return [label] * len(result)
     parts = np.split(axis, np.cumsum([each.shape[dim] for each in result])[:-1])
-    if len({len(part) for part in parts}) == 1:
-        for part in parts[1:]:
-            c.joined.join(parts[0], part)
+    lengths = [len(part) for part in parts]
+    stated = [*vars(c.net.get_submodule(c.stack.name)).values()]
+    if len({*lengths}) > 1 and any(isinstance(each, list | tuple) and [*each] == lengths for each in stated):
+        c.splits.append(Split(c.stack.name, tuple(parts)))
+    elif len({*lengths}) == 1 or all(any(type(each) is int and each == size for each in stated) for size in lengths):
+        first: dict[int, Slots] = {}
+        for part in parts:
+            c.joined.join(first.setdefault(len(part), part), part)
+        c.splits.append(Split(c.stack.name, tuple(parts)))
     else:
         c.joined.fix(axis, f"{c.stack.name or 'the net'} splits it into parts of given sizes")
     place = dim % x.dim()
@@ -568,12 +574,13 @@ def view(c: Couplings, result: Tensor, x: Tensor, *_: Any) -> Label:
             else:
                 b *= new[j]
                 j += 1
-        made[j0:j] = _block(c, label[i0:i], old[i0:i], new[j0:j])
+        made[j0:j] = _block(c, label[i0:i], old[i0:i], new, j0, j)
     return tuple(made)
 
 
-def _block(c: Couplings, axes: Label, old: tuple[int, ...], new: tuple[int, ...]) -> list[Axis]:
-    """The new axes of one block of a view."""
+def _block(c: Couplings, axes: Label, old: tuple[int, ...], shape: tuple[int, ...], begin: int, end: int) -> list[Axis]:
+    """The new axes of one block of a view: the dimensions ``begin`` to ``end`` of the new shape."""
+    new = shape[begin:end]
     made: list[Axis] = [None] * len(new)
     known = [number for number, axis in enumerate(axes) if axis is not None and old[number] > 1]
     if not known:
@@ -594,20 +601,28 @@ def _block(c: Couplings, axes: Label, old: tuple[int, ...], new: tuple[int, ...]
         c.joined.fix(first, "all of its units would have to go together")
         made[int(np.argmax(new))] = np.full(max(new), slots.flat[0])
         return made
+    if len(varying) == 1 and len(old) == 1 and 1 in new[: varying[0]] and 1 in _heads(c):
+        c.joined.fix(first, "all of them are one head")
     free = varying[0] if len(varying) == 1 else _free(c, new, varying)
     made[free] = slots[tuple(slice(None) if dim == free else 0 for dim in range(len(new)))]
     rows = np.moveaxis(slots, free, -1).reshape(-1, new[free])
     if len(varying) > 1:
         for row in rows[1:]:
             c.joined.join(rows[0], row)
-    c.views.append(View(c.stack.name, new, free, np.ascontiguousarray(rows[0])))
+    c.tie(rows[0], int(np.prod([new[dim] for dim in varying if dim > free])))
+    c.views.append(View(c.stack.name, new, free, np.ascontiguousarray(rows[0]), shape, begin + free))
     return made
 
 
 def _free(c: Couplings, new: tuple[int, ...], varying: list[int]) -> int:
     """The part of a split dimension whose indices can be removed: the heads if the module names them, else the last."""
-    module = c.net.get_submodule(c.stack.name)
-    heads = {value for key, value in vars(module).items() if "head" in key and "dim" not in key and type(value) is int}
+    heads = _heads(c)
     named = [dim for dim in varying if new[dim] in heads]
     # [3, heads, head_dim] may have equal sizes: the heads stand last but one
     return varying[-1] if not named else varying[-2] if varying[-2] in named else named[-1]
+
+
+def _heads(c: Couplings) -> set[int]:
+    """The numbers of heads that the running module names."""
+    named = vars(c.net.get_submodule(c.stack.name)).items()
+    return {value for key, value in named if "head" in key and "dim" not in key and type(value) is int}
