@@ -107,8 +107,8 @@ NETS: dict[str, dict[str, Any]] = {
     "inception_v3": torchvision("inception_v3", aux_logits=False, init_weights=False),
     "densenet121": torchvision("DenseNet", growth_rate=8, block_config=[6, 12, 24, 16], num_init_features=16),
     "mobilenet_v2": torchvision("mobilenet_v2", width_mult=0.5),
-    "mobilenet_v3_small": torchvision("mobilenet_v3_small", width_mult=0.5),
-    "efficientnet_b0": torchvision("efficientnet_b0"),
+    "mobilenet_v3_small": torchvision("mobilenet_v3_small", width_mult=0.5, norm_layer="torch.nn.BatchNorm2d"),
+    "efficientnet_b0": torchvision("efficientnet_b0", stochastic_depth_prob=0.0),
     "shufflenet_v2_x0_5": torchvision("shufflenet_v2_x0_5"),
     "squeezenet1_1": torchvision("squeezenet1_1"),
     "regnet_y_400mf": torchvision("regnet_y_400mf"),
@@ -121,7 +121,7 @@ NETS: dict[str, dict[str, Any]] = {
     "test_nfnet": timm("test_nfnet"),
     "ghostnet_050": timm("ghostnet_050"),
 }
-"""The nets, as ``model.net`` of a configuration has them."""
+"""The nets, as ``model.net`` of a configuration has them; two with the arguments of the fragments in configs/nets."""
 LARGE = ("inception_v3",)
 WARM_UP = {"class_path": "project.models.SmallInception", "init_args": {"width": 0.25, "stem": [16], "stages": [[32]]}}
 
@@ -146,14 +146,7 @@ def part(name: str, **arguments: Any) -> dict[str, Any]:
 ROUND: dict[str, Any] = {"epochs_per_round": 1, "latency": False}
 FOUR_BITS = {"weight_bits": 4, "activations": False}
 TECHNIQUES: dict[str, list[dict[str, Any]]] = {
-    "weights": [
-        callback(
-            "IterativeMagnitudePruning",
-            schedule=part("OneShot", sparsity=0.7),
-            pruner=part("Pruner", keep=0.02),
-            **ROUND,
-        )
-    ],
+    "weights": [callback("IterativeMagnitudePruning", schedule=part("OneShot", sparsity=0.7), **ROUND)],
     "units": [
         callback(
             "IterativeMagnitudePruning",
@@ -696,7 +689,7 @@ from this fit and trains for a few batches more. So the accuracies show that a t
 - An accuracy is that of the test images. Int8 and four bits have that of the file and that of the fp32 net.
 - ONNX and pt2: largest difference between a logit of the file and of the net, as a share of the largest logit.
 - benchmark: multiply-accumulates of an image, within 1 % of those that torch counts.
-- weights pruned: 70 % of the weights are zero, at the places that the masks say; each layer keeps 2 % of its own.
+- weights pruned: 70 % of the weights are zero, at the places that the masks say.
 - units pruned, thinned: 30 % of the units of each layer are removed where this is possible; the
   multiply-accumulates that are left, and the largest difference of a logit between thinned and masked net (at most
   1e-5 of the largest).

@@ -103,7 +103,7 @@ class Outcome:
 
 def pruning(**options: Any) -> IterativeMagnitudePruning:
     """Our callback without the measurements at the end."""
-    return IterativeMagnitudePruning(**{"report": False, "thin": False, **options})
+    return IterativeMagnitudePruning(**{"report": False, **options})
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:

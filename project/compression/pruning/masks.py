@@ -74,7 +74,7 @@ def unit_masks(net: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tenso
 
     Args:
         net: net that the groups belong to; only the shapes and types of its parameters matter.
-        groups: groups of units.
+        groups: groups of units that are pruned.
         kept: whether each unit stays, bools ``[num_units]``, by the name of the group.
     """
     masks: Masks = {}

@@ -33,10 +33,10 @@ class ThinAttention(nn.MultiheadAttention):
 
         Args:
             query, key, value: tokens ``[N, L, C]``, or ``[L, N, C]`` without ``batch_first``.
-            key_padding_mask: which keys do not count, ``[N, L]``.
+            key_padding_mask: mask of the keys that do not count, ``[N, L]``.
             need_weights: whether the weights are returned.
-            attn_mask: which keys do not count for each query, or numbers that are added, ``[L, L]`` or
-                ``[N * heads, L, L]``.
+            attn_mask: mask of the keys that do not count for each query, or numbers that are added to the scores,
+                ``[L, L]`` or ``[N * heads, L, L]``.
             average_attn_weights: whether the returned weights are the mean over the heads.
             is_causal: ignored; ``attn_mask`` says the same.
         """

@@ -217,8 +217,9 @@ class MixingCalls(TorchFunctionMode):
         Args:
             key: name of the module, and number of the call in this module, from 0.
             name: name of the function.
-            function: the function.
-            args, kwargs: its arguments.
+            function: the function that was called.
+            args: positional arguments of the call.
+            kwargs: named arguments of the call.
         """
         return function(*args, **kwargs)
 
@@ -227,7 +228,7 @@ class Couplings(TorchDispatchMode):
     """Follows the channels of a net through one forward pass.
 
     Args:
-        net: net on the meta device, in eval mode; its parameters stay the same.
+        net: net in eval mode, on the meta device or, if it reads values, on the CPU; its parameters stay the same.
         image_shape: shape (C, H, W) of an image.
         rules: the rule of each operation, by the operation's name.
         tied: classes of attention whose inputs are as wide as their heads together, so that a head goes with the inputs
@@ -275,7 +276,8 @@ class Couplings(TorchDispatchMode):
             self.owned[name] = self.owned[first] if first != name else tuple(map(self.joined.new, tensor.shape))
             self._set(tensor, self.owned[name])
         self.stack = ModuleStack(net)
-        images = torch.empty(1, *image_shape, device="meta")
+        self.device = next((tensor.device.type for _, tensor in named), "meta")
+        images = torch.ones(1, *image_shape, device=self.device)
         self._set(images, (None,) * 4)
         try:
             with torch.no_grad(), _no_fast_path(), _NotedCalls(self), self:
@@ -321,7 +323,7 @@ class Couplings(TorchDispatchMode):
         """
         for tensor in self.stack.inputs:
             for axis in self.of(tensor):
-                if axis is not None and len(axis) == len(heads) * size:
+                if axis is not None and len(axis) == len(heads) * size and (axis != np.repeat(heads, size)).any():
                     kind = self.tieable[self.stack.name] = type(self.net.get_submodule(self.stack.name))
                     if kind in self._tied:
                         self.joined.join(np.repeat(heads, size), axis)
@@ -393,11 +395,14 @@ class _NotedCalls(MixingCalls):
         c = self._couplings
         before, c._call = c._call, (key, name)
         try:
-            if name != "local_response_norm":
+            if name not in ("local_response_norm", "rms_norm"):
                 return function(*args, **kwargs)
-            label, c._quiet = c.of(args[0]), True  # it pools over neighbouring channels
+            label, c._quiet = c.of(args[0]), True  # these consist of operations that reduce channels
             result = function(*args, **kwargs)
-            c.mix({1: label[1]})
+            if name == "rms_norm":
+                c._rules[name](c, result, *args, **kwargs)
+            else:
+                c.mix({1: label[1]})
             c._set(result, label)
             return result
         finally:
@@ -419,7 +424,7 @@ def flat(value: Any) -> Iterable[Any]:
     """All values within nested lists, tuples and dictionaries.
 
     Args:
-        value: any value.
+        value: any value, also within lists.
     """
     if isinstance(value, list | tuple):
         for each in value:

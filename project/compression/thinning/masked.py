@@ -1,9 +1,9 @@
 """The masked net: all sizes stay, and everything that belongs to removed units is zero.
 
-It is the reference for thinning, because it computes what the thinned net computes, in evaluation and in training. Zeros
-alone do that wherever each channel is treated on its own: the layers that read a removed channel multiply it by zero. A
-norm that takes statistics over channels must leave the removed channels out of them. So these functions are replaced
-while the masked net runs.
+It is the reference for thinning, because it computes what the thinned net computes, in evaluation and in training.
+Zeros alone do that wherever each channel is treated on its own: the layers that read a removed channel multiply it by
+zero. A norm that takes statistics over channels must leave the removed channels out of them. So these functions are
+replaced while the masked net runs.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ class MaskedNet(nn.Module):
 
     Args:
         net: net whose parameters and buffers are set to zero in these places.
-        zeros: for each parameter or buffer, by its name, the indices to set to zero, by dimension.
+        zeros: indices to set to zero, by the name of the parameter or buffer and by dimension.
         calls: the norms whose statistics leave channels out.
     """
 

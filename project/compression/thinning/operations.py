@@ -254,11 +254,11 @@ def batch_norm(c: Couplings, result: Any, x: Tensor, *args: Any, **_: Any) -> La
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
-def layer_norm(c: Couplings, result: Any, x: Tensor, shape: Sequence[int], *args: Any, **_: Any) -> Label:
+def layer_norm(c: Couplings, result: Any, x: Tensor, shape: Sequence[int], *args: Any, **kwargs: Any) -> Label:
     """Statistics over the last dimensions."""
     label, first = c.of(x), x.dim() - len(shape)
     c.mix({dim: label[dim] for dim in range(first, x.dim())})
-    for tensor in args[:2]:
+    for tensor in (*args, *kwargs.values()):
         for axis, own in zip(label[first:], c.of(tensor), strict=True) if isinstance(tensor, Tensor) else ():
             c.joined.join(axis, own, "its norm normalises what is not followed")
     return label
@@ -411,7 +411,7 @@ def stack(c: Couplings, result: Tensor, tensors: Sequence[Tensor], dim: int = 0)
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
 def split(c: Couplings, result: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> list[Label]:
-    """A tensor is cut into parts. Equal parts lose the same channels. Other parts need a module that states their sizes."""
+    """A tensor is cut into parts. Equal parts lose the same channels. Others need a module that states their sizes."""
     label = c.of(x)
     axis = label[dim]
     if axis is None:
@@ -430,6 +430,15 @@ def split(c: Couplings, result: Sequence[Tensor], x: Tensor, sizes: Any, dim: in
         c.joined.fix(axis, f"{c.stack.name or 'the net'} splits it into parts of given sizes")
     place = dim % x.dim()
     return [(*label[:place], part, *label[place + 1 :]) for part in parts]
+
+
+@rule("glu")
+def glu(c: Couplings, result: Tensor, x: Tensor, dim: int = -1) -> Label:
+    """One half of the channels gates the other half. Both lose the same channels."""
+    label = list(c.of(x))
+    axis = label[dim]
+    label[dim] = None if axis is None else equal_shares(c, axis, 2)
+    return tuple(label)
 
 
 @rule("unbind")
@@ -616,13 +625,15 @@ def _block(c: Couplings, axes: Label, old: tuple[int, ...], shape: tuple[int, ..
 
 def _free(c: Couplings, new: tuple[int, ...], varying: list[int]) -> int:
     """The part of a split dimension whose indices can be removed: the heads if the module names them, else the last."""
-    heads = _heads(c)
+    heads, widths = _heads(c), _heads(c, dim=True)
+    if widths and not any(new[dim] in widths for dim in varying):
+        return varying[-1]  # it is cut into queries, keys and values, which may be as many as the heads
     named = [dim for dim in varying if new[dim] in heads]
     # [3, heads, head_dim] may have equal sizes: the heads stand last but one
     return varying[-1] if not named else varying[-2] if varying[-2] in named else named[-1]
 
 
-def _heads(c: Couplings) -> set[int]:
-    """The numbers of heads that the running module names."""
-    named = vars(c.net.get_submodule(c.stack.name)).items()
-    return {value for key, value in named if "head" in key and "dim" not in key and type(value) is int}
+def _heads(c: Couplings, dim: bool = False) -> set[int]:
+    """The numbers of heads that the running module states, or the widths of a head."""
+    stated = vars(c.net.get_submodule(c.stack.name)).items()
+    return {value for key, value in stated if "head" in key and ("dim" in key) is dim and type(value) is int}

@@ -44,8 +44,8 @@ class Thin:
         kept_in: indices, from 0, that stay in the second dimension of a layer's weight, by the layer's name.
         out_channels: new width of each block that states its width in an attribute ``out_channels``, as Inception
             blocks do, by the block's name.
-        slices: for each parameter or buffer, by its name, one entry for each dimension: the indices that stay, a number
-            n for the first n, or null for all.
+        slices: indices that stay, by the name of the parameter or buffer, with one entry for each dimension: a list, a
+            number n for the first n, or null for all.
         sizes: new values of attributes that state a size, such as ``num_heads``, by the module's name.
     """
 

@@ -6,8 +6,8 @@ neuron with its bias, the scale and shift of its norm, the filter of a depthwise
 that read it; or a head of attention.
 
 Our addition to the paper is a law: the thinned net computes what the masked net computes
-(:mod:`project.compression.thinning.masked`), up to the rounding of shorter sums. Every group of units is tried on a copy
-of the net, and a group that breaks the law is refused.
+(:mod:`project.compression.thinning.masked`), up to the rounding of shorter sums. Every group of units is tried on a
+copy of the net, and a group that breaks the law is refused.
 """
 
 from collections import defaultdict
@@ -58,15 +58,18 @@ class Units:
     Args:
         layers: names of the layers whose outputs are the units, in the order of the net. There are several if, for
             example, a residual connection adds their outputs together.
-        slices: for each dimension of a parameter or buffer the indices of every unit there, ``[num, indices a unit]``.
+        slices: indices of every unit in each dimension of a parameter or buffer, ``[num, indices a unit]``. The
+            outputs of the first layer come first.
         read: the slices in which a layer reads the units, and does not make them.
         mixed: whether a norm takes statistics over these units, so that a unit matters even if nothing reads it.
+        buffers: names in ``slices`` that are no parameters, such as running statistics.
     """
 
     layers: tuple[str, ...]
     slices: dict[Slice, Tensor]
     read: frozenset[Slice]
     mixed: bool = False
+    buffers: frozenset[str] = frozenset()
 
     @property
     def num(self) -> int:
@@ -90,8 +93,9 @@ class Units:
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
-        """Names of the parameters and buffers that belong to the units and do not only read them."""
-        return tuple(dict.fromkeys(name for name, dim in self.slices if (name, dim) not in self.read))
+        """Names of the parameters that belong to the units and do not only read them; the first is a layer's weight."""
+        made = (name for name, dim in self.slices if (name, dim) not in self.read and name not in self.buffers)
+        return tuple(dict.fromkeys(made))
 
     @cached_property
     def readers(self) -> dict[str, int]:
@@ -106,7 +110,7 @@ class Traced:
     Args:
         groups: all units of each layer that can be removed, by the name of the group's first layer. A layer whose units
             are read by different layers has several groups, the further ones with a number behind the name.
-        reasons: for each convolution, linear layer or attention without such a group, why its units stay.
+        reasons: reason why the units stay, for each convolution, linear layer or attention without such a group.
         couplings: the slots of the net's parameters.
     """
 
@@ -122,11 +126,11 @@ def trace(net: nn.Module, image_shape: tuple[int, int, int]) -> Traced:
         net: net that takes images ``[N, C, H, W]``; it is not changed.
         image_shape: shape (C, H, W) of an image.
     """
-    tensors = dict(net.named_parameters()) | dict(net.named_buffers())
-    order, tied = {name: number for number, name in enumerate(tensors)}, set[type[nn.Module]]()
+    parameters, buffers = [name for name, _ in net.named_parameters()], [name for name, _ in net.named_buffers()]
+    tied: set[type[nn.Module]] = set()
     while True:
         couplings = _follow(net, image_shape, tied)
-        groups = _groups(couplings, order)
+        groups = _groups(couplings, parameters, buffers)
         left = {name: kind for name, kind in couplings.tieable.items() if kind not in tied}
         if not left or not (failed := _fails_in(net, Traced(groups, {}, couplings), image_shape)):
             break
@@ -245,12 +249,13 @@ def _on_meta(net: nn.Module) -> nn.Module:
 def _fails_in(net: nn.Module, traced: Traced, image_shape: tuple[int, int, int]) -> str:
     """The module that was called last if a copy without a half of each group's units does not run; else ``""``."""
     gone = _roots(traced, {layer: random_half(units) for layer, units in traced.groups.items() if units.num > 1})
-    plan, on_meta = _plan(net, traced.couplings, gone), _on_meta(net)
+    plan, device = _plan(net, traced.couplings, gone), traced.couplings.device
     with torch.inference_mode(False), torch.no_grad():
-        plan.apply_(on_meta)
-        stack = ModuleStack(on_meta)
+        copy = _on_meta(net) if device == "meta" else evaluated_copy(net)
+        plan.apply_(copy)
+        stack = ModuleStack(copy)
         try:
-            on_meta(torch.empty(1, *image_shape, device="meta"))
+            copy(torch.ones(1, *image_shape, device=device))
         except Exception:  # whatever the net raises at another width
             return stack.entered or "."
         finally:
@@ -258,16 +263,14 @@ def _fails_in(net: nn.Module, traced: Traced, image_shape: tuple[int, int, int])
     return ""
 
 
-def _groups(c: Couplings, order: Mapping[str, int]) -> dict[str, Units]:
+def _groups(c: Couplings, parameters: Sequence[str], buffers: Sequence[str]) -> dict[str, Units]:
     """Put the sets of slots that can be removed into groups of equal kind."""
-    axes = {
-        (name, dim): axis
-        for name, label in c.owned.items()
-        if name in order
-        for dim, axis in enumerate(label)
-        if axis is not None
-    }
+    names = (*parameters, *buffers)
+    axes = {(name, dim): axis for name in names for dim, axis in enumerate(c.owned[name]) if axis is not None}
     pairs, mixed = list(axes), np.zeros(c.joined.num, bool)
+    names_of: dict[int, list[str]] = defaultdict(list)  # all names of a shared tensor, by its label
+    for name, label in c.owned.items():
+        names_of[id(label)].append(name)
     for mixing in c.mixing.values():
         for axis in mixing.axes.values():
             mixed[c.root[axis]] = True
@@ -276,29 +279,35 @@ def _groups(c: Couplings, order: Mapping[str, int]) -> dict[str, Units]:
         slices: dict[Slice, Tensor] = {}
         read: set[Slice] = set()
         layers: list[str] = []
+        made: list[Slice] = []
         begin = 0
         for pair, count in kind:
             (name, dim), axis = pairs[pair], axes[pairs[pair]]
             slices[name, dim] = torch.from_numpy(numbers[:, begin : begin + count].copy())
             begin += count
             if c.makes[axis].any():
-                layers.append(name.rpartition(".")[0])
+                layers += [each.rpartition(".")[0] for each in names_of[id(c.owned[name])]]
+                made.append((name, dim))
             elif c.reads[axis].any():
                 read.add((name, dim))
         if layers:
+            # the outputs of the first layer come first: a net may define what reads them before it
+            slices = {made[0]: slices[made[0]], **slices}
             first = axes[pairs[kind[0][0]]][numbers[0, 0]]
             key, number = layers[0], 2
             while key in groups:
                 key, number = f"{layers[0]} ({number})", number + 1
-            groups[key] = Units(tuple(dict.fromkeys(layers)), slices, frozenset(read), bool(mixed[c.root[first]]))
+            named = tuple(dict.fromkeys(layers))
+            of_buffers = frozenset(name for name, _ in slices if name in buffers)
+            groups[key] = Units(named, slices, frozenset(read), bool(mixed[c.root[first]]), of_buffers)
     return groups
 
 
 def _kinds(c: Couplings, axes: Sequence[Slots]) -> dict[tuple[tuple[int, int], ...], Any]:
     """The sets of slots that can be removed, by their kind.
 
-    A kind is the number of indices in each axis, as pairs (number of the axis, number of indices). Its sets are the rows
-    of an array, which holds the indices axis after axis.
+    A kind is the number of indices in each axis, as pairs (number of the axis, number of indices). Its sets are the
+    rows of an array, which holds the indices axis after axis.
     """
     slots = np.concatenate([np.zeros(0, int), *axes])
     which = np.repeat(np.arange(len(axes)), [len(axis) for axis in axes])
@@ -329,8 +338,8 @@ def _reason(c: Couplings, name: str, module: nn.Module) -> str:
 def _refuse_what_differs(net: nn.Module, traced: Traced, image_shape: tuple[int, int, int]) -> None:
     """Remove the groups whose removal, tried on a copy, changes what the net computes; give the reason instead.
 
-    All groups are tried at once. If this fails, the smallest number of first groups that fails shows a culprit, its last
-    group. Then the others are tried again.
+    All groups are tried at once. If this fails, the smallest number of first groups that fails shows a culprit: its
+    last group. Then the others are tried again.
     """
     halves = {layer: random_half(units) for layer, units in traced.groups.items() if units.num > 1}
 
@@ -424,11 +433,10 @@ def _gone(net: nn.Module, traced: Traced, removed: Mapping[str, Sequence[int]]) 
 
 def _outputs(c: Couplings, traced: Traced, layer: str) -> Any:
     """The slots of a layer's outputs; ``None`` if it is no layer with units that can be removed."""
-    for units in traced.groups.values():
-        if layer in units.layers:
-            for name, dim in units.slices:
-                axis = c.owned[name][dim]
-                if name.rpartition(".")[0] == layer and axis is not None and c.makes[axis].any():
+    if any(layer in units.layers for units in traced.groups.values()):
+        for name, label in c.owned.items():
+            for axis in label if name.rpartition(".")[0] == layer else ():
+                if axis is not None and c.makes[axis].any():
                     return axis
     return None
 

@@ -299,15 +299,9 @@ def test_arguments_that_make_no_sense_are_refused(options):
 
 
 @pytest.mark.parametrize(
-    ("pruner", "things"),
-    [
-        (Pruner(), "weights"),
-        (Pruner("weights", scope="layer", rates={"pool": 9.0}), "weights"),
-        (Pruner("units", scope="layer", rates={"pool": 9.0}), "units"),
-        (Pruner("units", "gradient", round_to=1), "units"),
-    ],
+    "pruner", [Pruner("units", scope="layer", rates={"pool": 9.0}), Pruner("units", "gradient", round_to=1)]
 )
-def test_a_branch_that_would_lose_everything_is_named_and_nothing_has_changed(pruner, things):
+def test_a_branch_that_would_lose_all_units_is_named_and_nothing_has_changed(pruner):
     net = inception()
     with torch.no_grad():
         net.get_parameter(f"{POOL_BRANCH}.weight").mul_(1e-4)
@@ -315,7 +309,7 @@ def test_a_branch_that_would_lose_everything_is_named_and_nothing_has_changed(pr
         net.blocks[1].branches["pool"][1].norm.bias.mul_(1e-6)
     masks = prune(net, pruner, 0.0)
     weights = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"would take all {things} of {POOL_BRANCH.replace('.', '[.]')}, .*set keep"):
+    with pytest.raises(ValueError, match=rf"would take all units of {POOL_BRANCH.replace('.', '[.]')}, .*set keep"):
         prune(net, pruner, 0.4, masks)
     assert all((mask == 1).all() for mask in masks.values())
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())

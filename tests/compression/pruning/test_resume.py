@@ -40,7 +40,7 @@ CALLBACKS: dict[str, Callable[[], list[Any]]] = {
         pruning(schedule=Iterative(0.3, 2), pruner=Pruner(criterion="random"), after="reinit"),
     ],
     "finetune units": lambda: [
-        pruning(schedule=Iterative(0.3, 2), pruner=Pruner("units", exclude=["fc"]), thin=True),
+        pruning(schedule=Iterative(0.3, 2), pruner=Pruner("units", exclude=["fc"])),
         EMA(0.8),
     ],
     "rewind_lr obd": lambda: [

@@ -11,7 +11,7 @@ from project import models
 from project.compression.pruning.masks import Group, Masks, apply_masks_, removed_units, thinned_macs
 from project.compression.pruning.pruner import Pruner
 from project.compression.pruning.unit_budget import Macs, least_units, take_cheapest
-from project.compression.thinning.thin import plan_thinning
+from project.compression.thinning.units import plan_thinning
 from project.metrics.complexity import count_macs
 from project.models import SmallInception
 
