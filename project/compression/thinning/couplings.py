@@ -257,6 +257,8 @@ class Couplings(TorchDispatchMode):
         """The first name of each parameter and buffer, by the object's id."""
         self.views: list[View] = []
         self.splits: list[Split] = []
+        self.head_cuts: set[tuple[int, int]] = set()
+        """The number of heads and the width of a head wherever a dimension was cut into heads."""
         self.mixing: dict[tuple[str, int], Mixing] = {}
         """The calls that compute statistics over channels: module, and number of the call in the module."""
         self.products: list[Product] = []

@@ -79,6 +79,7 @@ def _same(c: Couplings, axes: Sequence[Axis]) -> Axis:
         c.joined.join(known[0], axis)
     if known and len(known) < len(axes):
         c.joined.fix(known[0], f"it meets a tensor in {c.stack.name or 'the net'} that is not sliced with it")
+        return None
     return known[0] if known else None
 
 
@@ -618,7 +619,10 @@ def _block(c: Couplings, axes: Label, old: tuple[int, ...], shape: tuple[int, ..
     if len(varying) > 1:
         for row in rows[1:]:
             c.joined.join(rows[0], row)
-    c.tie(rows[0], int(np.prod([new[dim] for dim in varying if dim > free])))
+    size = int(np.prod([new[dim] for dim in varying if dim > free]))
+    c.tie(rows[0], size)
+    if size > 1:
+        c.head_cuts.add((new[free], size))
     c.views.append(View(c.stack.name, new, free, np.ascontiguousarray(rows[0]), shape, begin + free))
     return made
 
@@ -629,6 +633,8 @@ def _free(c: Couplings, new: tuple[int, ...], varying: list[int]) -> int:
     if widths and not any(new[dim] in widths for dim in varying):
         return varying[-1]  # it is cut into queries, keys and values, which may be as many as the heads
     named = [dim for dim in varying if new[dim] in heads]
+    if not heads:  # another module may have cut it into heads
+        named = [dim for dim, last in zip(varying, varying[1:], strict=False) if (new[dim], new[last]) in c.head_cuts]
     # [3, heads, head_dim] may have equal sizes: the heads stand last but one
     return varying[-1] if not named else varying[-2] if varying[-2] in named else named[-1]
 
