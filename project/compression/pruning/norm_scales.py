@@ -12,7 +12,7 @@ _NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm
 
 
 class NormScaleL1(nn.Module):
-    """``strength * sum |scale|`` over the scales of all norms of a net. It is an argument ``penalties`` of the classifier.
+    """``strength * sum |scale|`` over the scales of all norms of a net. An argument ``penalties`` of the classifier.
 
     Example::
 

@@ -129,7 +129,7 @@ def saliency_of_units(
     weights = {name: weight.detach() for name, weight in net.named_parameters() if weight.dim() > 1}
     if criterion == "magnitude":
         size = {name: weight.abs() for name, weight in weights.items()}
-        ones = {name: torch.ones_like(weight) for name, weight in weights.items()}
+        ones = {name: weight.new_ones(1).expand_as(weight) for name, weight in weights.items()}
         return {layer: _sums(each, size) / _sums(each, ones).clamp(min=1) for layer, each in units.items()}
     if criterion in ("l2", "lamp"):
         squares = {name: weight.square() for name, weight in weights.items()}
@@ -193,7 +193,7 @@ def _distances(units: Units, weights: Parameters) -> Tensor:
     for (name, dim), indices in units.slices.items():
         if name in weights:
             rows = weights[name].movedim(dim, 0)[indices.to(total.device)].flatten(1)
-            total = total + torch.cdist(rows, rows, compute_mode="donot_use_mm_for_euclid_dist").sum(1)
+            total = total + torch.cdist(rows, rows).sum(1)
     return total
 
 

@@ -339,6 +339,22 @@ def test_criteria_of_units_are_refused_for_weights(criterion):
         Pruner("weights", criterion)
 
 
+@pytest.mark.parametrize("criterion", ["lamp", "taylor"])
+def test_the_pruner_takes_the_weights_of_least_score(criterion):
+    net = plain()
+    _, _, images, labels = double(plain())
+    given = {"images": images.float(), "labels": labels}
+    pruner = Pruner("weights", criterion)
+    groups = pruner.groups(net, SHAPE)
+    first = pruner.prune(net, groups, {}, 0.4, **given)
+    scores = saliency_of_weights(net, list(first), criterion, *given.values(), 0)
+    score, kept = (torch.cat([each.flatten() for each in values.values()]) for values in (scores, first))
+    assert int((kept == 0).sum()) == round(0.4 * len(kept))
+    assert score[kept == 0].max() <= score[kept == 1].min()
+    second = pruner.prune(net, groups, first, 0.4, **given)
+    assert all(torch.equal(second[name] * mask, second[name]) for name, mask in first.items())
+
+
 @pytest.mark.parametrize("criterion", ["l2", "lamp", "geometric_median", "norm_scale", "taylor", "gradient_sum"])
 @pytest.mark.parametrize("scope", ["global", "layer"])
 def test_the_pruner_takes_the_units_of_least_score(criterion, scope):
