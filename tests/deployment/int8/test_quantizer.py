@@ -219,10 +219,36 @@ def test_the_quantization_takes_over_a_relu6() -> None:
     assert noise(run(quantized, images), run(model, images)) < 0.003
 
 
+def test_openvino_computes_a_silu_within_the_convolution(tmp_path: Path) -> None:
+    """A zero point in the DequantizeLinear before it would keep the two apart."""
+    openvino = pytest.importorskip("openvino")
+    quantized, _ = quantize(small_model("silu"), small_images(64).numpy(), Quantizer())
+    path = tmp_path / "net.onnx"
+    onnx.save(quantized, path)
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+    assert kinds.count("Convolution") == 2 and "Eltwise" not in kinds and "Convert" not in kinds
+
+
+@pytest.mark.parametrize(("name", "count"), [("silu", 2), ("hard swish", 0), ("inception", 0)])
+def test_a_zero_point_before_an_exponential_is_subtracted_by_itself(name: str, count: int) -> None:
+    quantized, _ = quantize(small_model(name), small_images(64).numpy(), Quantizer())
+    kept = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer}
+    makers = {node.output[0]: node for node in quantized.graph.node}
+    shifts = [node for node in quantized.graph.node if node.op_type == "Add" and node.input[1].endswith("_shift")]
+    assert len(shifts) == count
+    for node in shifts:
+        back = makers[node.input[0]]
+        there = makers[back.input[0]]
+        assert there.input[1] == back.input[1] and kept[back.input[2]] == 0 < kept[there.input[2]]
+        np.testing.assert_allclose(kept[node.input[1]], -1.0 * kept[there.input[1]] * kept[there.input[2]], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("inception", []),
+        ("silu", ["2 Mul", "2 Sigmoid", "1 ReduceMean"]),
         ("hard swish", ["2 HardSwish", "1 ReduceMean"]),
         ("transposed", ["1 ConvTranspose", "1 Relu"]),
         ("squeeze and excitation", ["1 Mul", "1 Sigmoid"]),
