@@ -320,6 +320,7 @@ class IterativeMagnitudePruning(Callback):
             labels=labels,
             seed=hash((_seed(trainer), trainer.global_step)) % 2**32,  # a sum would repeat in runs of other seeds
             image_shape=module.image_shape,
+            widths=self.whole.units if self.whole else None,
         )
         masks = trainer.strategy.broadcast(masks)
         if self.pruner.structure == "units":

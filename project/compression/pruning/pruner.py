@@ -264,6 +264,7 @@ class Pruner:
         labels: Tensor | None = None,
         seed: int = 0,
         image_shape: tuple[int, int, int] | None = None,
+        widths: Mapping[str, int] | None = None,
     ) -> Masks:
         """New masks that prune ``amount`` of what the old masks leave.
 
@@ -276,6 +277,8 @@ class Pruner:
             labels: class numbers ``[N]`` of the images, if the criterion needs gradients.
             seed: seed of the criterion ``random`` and of the labels that ``obd`` draws; any int.
             image_shape: shape (C, H, W) of an image, if the budget is ``macs``.
+            widths: number of units of each group before the first pruning, of which ``keep`` is a share, if units have
+                left the net since.
 
         Raises:
             ValueError: if a layer would lose all its units, so that nothing could pass through it, or if ``keep``
@@ -298,7 +301,8 @@ class Pruner:
             }
         elif self.structure == "units":
             cost = self._macs(net, groups, image_shape)
-            kept = take_cheapest(scores, left, amount, keep=self.keep, round_to=self._round_to(groups), cost=cost)
+            options = {"keep": self.keep, "round_to": self._round_to(groups), "cost": cost, "widths": widths}
+            kept = take_cheapest(scores, left, amount, **options)  # type: ignore[arg-type]
         else:
             kept = self._prune_global(scores, left, amount)
         if self.structure == "units":

@@ -159,6 +159,7 @@ def take_cheapest(
     keep: float = 0.0,
     round_to: int | Mapping[str, int] = 1,
     cost: Cost | None = None,
+    widths: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """The masks ``left`` without the units of least saliency for their cost.
 
@@ -171,6 +172,8 @@ def take_cheapest(
         round_to: divisor of the widths, 1 or more, of all layers or of each. A layer with more units than ``round_to``
             that loses any keeps a multiple of it. Every layer keeps a unit.
         cost: the cost of the whole net, which this function changes; ``None`` counts units.
+        widths: number of units that each layer had before the first pruning, of which ``keep`` is a share; ``None`` if
+            ``left`` has them all.
 
     Raises:
         ValueError: if ``keep`` and ``round_to`` protect so many units that ``amount`` cannot be removed.
@@ -183,8 +186,9 @@ def take_cheapest(
     sums = {name: torch.cumsum(score[orders[name]].double(), 0).tolist() for name, score in scores.items()}
     present = {name: int(mask.sum()) for name, mask in left.items()}
     step_to = round_to if isinstance(round_to, Mapping) else dict.fromkeys(left, round_to)
-    least = {name: least_units(len(mask), keep, step_to[name]) for name, mask in left.items()}
-    steps = {name: step_of(len(mask), step_to[name]) for name, mask in left.items()}
+    whole = {name: (widths or {}).get(name, len(mask)) for name, mask in left.items()}
+    least = {name: least_units(width, keep, step_to[name]) for name, width in whole.items()}
+    steps = {name: step_of(width, step_to[name]) for name, width in whole.items()}
     kept = dict(present)
     counted = "units" if cost is None else "multiply-accumulates"
     cost = cost or Count({name: len(mask) for name, mask in left.items()})

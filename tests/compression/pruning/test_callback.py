@@ -445,6 +445,14 @@ def test_levels_are_shares_of_the_thinned_nets_macs(tmp_path, round_to):
         assert now == before if before >= level else level <= now < level + largest
 
 
+def test_a_layer_keeps_its_share_of_the_units_that_it_had_at_first(tmp_path):
+    """Rounds that begin with a smaller net protect as many units as the first one, in steps of as many."""
+    schedule = Sparsities([0.3, 0.5, 0.66])
+    callback = pruning(schedule=schedule, pruner=Pruner("units", "random", keep=0.25, round_to=4), epochs_per_round=1)
+    outcome = fit(tmp_path, callback, epochs=1)
+    assert (outcome.model.net.conv1.conv.out_channels, outcome.model.net.conv2.conv.out_channels) == (4, 4)
+
+
 def test_gradual_reaches_its_share_of_the_macs(tmp_path):
     callback = pruning(schedule=Gradual(0.5, 0, 1.5, every_n_steps=1), pruner=of_macs(1))
     outcome = fit(tmp_path, callback)
