@@ -8,7 +8,8 @@ keeps the files, for example for a measurement on another machine.
     python scripts/compare_quantization.py --runs logs/fashion_mnist/version_0 logs/fashion_mnist/version_1
 
 ``--nets`` takes narrow nets of torchvision and timm in place of runs, trains them for some seconds each on digits in
-colour, and prints a table by net:
+colour, and prints a table by net, with means over the seeds. A net whose fp32 file lies in ``--keep`` is not trained
+again. The test images are there nine times, moved by up to one pixel. Times are processor time:
 
     python scripts/compare_quantization.py --nets
 
@@ -24,6 +25,7 @@ import math
 import shutil
 import statistics
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,13 +51,20 @@ from project.learning.checkpoints import load_net
 
 OPENVINO = importlib.util.find_spec("openvino") is not None
 NNCF = importlib.util.find_spec("nncf") is not None
+ALSO = {
+    "4 bits": Quantizer(activations=False, weight_bits=4),
+    "no correction": Quantizer(bias_correction=False),
+    "min-max": Quantizer(observer="min-max"),
+    "full range": Quantizer(reduce_range=False),
+}
+"""Settings that ``--nets`` compares on request."""
 
 
 def write_files(fp32: Path, calibration: np.ndarray) -> dict[str, Path]:
     """Write an int8 file with each quantizer beside the fp32 file; return all files by name."""
     files = {"fp32": fp32}
-    quantizers = {observer: Quantizer(observer=observer) for observer in get_args(Method)}
-    quantizers["mse, full range"] = Quantizer(reduce_range=False)
+    quantizers = {observer: Quantizer(observer=observer, bias_correction=False) for observer in get_args(Method)}
+    quantizers["mse, full range"] = Quantizer(reduce_range=False, bias_correction=False)
     quantizers["bias correction"] = Quantizer(bias_correction=True)
     quantizers["mean-min-max, bias correction"] = Quantizer(observer="mean-min-max", bias_correction=True)
     quantizers["4-bit weights"] = Quantizer(
@@ -109,7 +118,7 @@ def quantize_nncf(source: Path, target: Path, calibration: np.ndarray) -> None:
     onnx.save(nncf.quantize(onnx.load(source), data, subset_size=len(calibration)), target)
 
 
-def compare_foreign(names: list[str], epochs: int, num_images: int, rounds: int) -> None:
+def compare_foreign(args: argparse.Namespace) -> None:
     """Train nets of torchvision and timm, quantize them, and print a table with fp32, our default files and NNCF's.
 
     Raises:
@@ -120,43 +129,87 @@ def compare_foreign(names: list[str], epochs: int, num_images: int, rounds: int)
     data = ColourDigits()
     data.setup("validate")
     data.setup("test")
-    images, labels = test_images(data)
-    print("| net | file | bytes | engine | accuracy, % | ms, batch 1 | ms, batch 64 |")  # noqa: T201
-    print("| --- | --- | ---: | --- | ---: | ---: | ---: |")  # noqa: T201
-    for name in names or NETS:
-        net = trained(name, data, 3 * epochs if "ViT" in name else epochs)
-        with tempfile.TemporaryDirectory() as temporary:
-            fp32 = Path(temporary) / "fp32.onnx"
-            export_onnx(net, fp32, data.image_shape)
-            files, calibration = {"fp32": fp32}, data.sample(num_images)[0].contiguous().numpy()
-            for file, quantizer in (("int8", Quantizer()), ("4 bits", Quantizer(activations=False, weight_bits=4))):
-                files[file] = fp32.with_name(f"{file}.onnx")
-                onnx.save(quantize(onnx.load(fp32), calibration, quantizer)[0], files[file])
-            if NNCF:
-                files["NNCF"] = fp32.with_name("nncf.onnx")
-                quantize_nncf(fp32, files["NNCF"], calibration)
-            makers = {"ONNX Runtime": onnx_engine} | ({"OpenVINO": openvino_engine} if OPENVINO else {})
-            engines = {
-                f"{file} | {engine}": make(path) for engine, make in makers.items() for file, path in files.items()
-            }
-            times = measure(engines, data.image_shape, rounds=rounds) if rounds else {}
-            for slot, engine in engines.items():
-                file, _, engine_name = slot.partition(" | ")
-                accuracy = 100 * float(right_answers(engine, images, labels).double().mean())
-                spans = [
-                    f"{t.median_ms:.3g} ({t.p05_ms:.3g} to {t.p95_ms:.3g})"
-                    for b in (1, 64)
-                    if (t := times.get((slot, b)))
-                ]
-                cells = [
-                    name,
-                    file,
-                    f"{files[file].stat().st_size:,}",
-                    engine_name,
-                    f"{accuracy:.2f}",
-                    *(spans or ["", ""]),
-                ]
-                print("|", " | ".join(cells), "|", flush=True)  # noqa: T201
+    images, labels = moved(*test_images(data))
+    calibration = data.sample(args.images)[0].contiguous().numpy()
+    print("| net | file | bytes | engine | accuracy, % | each | as fp32, % | ms, 64 images |")  # noqa: T201
+    print("| --- | --- | ---: | --- | ---: | --- | ---: | ---: |")  # noqa: T201
+    for name in args.nets or NETS:
+        rows: dict[str, list[list[float]]] = {}
+        for seed in args.seeds:
+            with tempfile.TemporaryDirectory() as temporary:
+                folder = args.keep / f"{name}-{seed}" if args.keep else Path(temporary)
+                folder.mkdir(parents=True, exist_ok=True)
+                if not (fp32 := folder / "fp32.onnx").is_file():
+                    net = trained(name, data, 3 * args.epochs if "ViT" in name else args.epochs, seed)
+                    export_onnx(net, fp32, data.image_shape)
+                files = foreign_files(fp32, calibration, args.also)
+                makers = {"ONNX Runtime": onnx_engine} | ({"OpenVINO": openvino_engine} if OPENVINO else {})
+                engines = {
+                    f"{file} | {kind}": make(path) for kind, make in makers.items() for file, path in files.items()
+                }
+                classes = {slot: classes_of(engine, images) for slot, engine in engines.items()}
+                times = cpu_times(engines, images, args.rounds)
+                for slot, found in classes.items():
+                    same = classes["fp32 | ONNX Runtime"] == found
+                    row = [
+                        files[slot.partition(" | ")[0]].stat().st_size,
+                        100 * float((found == labels).double().mean()),
+                    ]
+                    rows.setdefault(slot, []).append([*row, 100 * float(same.double().mean()), times[slot]])
+        for slot, runs in rows.items():
+            file, _, kind = slot.partition(" | ")
+            size, accuracy, same, duration = (statistics.mean(column) for column in zip(*runs, strict=True))
+            each = " ".join(f"{run[1]:.2f}" for run in runs)
+            cells = [
+                name,
+                file,
+                f"{round(size):,}",
+                kind,
+                f"{accuracy:.2f}",
+                each,
+                f"{same:.2f}",
+                f"{duration:.2f}",
+            ]
+            print("|", " | ".join(cells), "|", flush=True)  # noqa: T201
+
+
+def foreign_files(fp32: Path, calibration: np.ndarray, also: list[str]) -> dict[str, Path]:
+    """Write the quantized files of one net beside the fp32 file; return all files by name."""
+    files = {"fp32": fp32}
+    for file in ("int8", *also):
+        files[file] = fp32.with_name(f"{file}.onnx")
+        onnx.save(quantize(onnx.load(fp32), calibration, ALSO.get(file, Quantizer()))[0], files[file])
+    if NNCF:
+        files["NNCF"] = fp32.with_name("nncf.onnx")
+        if not files["NNCF"].is_file():
+            quantize_nncf(fp32, files["NNCF"], calibration)
+    return files
+
+
+def moved(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Nine copies of the images, moved by up to one pixel in each direction, and their labels."""
+    steps = [(down, right) for down in (-1, 0, 1) for right in (-1, 0, 1)]
+    return torch.cat([images.roll(step, (2, 3)) for step in steps]), labels.repeat(len(steps))
+
+
+def classes_of(engine: Engine, images: Tensor) -> Tensor:
+    return torch.cat([engine(x.contiguous()).argmax(1) for x in images.split(500)])
+
+
+def cpu_times(engines: dict[str, Engine], images: Tensor, rounds: int) -> dict[str, float]:
+    """Milliseconds of processor time of one call with 64 images, for each engine.
+
+    Each is the median of interleaved rounds. Other programs hardly change the processor time. With several threads it
+    is the sum over all of them.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in engines}
+    for _ in range(rounds):
+        for name, engine in engines.items():
+            engine(images[:64])
+            start = time.process_time()
+            engine(images[:64])
+            samples[name].append(1000 * (time.process_time() - start))
+    return {name: statistics.median(times) if times else math.nan for name, times in samples.items()}
 
 
 def test_images(data: ImageDataModule) -> tuple[Tensor, Tensor]:
@@ -168,7 +221,7 @@ def test_images(data: ImageDataModule) -> tuple[Tensor, Tensor]:
 
 def right_answers(engine: Engine, images: Tensor, labels: Tensor) -> Tensor:
     """Whether the engine finds the right class, for each image: ``[N]``."""
-    return torch.cat([engine(x).argmax(1) for x in images.split(500)]) == labels
+    return classes_of(engine, images) == labels
 
 
 def compare_pairs(right: dict[str, list[Tensor]]) -> None:
@@ -204,15 +257,17 @@ def main() -> None:
     parser.add_argument("--runs", nargs="+", help="folders of trained runs")
     parser.add_argument("--nets", nargs="*", help="nets of scripts/foreign_nets.py to train and compare; none: all")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of --nets; transformers take three times as many")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the training of --nets")
+    parser.add_argument("--also", nargs="+", choices=list(ALSO), default=[], help="more files for --nets")
     parser.add_argument("--images", type=int, default=512, help="number of calibration images")
     parser.add_argument("--rounds", type=int, default=30, help="number of timing rounds; 0 measures no times")
-    parser.add_argument("--keep", type=Path, help="folder to keep the files in, with subfolders 1, 2 … for the runs")
+    parser.add_argument("--keep", type=Path, help="folder to keep the files in, by run or net and seed")
     args = parser.parse_args()
     warnings.filterwarnings("ignore")
     if (args.runs is None) == (args.nets is None):
         parser.error("give --runs with folders of trained runs, or --nets for nets of torchvision and timm.")
     if args.nets is not None:
-        return compare_foreign(args.nets, args.epochs, args.images, args.rounds)
+        return compare_foreign(args)
     right: dict[str, list[Tensor]] = {}
     times: dict[tuple[str, int], list[float]] = {}
     sizes: dict[str, int] = {}

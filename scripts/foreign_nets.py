@@ -89,15 +89,16 @@ NETS: dict[str, Callable[[], nn.Module]] = {
 """Nets for colour images of 32x32 pixels and ten classes, by name."""
 
 
-def trained(name: str, data: Digits, epochs: int) -> nn.Module:
+def trained(name: str, data: Digits, epochs: int, seed: int = 0) -> nn.Module:
     """A net of :data:`NETS` in evaluation mode, trained on the training and the validation images; the same each time.
 
     Args:
         name: name of the net.
         data: data module whose images it learns; they are moved by up to two pixels.
         epochs: number of epochs; 1 or more.
+        seed: seed of the first weights and of the order of the images; any int.
     """
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     net = NETS[name]().train()
     norms = [layer for layer in net.modules() if isinstance(layer, nn.BatchNorm2d)]
     pixels, labels = data.load(True)

@@ -130,6 +130,18 @@ class Torch(nn.Module):
         return self.head((x + self.attention(x, x, x, need_weights=False)[0]).mean(1))
 
 
+class SplitChannels(nn.Module):
+    """A block of ShuffleNet V2: one half of the channels passes, the other half is convolved."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.branch = normed(channels // 2, channels // 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept, changed = x.chunk(2, dim=1)
+        return functional.channel_shuffle(torch.cat([kept, self.branch(changed)], 1), 2)
+
+
 class ClassToken(nn.Module):
     """Patches behind a token that is expanded to the number of images, so the graph computes a shape."""
 
@@ -185,6 +197,7 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "channel shuffle": lambda: nn.Sequential(
         normed(3, 16), conv(16, 16, 1, groups=4), nn.ChannelShuffle(4), nn.ReLU(), normed(16, 32), head(32)
     ),
+    "split": lambda: nn.Sequential(normed(3, 16), SplitChannels(16), SplitChannels(16), normed(16, 32), head(32)),
     "pixel unshuffle": lambda: nn.Sequential(nn.PixelUnshuffle(2), normed(12, 32), normed(32, 16), head(16)),
     "transposed": lambda: nn.Sequential(
         normed(3, 16, 3, stride=2), nn.ConvTranspose2d(16, 16, 2, 2), nn.ReLU(), normed(16, 16), head(16)

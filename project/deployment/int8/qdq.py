@@ -371,7 +371,7 @@ class _Writer:
         """Copy one node of the model. It reads the dequantized tensors in place of those that became integers."""
         import onnx
 
-        (output, *_) = node.output
+        (output, *others) = node.output
         if output in self._dropped:
             return  # the quantization after its layer clips already
         copy = onnx.NodeProto()
@@ -386,6 +386,9 @@ class _Writer:
             self.add_pair(output, target)  # the ReLU is left out: its readers read the layer's quantized output
         elif output in self.plan.group_of:
             self.add_pair(output, output)
+        for name in others:  # the other parts of a split
+            if name in self.plan.group_of:
+                self.add_pair(name, name)
 
     def add_pair(self, made: str, name: str) -> None:
         """Quantize and dequantize the tensor ``made``. Readers of ``name`` get the dequantized tensor."""

@@ -23,7 +23,7 @@ from project.deployment.engines import onnx_engine, openvino_engine
 from project.deployment.int8.quantizer import Quantizer, quantize
 from project.deployment.onnx_file import to_onnx
 
-FAST = {"linear", "inception", "depthwise", "one layer twice", "attention of torch", "class token", "odd rows"}
+FAST = {"linear", "inception", "depthwise", "one layer twice", "attention of torch", "class token", "odd rows", "split"}
 EVERY = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in NETS]
 KINDS = {
     "int8": Quantizer(),

@@ -249,6 +249,7 @@ def test_a_zero_point_before_an_exponential_is_subtracted_by_itself(name: str, c
     [
         ("inception", []),
         ("silu", ["2 Mul", "2 Sigmoid", "1 ReduceMean"]),
+        ("split", []),
         ("hard swish", ["2 HardSwish", "1 ReduceMean"]),
         ("transposed", ["1 ConvTranspose", "1 Relu"]),
         ("squeeze and excitation", ["1 Mul", "1 Sigmoid"]),
