@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from project.compression.thinning.couplings import Axis, Couplings, Label, Rule, Slots, View, flat
+from project.compression.thinning.couplings import OF_A_HEAD, Axis, Couplings, Label, Rule, Slots, View, flat
 
 RULES: dict[str, Rule] = {}
 """The rule of each operation, by the operation's name in its library. A name ending in ``_`` uses the rule without."""
@@ -201,6 +201,8 @@ def addmm(c: Couplings, result: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_:
 def bmm(c: Couplings, result: Tensor, a: Tensor, b: Tensor) -> Label:
     """A batch of matrix products, as in attention."""
     (batch, rows, inner), (batch2, inner2, columns) = c.of(a), c.of(b)
+    if isinstance(c.net.get_submodule(c.stack.name), nn.MultiheadAttention):
+        c.joined.fix(inner, OF_A_HEAD)
     if batch is not None or batch2 is not None:
         c.joined.join(batch, batch2)
     _product(c, a.numel() * b.shape[2], inner, inner2, columns, rows, batch)
@@ -620,8 +622,7 @@ def _free(c: Couplings, new: tuple[int, ...], varying: list[int]) -> int:
     module = c.net.get_submodule(c.stack.name)
     stated = {key: value for key, value in vars(module).items() if "head" in key and type(value) is int}
     heads, widths = ({value for key, value in stated.items() if ("dim" in key) is dim} for dim in (False, True))
-    if widths and not any(new[dim] in widths for dim in varying):
-        return varying[-1]  # it is cut into queries, keys and values, which may be as many as the heads
-    named = [dim for dim in varying if new[dim] in heads]
+    # beside the heads stands the width of one; queries, keys and values may be as many as the heads
+    named = [dim for dim in varying if new[dim] in heads and (not widths or widths & {*new[:dim], *new[dim + 1 :]})]
     # [3, heads, head_dim] may have equal sizes: the heads stand last but one
     return varying[-1] if not named else varying[-2] if varying[-2] in named else named[-1]
