@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.coupled_nets import ROWS, SHAPE
+from helpers.coupled_nets import ROWS, SHAPE, Heads, on_tokens
 from helpers.nets import assert_same_logits, choose, depends_on_images
 from helpers.random_nets import random_net
 from torch import Tensor, nn
@@ -158,6 +158,21 @@ def test_multiply_accumulates_are_exact(name: str) -> None:
         macs.remove(layer, units[layer].num - count)
         assert macs.total == pytest.approx(before - gone, rel=1e-12)
     assert macs.total == pytest.approx(left, rel=1e-12)
+
+
+@pytest.mark.parametrize(("width", "num_heads"), [(4, 2), (6, 3), (9, 3), (12, 6)])
+def test_heads_are_found_whatever_their_number_and_width(width: int, num_heads: int) -> None:
+    """They may be as many as they are wide, or as queries, keys and values."""
+    blocks = [Heads(width, num_heads, together) for together in (True, False)]
+    blocks += [nn.TransformerEncoderLayer(width, num_heads, 8, 0.0, batch_first=True)]
+    for block in blocks:
+        net = lively(on_tokens(block, width, width))
+        units, reasons = look_at_units(net, SHAPE)
+        assert reasons.keys() == {"head"} and num_heads in {each.num for each in units.values()}
+        removed = choose(units, 0.5)
+        masked, thinned = masked_net(net, removed, SHAPE), deepcopy(net)
+        plan_thinning(net, removed, SHAPE).apply_(thinned)
+        assert_same_logits(masked, thinned, images())
 
 
 @pytest.mark.slow
