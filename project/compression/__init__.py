@@ -13,6 +13,7 @@ _HOMES = {
     "Group": "project.compression.pruning.masks",
     "Iterative": "project.compression.pruning.schedules",
     "Masks": "project.compression.pruning.masks",
+    "NormScaleL1": "project.compression.pruning.norm_scales",
     "OneShot": "project.compression.pruning.schedules",
     "Pruner": "project.compression.pruning.pruner",
     "QualityFactors": "project.compression.pruning.schedules",

@@ -164,6 +164,9 @@ class IterativeMagnitudePruning(Callback):
             self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
         if self.whole is None:
             self.whole = self.pruner.size_of(pl_module.net, self._groups, pl_module.image_shape)
+        if self.pruner.structure == "units" and self.masks:  # a checkpoint of an older version, which masked units
+            masks, self.masks = self.masks, {}
+            self._remove(trainer, pl_module, removed_units(self._groups, masks))
         if (
             self._amounts
             and self.after == "rewind"

@@ -40,21 +40,24 @@ def last_weights(groups: Sequence[Group], scores: Mapping[str, Tensor], left: Ma
         mask[best] = True
         last[group.layer] = mask.view(score.shape) & candidates
         read[group.parameters[0]] = last[group.layer] & (not dead)
-    return last
+    return dict(reversed(last.items()))
 
 
-def tell_of_last_weights(before: Mapping[str, Tensor], masks: Masks, remedy: str) -> None:
-    """Warn once of each layer that has now come down to one weight.
+def keep_last_weights_(masks: Masks, last: Masks, left: Mapping[str, Tensor], remedy: str) -> None:
+    """Give layers that are dead ends as a whole their last weight, and warn once of each layer that has no other.
 
     Args:
-        before: the weights that the rounds before had left, by layer, as bools.
-        masks: the new mask of each weight, by the weight's name.
+        masks: the new mask of each weight, by the weight's name; it is changed in place.
+        last: the last weight of each layer, as :func:`last_weights` returns it.
+        left: the weights that the rounds before have left, by layer, as bools in the shape of the weight.
         remedy: a change of the settings that leaves more of these layers.
     """
-    found = [layer for layer, left in before.items() if left.sum() > 1 and masks[f"{layer}.weight"].sum() == 1]
-    for layer in found:
-        log.warning(
-            "%s has one weight left, which is never pruned: to keep more of this layer, %s, or add it to exclude.",
-            layer,
-            remedy,
-        )
+    for layer, best in last.items():
+        mask = masks[f"{layer}.weight"]
+        if not mask.any():
+            mask.copy_(best)
+        if mask.sum() == 1 < left[layer].sum():
+            message = (
+                "%s has one weight left, which is never pruned: to keep more of this layer, %s, or add it to exclude."
+            )
+            log.warning(message, layer, remedy)

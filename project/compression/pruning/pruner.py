@@ -22,9 +22,16 @@ from torch import Tensor, nn
 
 from project.compression.plain_layers import check_weights, name_layers
 from project.compression.pruning.dead_ends import without_dead_ends
-from project.compression.pruning.last_weights import last_weights, tell_of_last_weights
+from project.compression.pruning.last_weights import keep_last_weights_, last_weights
 from project.compression.pruning.masks import Group, Masks, sparsity, unit_masks, units_left
-from project.compression.pruning.saliency import Criterion, saliency_of_units, saliency_of_weights
+from project.compression.pruning.saliency import (
+    FOR_UNITS,
+    OF_IMAGES,
+    OF_ONE_LAYER,
+    Criterion,
+    saliency_of_units,
+    saliency_of_weights,
+)
 from project.compression.pruning.unit_budget import Macs, least_units, take_cheapest
 from project.compression.thinning.units import Units, look_at_units, trace
 
@@ -70,13 +77,14 @@ class Pruner:
             the amount (:mod:`project.compression.pruning.last_weights`). ``units`` are output channels and output
             neurons, each with its bias and with the scale and shift of its norm, so that they can be removed for good
             (:mod:`project.compression.thinning.thin`).
-        criterion: the score of a weight or unit, ``magnitude``, ``obd``, ``gradient`` or ``random``
-            (:mod:`project.compression.pruning.saliency`).
+        criterion: the score of a weight or unit. ``magnitude``, ``lamp``, ``obd``, ``taylor``, ``gradient`` and
+            ``random`` score both; ``l2``, ``geometric_median``, ``norm_scale`` and ``gradient_sum`` score units alone
+            (:mod:`project.compression.pruning.saliency` has the formulas).
         scope: the set in which scores are compared. ``global`` ranks all layers together. ``layer`` prunes the same
             share of each layer. ``deviation`` (Han) prunes all weights below a threshold: the schedule's factor times
-            the standard deviation of the weights that the layer has left. If ``magnitude`` ranks units globally, the
-            scores of a layer are divided by their mean first, because the norms of filters differ between layers for
-            reasons other than importance.
+            the standard deviation of the weights that the layer has left. If ``magnitude``, ``l2`` or
+            ``geometric_median`` ranks units globally, the scores of a layer are divided by their mean first, because
+            the norms of filters differ between layers for reasons other than importance.
         include: regular expressions; a layer is pruned only if one of them is found in its name. Null includes all.
         exclude: regular expressions; a layer is not pruned if one of them is found in its name. Null excludes the head
             (the last layer). Layers whose units cannot be removed keep them, and a log line names them; it is an error
@@ -84,7 +92,7 @@ class Pruner:
         rates: factors, 0 or more, on the share that is pruned of the layers whose names match a regular expression, for
             the scopes ``layer`` and ``deviation``. The first match counts. Frankle & Carbin 2019 prune the output layer
             at half the rate: ``{fc3: 0.5}``.
-        keep: share of each layer, in [0, 1), that ``global`` never prunes, so that no layer loses nearly all while
+        keep: share of each layer, in [0, 1), that ``global`` never prunes, so that no layer loses (nearly) all while
             others are wide.
         budget: the quantity that the schedule's shares are shares of. ``count``: the number of weights or units.
             ``effective``: the number of weights, where weights whose unit is read by no remaining weight are pruned as
@@ -94,7 +102,8 @@ class Pruner:
         round_to: divisor of the layers' widths after a pruning, 1 or more, because dense kernels work on 8 or 16
             channels at a time. A layer with more units than ``round_to`` that loses any keeps a multiple of it. Above 1
             every layer keeps some units. Null is 8 for units with ``global``, and 1 otherwise.
-        num_images: number of training images, 1 or more, that ``obd`` and ``gradient`` take gradients of.
+        num_images: number of training images, 1 or more, that ``obd``, ``taylor``, ``gradient`` and ``gradient_sum``
+            take gradients of.
 
     Raises:
         ValueError: if a number is outside its range, or if two arguments contradict each other.
@@ -127,6 +136,11 @@ class Pruner:
                 f"scope is deviation, but structure is {structure} and criterion is {criterion}: set structure: "
                 "weights and criterion: magnitude."
             )
+        if structure == "weights" and criterion in FOR_UNITS:
+            raise ValueError(
+                f"criterion is {criterion}, but structure is weights: it scores whole units; set structure: units, or "
+                "choose the criterion magnitude, lamp, obd, taylor or gradient."
+            )
         if num_images < 1:
             raise ValueError(f"num_images is {num_images}, but gradients need at least one image: choose 1 or more.")
         if budget == "macs" and (structure, scope) != ("units", "global"):
@@ -154,7 +168,7 @@ class Pruner:
     @property
     def needs_images(self) -> bool:
         """Whether the criterion takes gradients of images."""
-        return self.criterion in ("obd", "gradient")
+        return self.criterion in OF_IMAGES
 
     @property
     def overshoots(self) -> bool:
@@ -301,10 +315,7 @@ class Pruner:
         }
         if self.budget == "effective":
             masks = without_dead_ends(net, groups, masks)
-        for group in groups:
-            if not (mask := masks[group.parameters[0]]).any():  # the whole layer is a dead end
-                mask.copy_(last[group.layer])
-        tell_of_last_weights(left, masks, "choose a larger keep" if self.scope == "global" else "prune less")
+        keep_last_weights_(masks, last, left, "choose a larger keep" if self.scope == "global" else "prune less")
         return masks
 
     def share_gone(
@@ -385,7 +396,7 @@ class Pruner:
             return {group.layer: scores[group.parameters[0]] for group in groups}
         units = {group.layer: group.units for group in groups if group.units is not None}
         scores = saliency_of_units(net, units, self.criterion, images, labels, seed)
-        if self.criterion == "magnitude" and self.scope == "global":
+        if self.criterion in OF_ONE_LAYER and self.scope == "global":
             return {layer: score / score.mean().clamp(min=1e-12) for layer, score in scores.items()}
         return scores
 

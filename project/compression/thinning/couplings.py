@@ -12,7 +12,7 @@ followed, such as pixels, tokens and images, is ``None``.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -108,12 +108,29 @@ class View:
         sizes: sizes of the new dimensions that a dimension is cut into, or that dimensions are joined to.
         free: position of the one whose indices can be removed.
         slots: slots of this dimension.
+        shape: the whole new shape.
+        place: position in ``shape`` of the dimension whose indices can be removed.
     """
 
     module: str
     sizes: tuple[int, ...]
     free: int
     slots: Slots
+    shape: tuple[int, ...]
+    place: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of a followed dimension into parts.
+
+    Args:
+        module: name of the module in whose forward pass this happens.
+        parts: slots of each part.
+    """
+
+    module: str
+    parts: tuple[Slots, ...]
 
 
 @dataclass(frozen=True)
@@ -149,13 +166,27 @@ class ModuleStack:
 
     def __init__(self, net: nn.Module) -> None:
         self._names = [""]
+        self._inputs: list[Any] = [()]
+        self.entered = ""
+        """The name of the module that was called last. It may have returned."""
         self._handles: list[Any] = []
         for name, module in net.named_modules():
-            self._handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._names.append(name)))
+            self._handles.append(module.register_forward_pre_hook(lambda _, args, name=name: self._enter(name, args)))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def _enter(self, name: str, args: Any) -> None:
+        self._names.append(name)
+        self._inputs.append(args)
+        self.entered = name
 
     def _leave(self, *_: Any) -> None:
         self._names.pop()
+        self._inputs.pop()
+
+    @property
+    def inputs(self) -> Iterable[Tensor]:
+        """The tensors among the positional arguments of the innermost module."""
+        return [each for each in flat(self._inputs[-1]) if isinstance(each, Tensor)]
 
     @property
     def name(self) -> str:
@@ -201,16 +232,27 @@ class Couplings(TorchDispatchMode):
     """Follows the channels of a net through one forward pass.
 
     Args:
-        net: net on the meta device, or on the CPU if it reads values, in eval mode; its parameters stay the same.
+        net: net in eval mode, on the meta device or, if it reads values, on the CPU; its parameters stay the same.
         image_shape: shape (C, H, W) of an image.
         rules: the rule of each operation, by the operation's name.
+        tied: classes of attention whose inputs are as wide as their heads together, so that a head goes with the inputs
+            at its place.
 
     Raises:
         Exception: whatever the net raises on this device.
     """
 
-    def __init__(self, net: nn.Module, image_shape: tuple[int, int, int], rules: Mapping[str, Rule]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        image_shape: tuple[int, int, int],
+        rules: Mapping[str, Rule],
+        tied: Collection[type[nn.Module]] = (),
+    ) -> None:
         super().__init__()
+        self._tied = tied
+        self.tieable: dict[str, type[nn.Module]] = {}
+        """The class of each module that cuts a dimension into heads, and whose inputs are as wide, by its name."""
         self.net, self._rules = net, rules
         self.joined = Joined()
         self.owned: dict[str, Label] = {}
@@ -218,6 +260,9 @@ class Couplings(TorchDispatchMode):
         self.names: dict[int, str] = {}
         """The first name of each parameter and buffer, by the object's id."""
         self.views: list[View] = []
+        self.splits: list[Split] = []
+        self.head_cuts: set[tuple[int, int]] = set()
+        """The number of heads and the width of a head wherever a dimension was cut into heads."""
         self.mixing: dict[tuple[str, int], Mixing] = {}
         """The calls that compute statistics over channels: module, and number of the call in the module."""
         self.products: list[Product] = []
@@ -238,8 +283,8 @@ class Couplings(TorchDispatchMode):
             self.owned[name] = self.owned[first] if first != name else tuple(map(self.joined.new, tensor.shape))
             self._set(tensor, self.owned[name])
         self.stack = ModuleStack(net)
-        device = next((tensor.device for _, tensor in named), torch.device("meta"))
-        images = torch.zeros(1, *image_shape, device=device)
+        self.device = next((tensor.device.type for _, tensor in named), "meta")
+        images = torch.ones(1, *image_shape, device=self.device)
         self._set(images, (None,) * 4)
         try:
             with torch.no_grad(), _no_fast_path(), _NotedCalls(self), self:
@@ -276,6 +321,20 @@ class Couplings(TorchDispatchMode):
         self.products.append(Product(self.stack.name, constant, tuple(axes)))
         self._read += [] if read is None else [read]
         self._made += [] if made is None else [made]
+
+    def tie(self, heads: Slots, size: int) -> None:
+        """Tie heads to the inputs of the running module, if its class is among those to be tied.
+
+        Args:
+            heads: slots of the heads.
+            size: number of channels of a head.
+        """
+        for tensor in self.stack.inputs:
+            for axis in self.of(tensor):
+                if axis is not None and len(axis) == len(heads) * size and (axis != np.repeat(heads, size)).any():
+                    kind = self.tieable[self.stack.name] = type(self.net.get_submodule(self.stack.name))
+                    if kind in self._tied:
+                        self.joined.join(np.repeat(heads, size), axis)
 
     def mix(self, axes: dict[int, Axis]) -> None:
         """Note that statistics are computed over channels. The channels stay unless a function of MIXING does it.

@@ -76,12 +76,12 @@ class Thin:
                 new[id(old)] = sliced(old, kept)
             path, _, key = name.rpartition(".")
             setattr(net.get_submodule(path), key, new[id(old)])
-        sizes: dict[str, dict[str, int | list[int]]] = {
-            **self.sizes,
-            **{name: {"out_channels": width} for name, width in self.out_channels.items()},
-        }
+        sizes = {name: {**of_module} for name, of_module in self.sizes.items()}
+        for name, width in self.out_channels.items():
+            sizes.setdefault(name, {})["out_channels"] = width
         for path in {name.rpartition(".")[0] for name in slices} | {*sizes}:
             _state_sizes_(net.get_submodule(path), sizes.get(path, {}))
+        _forget_(net)
 
     def slices_of(self, net: nn.Module) -> Slices:
         """All slices by the name of the parameter or buffer, also those of ``kept_out`` and ``kept_in``.
@@ -164,6 +164,15 @@ def _check_fit(net: nn.Module, name: str, tensor: Tensor | None, kept: list[Kept
                 f"{name} has {tensor.shape[dim]} indices in dimension {dim}, but {largest} is to be kept (numbers "
                 "start at 0): thin a net with the arguments of the one that the plan was made for, and thin it once."
             )
+
+
+def _forget_(net: nn.Module) -> None:
+    """Let modules forget what they computed from their old parameters in evaluation, as they do for training."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.train()
+    net.train(modes[0][1])
+    for module, mode in modes:
+        module.training = mode
 
 
 def _state_sizes_(module: nn.Module, sizes: Mapping[str, int | list[int]]) -> None:

@@ -95,6 +95,27 @@ def test_units_of_any_net_leave_and_are_rewound_and_a_resumed_run_is_never_stopp
     assert count_macs(outcome.model.net, (1, 8, 8)) <= 0.49 * count_macs(net(), (1, 8, 8))
 
 
+def test_a_run_of_an_older_version_that_has_masked_units_loses_them(tmp_path):
+    """Units were masked until the end of the run, with one number for each unit in the masks of what makes it."""
+
+    def make() -> list[Any]:
+        return [EMA(0.8), pruning(schedule=Iterative(0.25, 1), pruner=Pruner("units", scope="layer"))]
+
+    run = fit(tmp_path, *make(), StopAfter(2)).run
+    content = torch.load(run.last_checkpoint, weights_only=True)
+    state = next(value for value in content["callbacks"].values() if "masks" in value)
+    names = ("conv2.conv.weight", "conv2.norm.weight", "conv2.norm.bias")
+    kept = torch.arange(16) % 4 != 1
+    state["masks"] = {name: kept.view(-1, *[1] * (3 if "conv.w" in name else 0)) for name in names}
+    del state["whole"]
+    torch.save(content, run.last_checkpoint)
+    callbacks = make()
+    outcome = fit(tmp_path, *callbacks, resume=run)
+    assert outcome.model.surgeries[0]["slices"]["conv2.conv.weight"][0] == kept.nonzero().flatten().tolist()
+    assert outcome.model.net.conv2.conv.out_channels == 9 and outcome.model.net.conv1.conv.out_channels == 6
+    assert callbacks[1].whole.units == {"conv1.conv": 8, "conv2.conv": 16}
+
+
 @pytest.mark.parametrize(("rewind_to", "stop", "epochs_done"), [("1ep", 1, 1.0), ("3it", 1, 0.5), ("3it", 3, 0.5)])
 def test_a_round_is_rewound_to_its_share_of_the_dense_training(tmp_path, rewind_to, stop, epochs_done):
     """A resume with half as many steps an epoch has the rewound weights, and the rate of that part of the schedule."""
