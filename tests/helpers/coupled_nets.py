@@ -102,7 +102,9 @@ class Heads(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(n, length, -1))
 
 
-def attention(batch_first: bool = True, need_weights: bool = False, cross: bool = False, **options: Any) -> nn.Module:
+def attention(
+    batch_first: bool = True, need_weights: bool = False, cross: bool = False, num_heads: int = 3, **options: Any
+) -> nn.Module:
     """Torch's attention on tokens [N, L, C] or [L, N, C], with a residual connection."""
 
     def forward(m: Any, x: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def attention(batch_first: bool = True, need_weights: bool = False, cross: bool 
         x = x + m.attend(y, z, z, need_weights=need_weights)[0]
         return x if batch_first else x.transpose(0, 1)
 
-    attend = nn.MultiheadAttention(12, 3, batch_first=batch_first, **options)
+    attend = nn.MultiheadAttention(12, num_heads, batch_first=batch_first, **options)
     other = {"other": nn.Linear(12, options.get("kdim", 12))} if cross else {}
     return Do(forward, norm=nn.LayerNorm(12), attend=attend, **other)
 
@@ -329,6 +331,9 @@ def _rows() -> dict[str, Row]:
     row("unknown operation", lambda: between(triple), "stem")
     row("operation without a rule", lambda: between(lambda x: x.logcumsumexp(1)), "stem")
     row("number of channels", lambda: between(lambda x: x / x.shape[1]), "stem")
+    row("number of channels, a little", lambda: between(lambda x: x + 0.002 / x.shape[1]), "stem")
+    row("attention with one head", lambda: on_tokens(Heads(num_heads=1), 12, 12), "block.qkv")
+    row("attention of torch with one head", lambda: on_tokens(attention(num_heads=1), 12, 12), "block.attend")
     return rows
 # fmt: on
 

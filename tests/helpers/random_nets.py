@@ -44,6 +44,11 @@ def some(draw: Random) -> int:
     return draw.choice([4, 8, 12, 16])
 
 
+def num_heads(width: int, draw: Random) -> int:
+    """A head is at least two channels wide."""
+    return 2 if width == 4 else draw.choice([2, 4])
+
+
 def layer(num_in: int, num_out: int, draw: Random, size: int = 3, **options: Any) -> nn.Sequential:
     """A convolution, a norm and an activation, in one of two orders."""
     convolution = conv(num_in, num_out, size, **options, bias=draw.random() < 0.5)
@@ -150,13 +155,13 @@ def on_tokens(block: nn.Module) -> nn.Module:
 
 
 def attention(width: int, draw: Random) -> tuple[nn.Module, int]:
-    heads = Heads(width, draw.choice([2, 4]), draw.random() < 0.5, draw.random() < 0.5)
+    heads = Heads(width, num_heads(width, draw), draw.random() < 0.5, draw.random() < 0.5)
     return on_tokens(Do(lambda m, x: x + m.heads(m.norm(x)), norm=nn.LayerNorm(width), heads=heads)), width
 
 
 def encoder(width: int, draw: Random) -> tuple[nn.Module, int]:
     options = {"batch_first": True, "norm_first": draw.random() < 0.5}
-    return on_tokens(nn.TransformerEncoderLayer(width, draw.choice([2, 4]), some(draw), 0.0, **options)), width
+    return on_tokens(nn.TransformerEncoderLayer(width, num_heads(width, draw), some(draw), 0.0, **options)), width
 
 
 def mlp(width: int, draw: Random) -> tuple[nn.Module, int]:

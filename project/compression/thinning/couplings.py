@@ -36,6 +36,10 @@ MIXING = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm",
 """Functions of ``torch.nn.functional`` that may compute statistics over channels, by name."""
 
 
+OF_A_HEAD = "the scale of attention depends on the width of a head"
+"""Reason to keep the channels of a head."""
+
+
 class Joined:
     """Slots, and which of them can only be removed together."""
 
@@ -405,6 +409,11 @@ class _NotedCalls(MixingCalls):
     def __init__(self, couplings: Couplings) -> None:
         super().__init__(couplings.stack)
         self._couplings = couplings
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(function, "__name__", "") == "scaled_dot_product_attention" and (kwargs or {}).get("scale") is None:
+            self._couplings.joined.fix(self._couplings.of(next(iter(flat((args, kwargs)))))[-1], OF_A_HEAD)
+        return super().__torch_function__(function, types, args, kwargs)
 
     def call(self, key: tuple[str, int], name: str, function: Any, args: Any, kwargs: Any) -> Any:
         c = self._couplings

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from project.compression.thinning.couplings import Axis, Couplings, Label, Rule, Slots, Split, View, flat
+from project.compression.thinning.couplings import OF_A_HEAD, Axis, Couplings, Label, Rule, Slots, Split, View, flat
 
 RULES: dict[str, Rule] = {}
 """The rule of each operation, by the operation's name in its library. A name ending in ``_`` uses the rule without."""
@@ -203,6 +203,8 @@ def addmm(c: Couplings, result: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_:
 def bmm(c: Couplings, result: Tensor, a: Tensor, b: Tensor) -> Label:
     """A batch of matrix products, as in attention."""
     (batch, rows, inner), (batch2, inner2, columns) = c.of(a), c.of(b)
+    if isinstance(c.net.get_submodule(c.stack.name), nn.MultiheadAttention):
+        c.joined.fix(inner, OF_A_HEAD)
     if batch is not None or batch2 is not None:
         c.joined.join(batch, batch2)
     _product(c, a.numel() * b.shape[2], inner, inner2, columns, rows, batch)
@@ -634,9 +636,8 @@ def _block(c: Couplings, axes: Label, old: tuple[int, ...], shape: tuple[int, ..
 def _free(c: Couplings, new: tuple[int, ...], varying: list[int]) -> int:
     """The part of a split dimension whose indices can be removed: the heads if the module names them, else the last."""
     heads, widths = _heads(c), _heads(c, dim=True)
-    if widths and not any(new[dim] in widths for dim in varying):
-        return varying[-1]  # it is cut into queries, keys and values, which may be as many as the heads
-    named = [dim for dim in varying if new[dim] in heads]
+    # beside the heads stands the width of one; queries, keys and values may be as many as the heads
+    named = [dim for dim in varying if new[dim] in heads and (not widths or widths & {*new[:dim], *new[dim + 1 :]})]
     if not heads:  # another module may have cut it into heads
         named = [dim for dim, last in itertools.pairwise(varying) if (new[dim], new[last]) in c.head_cuts]
     # [3, heads, head_dim] may have equal sizes: the heads stand last but one

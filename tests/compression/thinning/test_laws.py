@@ -1,6 +1,7 @@
 """For each way in which units are coupled: the thinned net computes what the masked one does, and it can be saved."""
 
 import io
+import re
 from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache
@@ -8,8 +9,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from helpers.coupled_nets import ROWS, SHAPE
-from helpers.nets import assert_same_logits, choose
+from helpers.coupled_nets import ROWS, SHAPE, Heads, on_tokens
+from helpers.nets import assert_same_logits, choose, depends_on_images
+from helpers.random_nets import random_net
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -40,10 +42,8 @@ class Case(NamedTuple):
 
 
 @torch.no_grad()
-def build(name: str, seed: int = 0) -> nn.Module:
-    """A net whose biases, norms and running statistics are random, and whose logits depend on the image."""
-    torch.manual_seed(seed)
-    net = ROWS[name].make()
+def lively(net: nn.Module) -> nn.Module:
+    """The net with random biases, norms and running statistics, so that its logits depend on the image."""
     for key, parameter in net.named_parameters():
         if parameter.dim() == 1:
             parameter.normal_("bias" not in key, 0.3)
@@ -55,6 +55,11 @@ def build(name: str, seed: int = 0) -> nn.Module:
         elif key.endswith("running_var"):
             buffer.uniform_(0.5, 1.5)
     return net
+
+
+def build(name: str, seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return lively(ROWS[name].make())
 
 
 @cache
@@ -153,3 +158,37 @@ def test_multiply_accumulates_are_exact(name: str) -> None:
         macs.remove(layer, units[layer].num - count)
         assert macs.total == pytest.approx(before - gone, rel=1e-12)
     assert macs.total == pytest.approx(left, rel=1e-12)
+
+
+@pytest.mark.parametrize(("width", "num_heads"), [(4, 2), (6, 3), (9, 3), (12, 6)])
+def test_heads_are_found_whatever_their_number_and_width(width: int, num_heads: int) -> None:
+    """They may be as many as they are wide, or as queries, keys and values."""
+    blocks = [Heads(width, num_heads, together) for together in (True, False)]
+    blocks += [nn.TransformerEncoderLayer(width, num_heads, 8, 0.0, batch_first=True)]
+    for block in blocks:
+        net = lively(on_tokens(block, width, width))
+        units, reasons = look_at_units(net, SHAPE)
+        assert reasons.keys() == {"head"} and num_heads in {each.num for each in units.values()}
+        removed = choose(units, 0.5)
+        masked, thinned = masked_net(net, removed, SHAPE), deepcopy(net)
+        plan_thinning(net, removed, SHAPE).apply_(thinned)
+        assert_same_logits(masked, thinned, images())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(200))
+def test_random_nets_lose_half_of_all_units(seed: int) -> None:
+    """Nothing stays but logits, single channels and the channels of depthwise groups: no rule is missing."""
+    net = lively(random_net(seed))
+    units, reasons = look_at_units(net, SHAPE)
+    for layer, reason in reasons.items():
+        assert re.search("its units are the logits|it is one channel|each group of", reason), (layer, reason)
+    removed = choose(units, 0.5)
+    masked, thinned = masked_net(net, removed, SHAPE), deepcopy(net)
+    plan_thinning(net, removed, SHAPE).apply_(thinned)
+    assert_same_logits(masked, thinned, images(), lively=False)
+
+
+@pytest.mark.slow
+def test_the_logits_of_most_random_nets_depend_on_the_image() -> None:
+    assert sum(depends_on_images(lively(random_net(seed)), images()) for seed in range(200)) > 180
