@@ -103,6 +103,21 @@ class Heads(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(n, length, -1))
 
 
+class WideHeads(nn.Module):
+    """Attention that reads the width of a head from its input, and gives tokens of this width."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, c = x.shape
+        heads = self.qkv(x).reshape(n, length, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*heads.unbind(0))
+        return x + self.proj(y.transpose(1, 2).reshape(n, length, c))
+
+
 def attention(batch_first: bool) -> nn.Module:
     """Torch's attention on tokens [N, L, C] or [L, N, C], with a residual connection."""
 
@@ -271,6 +286,16 @@ def _rows() -> dict[str, Row]:
         conv=conv(8, 12), last=conv(12, 8))))  # fmt: skip
     row("split in equal parts", lambda: around(Do(
         lambda m, x: (z := (y := m.conv(x)).split(y.shape[1] // 3, 1))[0] - z[1] * z[2], conv=conv(8, 18)), 6))  # fmt: skip
+    row("split in parts of a stated width", lambda: around(Do(
+        lambda m, x: (y := m.conv(x).split(m.width, 1))[0] - y[1] * y[2], conv=conv(8, 18), width=6), 6))  # fmt: skip
+    row("split in stated parts", lambda: around(Do(
+        lambda m, x: m.last(torch.cat(m.conv(x).split(m.sizes, 1)[::-1], 1)),
+        conv=conv(8, 12), last=conv(12, 8), sizes=[4, 8])))  # fmt: skip
+    row("split in parts of two stated widths", lambda: around(Do(
+        lambda m, x: m.last(torch.cat(m.conv(x).split([m.dim_a, m.dim_b, m.dim_a], 1)[::-1], 1)),
+        conv=conv(8, 14), last=conv(14, 8), dim_a=4, dim_b=6)))  # fmt: skip
+    row("numbers in a stated shape", lambda: around(Do(
+        lambda m, x: x + m.gamma.view(m.shape) * m.conv(x), conv=conv(8, 8), gamma=parameter(8), shape=(8, 1, 1))))  # fmt: skip
     row("split in parts of 6", lambda: around(Do(
         lambda m, x: (y := m.conv(x).split(6, 1))[0] - y[1] * y[2], conv=conv(8, 18)), 6), "block.conv")  # fmt: skip
     row("split in unequal parts", lambda: around(Do(
@@ -335,6 +360,14 @@ def _rows() -> dict[str, Row]:
     row("attention with one layer, by hand", lambda: on_tokens(Heads(fused=False), 12, 12))
     row("attention with three layers", lambda: on_tokens(Heads(together=False), 12, 12))
     row("ViT", vit)
+    row("heads as wide as the stream", lambda: on_tokens(WideHeads(12, 3), 12, 12))
+    row("heads of two layers as wide as the stream", lambda: on_tokens(
+        nn.Sequential(WideHeads(12, 3), nn.LayerNorm(12), WideHeads(12, 6)), 12, 12))  # fmt: skip
+    row("one head as wide as the stream", lambda: on_tokens(nn.Sequential(
+        nn.Linear(8, 12), WideHeads(12, 1), nn.Linear(12, 8))), *("block.0", "block.1.qkv", "block.1.proj"))  # fmt: skip
+    row("a value that the net reads", lambda: Do(
+        lambda m, x: m.head(m.stem(x).mul(2 if float(x.max()) > -1e9 else 1).relu().mean((2, 3))),
+        stem=conv(3, 8), head=nn.Linear(8, 5)))  # fmt: skip
 
     # what stays
     row("softmax", lambda: between(lambda x: x.softmax(1)), "stem")

@@ -14,6 +14,7 @@ channels that pass through it.
 """
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -634,7 +635,7 @@ def _free(c: Couplings, new: tuple[int, ...], varying: list[int]) -> int:
         return varying[-1]  # it is cut into queries, keys and values, which may be as many as the heads
     named = [dim for dim in varying if new[dim] in heads]
     if not heads:  # another module may have cut it into heads
-        named = [dim for dim, last in zip(varying, varying[1:], strict=False) if (new[dim], new[last]) in c.head_cuts]
+        named = [dim for dim, last in pairwise(varying) if (new[dim], new[last]) in c.head_cuts]
     # [3, heads, head_dim] may have equal sizes: the heads stand last but one
     return varying[-1] if not named else varying[-2] if varying[-2] in named else named[-1]
 
