@@ -259,7 +259,13 @@ def _rows() -> dict[str, Row]:
     row("group norm of a sum", lambda: between(Do(
         lambda m, x: m.norm(x + m.conv(x)), norm=nn.GroupNorm(2, 8), conv=conv(8, 8))))  # fmt: skip
     row("RMS norm", lambda: on_tokens(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 12), nn.RMSNorm(12)), 12))
-    row("RMS norm by hand", lambda: between(RMSNorm2d()), "stem")
+    row("RMS norm by hand", lambda: between(RMSNorm2d()))
+    row("global response norm", lambda: between(Do(
+        lambda m, x: x * m.gamma * (y := x.norm(2, (2, 3), True)) / (y.mean(1, keepdim=True) + 0.1),
+        gamma=parameter(8, 1, 1))))  # fmt: skip
+    row("mean and maximum of all channels", lambda: around(Do(
+        lambda m, x: x * m.conv(torch.stack([x.mean(1), x.amax(1)], 1)).sigmoid(), conv=conv(2, 1))), "block.conv")  # fmt: skip
+    row("variance over channels and pixels", lambda: between(lambda x: x / (1 + x.var((1, 2, 3), keepdim=True))))
     row("local response norm", lambda: between(nn.LocalResponseNorm(3, 0.1)))
     row("instance norm", lambda: between(nn.InstanceNorm2d(8)))
     row("instance norm with scale", lambda: between(nn.InstanceNorm2d(8, affine=True, track_running_stats=True)))

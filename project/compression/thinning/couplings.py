@@ -35,6 +35,9 @@ result, a list of labels for several results, or ``None`` if no dimension of the
 MIXING = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "local_response_norm")
 """Functions of ``torch.nn.functional`` that may compute statistics over channels, by name."""
 
+REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "std", "norm")
+"""Functions and methods of tensors that may compute a number over channels, by name."""
+
 
 class Joined:
     """Slots, and which of them can only be removed together."""
@@ -196,7 +199,7 @@ class ModuleStack:
 
 
 class MixingCalls(TorchFunctionMode):
-    """Numbers the calls of :data:`MIXING` functions in each module. A subclass overrides :meth:`call`."""
+    """Numbers the calls of :data:`MIXING` and :data:`REDUCTIONS` in each module. A subclass overrides :meth:`call`."""
 
     def __init__(self, stack: ModuleStack) -> None:
         super().__init__()
@@ -205,7 +208,8 @@ class MixingCalls(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if name in MIXING and getattr(torch.nn.functional, name) is function:
+        known = name in MIXING and getattr(torch.nn.functional, name) is function
+        if known or (name in REDUCTIONS and args and function in (getattr(Tensor, name), getattr(torch, name, None))):
             key = (self.stack.name, self._num[self.stack.name])
             self._num[self.stack.name] += 1
             return self.call(key, name, function, args, kwargs or {})
@@ -331,7 +335,9 @@ class Couplings(TorchDispatchMode):
                         self.joined.join(np.repeat(heads, size), axis)
 
     def mix(self, axes: dict[int, Axis]) -> None:
-        """Note that statistics are computed over channels. The channels stay unless a function of MIXING does it.
+        """Note that statistics are computed over channels.
+
+        The channels stay unless this is done by one of the functions in MIXING and REDUCTIONS.
 
         Args:
             axes: axes by the dimension of the function's input.
@@ -340,9 +346,9 @@ class Couplings(TorchDispatchMode):
         if known and self._call is not None:
             key, function = self._call
             self.mixing[key] = Mixing(function, known)
-        elif known:
+        else:
             for axis in known.values():
-                self.stay(axis, "a statistic")
+                self.stay(axis, "a sum or mean")
 
     def stay(self, axis: Axis, what: str) -> None:
         """Let an axis stay because something is computed over it.

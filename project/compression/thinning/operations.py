@@ -286,7 +286,7 @@ def group_norm(
 @rule("mean", "sum", "amax", "amin", "var", "std", "prod", "var_mean", "linalg_vector_norm", "norm", "argmax", "cumsum",
       "max", "min", "std_mean", "logsumexp", "all", "any", "topk", "sort")  # fmt: skip
 def reduction(c: Couplings, result: Any, x: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
-    """Channels over which a number is computed stay; the others pass."""
+    """A number over some dimensions. The masked net computes it over the channels that are kept, as for a norm."""
     label = c.of(x)
     given = next((each for each in args if isinstance(each, list | tuple)), kwargs.get("dim"))
     if given is None:
@@ -296,8 +296,7 @@ def reduction(c: Couplings, result: Any, x: Tensor, *args: Any, **kwargs: Any) -
         if x.dim()
         else set()
     )
-    for dim in dims:
-        c.stay(label[dim], "a sum or mean")
+    c.mix({dim: label[dim] for dim in dims})
     outs = [each for each in flat(result) if isinstance(each, Tensor)]
     if outs[0].dim() == x.dim():
         made = tuple(None if dim in dims else axis for dim, axis in enumerate(label))
