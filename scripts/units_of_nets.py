@@ -298,7 +298,7 @@ def main() -> None:
     with ProcessPoolExecutor(args.workers, max_tasks_per_child=1) as pool:
         for row in pool.map(look, names):
             rows.append(row)
-            print(f"{time.monotonic() - begin:.0f} s", row.line(), flush=True)
+            print(f"{time.monotonic() - begin:.0f} s", row.line(), flush=True)  # noqa: T201
     args.output.write_text(page(rows, "python scripts/units_of_nets.py"), encoding="utf-8")
 
 

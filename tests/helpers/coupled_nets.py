@@ -212,8 +212,7 @@ def _rows() -> dict[str, Row]:
     row("3-d", lambda: around(Do(lambda m, x: m.conv(x.unflatten(2, (2, -1))), conv=nn.Conv3d(8, 6, (2, 3, 3))), 6))
     row("padded as in TensorFlow", lambda: around(SamePad(8, 6, 2), 6))
     row("standardised weight", lambda: around(nn.Sequential(Standardised(8, 6, 3), nn.ReLU(), Standardised(6, 8, 3))))
-    row("standardised by hand", lambda: around(nn.Sequential(StandardConv(8, 6, 3), nn.ReLU(), StandardConv(6, 8, 3))),
-        "stem", "block.0")  # fmt: skip
+    row("standardised by hand", lambda: around(nn.Sequential(StandardConv(8, 6, 3), nn.ReLU(), StandardConv(6, 8, 3))))
     row("weight norm", lambda: around(nn.Sequential(
         parametrizations.weight_norm(conv(8, 6)), nn.ReLU(), conv(6, 8))), "stem", "block.0")  # fmt: skip
 
@@ -316,6 +315,8 @@ def _rows() -> dict[str, Row]:
         lambda m, x: shuffle(torch.cat([(y := x.chunk(2, 1))[0], m.conv(y[1])], 1)), conv=conv(4, 4))))  # fmt: skip
     row("pixel shuffle", lambda: between(lambda x: F.pixel_shuffle(x, 2), 2))
     row("pixel unshuffle", lambda: between(lambda x: F.pixel_unshuffle(x, 2), 32))
+    row("unfold", lambda: between(lambda x: F.unfold(x, 2, stride=2).unflatten(2, (4, 4)), 32))
+    row("unfold and fold", lambda: between(lambda x: F.fold(F.unfold(x, 3, padding=1) ** 2, (8, 8), 3, padding=1)))
     row("space to depth by views", lambda: between(fold, 32))
     row("flatten", lambda: around(Do(
         lambda m, x: m.linear(m.pool(x).flatten(1))[..., None, None],

@@ -87,7 +87,7 @@ def _same(c: Couplings, axes: Sequence[Axis]) -> Axis:
 @rule(
     *("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d"),
     *("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa"),
-    *("_upsample_bicubic2d_aa", "reflection_pad2d", "replication_pad2d", "im2col_pool"),
+    *("_upsample_bicubic2d_aa", "reflection_pad2d", "replication_pad2d"),
 )
 def over_pixels(c: Couplings, result: Any, x: Tensor, *_: Any, **__: Any) -> Label:
     """Poolings and interpolations over the last two dimensions."""
@@ -539,6 +539,25 @@ def pixel_unshuffle(c: Couplings, result: Tensor, x: Tensor, factor: int) -> Lab
     """Pixels become channels."""
     label = c.of(x)
     return label[0], None if label[1] is None else np.repeat(label[1], factor * factor), None, None
+
+
+@rule("im2col")
+def im2col(c: Couplings, result: Tensor, x: Tensor, *_: Any) -> Label:
+    """The pixels of each window become channels."""
+    label = c.of(x)
+    return label[0], None if label[1] is None else np.repeat(label[1], result.shape[1] // x.shape[1]), None
+
+
+@rule("col2im")
+def col2im(c: Couplings, result: Tensor, x: Tensor, *_: Any) -> Label:
+    """The channels of windows become pixels, and are summed where windows overlap."""
+    label = c.of(x)
+    if label[1] is None:
+        return label[0], None, None, None
+    grid = label[1].reshape(result.shape[1], -1)
+    for column in grid.T[1:]:
+        c.joined.join(grid[:, 0], column)
+    return label[0], grid[:, 0], None, None
 
 
 @rule("channel_shuffle", "native_channel_shuffle")
