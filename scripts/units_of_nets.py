@@ -295,7 +295,7 @@ def main() -> None:
     args = parser.parse_args()
     names = args.nets or [*TORCHVISION, *TIMM]
     rows, begin = [], time.monotonic()
-    with ProcessPoolExecutor(args.workers, max_tasks_per_child=1) as pool:
+    with ProcessPoolExecutor(args.workers) as pool:
         for row in pool.map(look, names):
             rows.append(row)
             print(f"{time.monotonic() - begin:.0f} s", row.line(), flush=True)  # noqa: T201
