@@ -102,6 +102,21 @@ class Heads(nn.Module):
         return self.proj(y.transpose(1, 2).reshape(n, length, -1))
 
 
+class WideHeads(nn.Module):
+    """Attention that reads the width of a head from its input, and gives tokens of this width."""
+
+    def __init__(self, width: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, length, c = x.shape
+        heads = self.qkv(x).reshape(n, length, 3, self.num_heads, c // self.num_heads).permute(2, 0, 3, 1, 4)
+        y = F.scaled_dot_product_attention(*heads.unbind(0))
+        return x + self.proj(y.transpose(1, 2).reshape(n, length, c))
+
+
 def attention(
     batch_first: bool = True, need_weights: bool = False, cross: bool = False, num_heads: int = 3, **options: Any
 ) -> nn.Module:
@@ -200,8 +215,7 @@ def _rows() -> dict[str, Row]:
     row("3-d", lambda: around(Do(lambda m, x: m.conv(x.unflatten(2, (2, -1))), conv=nn.Conv3d(8, 6, (2, 3, 3))), 6))
     row("padded as in TensorFlow", lambda: around(SamePad(8, 6, 2), 6))
     row("standardised weight", lambda: around(nn.Sequential(Standardised(8, 6, 3), nn.ReLU(), Standardised(6, 8, 3))))
-    row("standardised by hand", lambda: around(nn.Sequential(
-        StandardConv(8, 6, 3), nn.ReLU(), StandardConv(6, 8, 3))), "stem", "block.0")
+    row("standardised by hand", lambda: around(nn.Sequential(StandardConv(8, 6, 3), nn.ReLU(), StandardConv(6, 8, 3))))
     row("weight norm", lambda: around(nn.Sequential(
         parametrizations.weight_norm(conv(8, 6)), nn.ReLU(), conv(6, 8))), "stem", "block.0")
 
@@ -225,7 +239,13 @@ def _rows() -> dict[str, Row]:
     row("group norm of a sum", lambda: between(Do(
         lambda m, x: m.norm(x + m.conv(x)), norm=nn.GroupNorm(2, 8), conv=conv(8, 8))))
     row("RMS norm", lambda: on_tokens(nn.Sequential(nn.RMSNorm(8), nn.Linear(8, 12), nn.RMSNorm(12)), 12))
-    row("RMS norm by hand", lambda: between(RMSNorm2d()), "stem")
+    row("RMS norm by hand", lambda: between(RMSNorm2d()))
+    row("global response norm", lambda: between(Do(
+        lambda m, x: x * m.gamma * (y := x.norm(2, (2, 3), True)) / (y.mean(1, keepdim=True) + 0.1),
+        gamma=parameter(8, 1, 1))))  # fmt: skip
+    row("mean and maximum of all channels", lambda: around(Do(
+        lambda m, x: x * m.conv(torch.stack([x.mean(1), x.amax(1)], 1)).sigmoid(), conv=conv(2, 1))), "block.conv")  # fmt: skip
+    row("variance over channels and pixels", lambda: between(lambda x: x / (1 + x.var((1, 2, 3), keepdim=True))))
     row("local response norm", lambda: between(nn.LocalResponseNorm(3, 0.1)))
     row("instance norm", lambda: between(nn.InstanceNorm2d(8)))
     row("instance norm with scale", lambda: between(nn.InstanceNorm2d(8, affine=True, track_running_stats=True)))
@@ -251,7 +271,17 @@ def _rows() -> dict[str, Row]:
         lambda m, x: m.last(torch.cat([(y := m.conv(x).chunk(2, 1))[1], y[0].relu()], 1)),
         conv=conv(8, 12), last=conv(12, 8))))
     row("split in equal parts", lambda: around(Do(
-        lambda m, x: torch.addcmul(*(y := m.conv(x)).split(y.shape[1] // 3, 1)), conv=conv(8, 18)), 6))
+        lambda m, x: (z := (y := m.conv(x)).split(y.shape[1] // 3, 1))[0] - z[1] * z[2], conv=conv(8, 18)), 6))  # fmt: skip
+    row("split in parts of a stated width", lambda: around(Do(
+        lambda m, x: (y := m.conv(x).split(m.width, 1))[0] - y[1] * y[2], conv=conv(8, 18), width=6), 6))  # fmt: skip
+    row("split in stated parts", lambda: around(Do(
+        lambda m, x: m.last(torch.cat(m.conv(x).split(m.sizes, 1)[::-1], 1)),
+        conv=conv(8, 12), last=conv(12, 8), sizes=[4, 8])))  # fmt: skip
+    row("split in parts of two stated widths", lambda: around(Do(
+        lambda m, x: m.last(torch.cat(m.conv(x).split([m.dim_a, m.dim_b, m.dim_a], 1)[::-1], 1)),
+        conv=conv(8, 14), last=conv(14, 8), dim_a=4, dim_b=6)))  # fmt: skip
+    row("numbers in a stated shape", lambda: around(Do(
+        lambda m, x: x + m.gamma.view(m.shape) * m.conv(x), conv=conv(8, 8), gamma=parameter(8), shape=(8, 1, 1))))  # fmt: skip
     row("split in parts of 6", lambda: around(Do(
         lambda m, x: torch.addcmul(*m.conv(x).split(6, 1)), conv=conv(8, 18)), 6), "block.conv")
     row("split in unequal parts", lambda: around(Do(
@@ -266,6 +296,8 @@ def _rows() -> dict[str, Row]:
         lambda m, x: shuffle(torch.cat([(y := x.chunk(2, 1))[0], m.conv(y[1])], 1)), conv=conv(4, 4))))
     row("pixel shuffle", lambda: between(lambda x: F.pixel_shuffle(x, 2), 2))
     row("pixel unshuffle", lambda: between(lambda x: F.pixel_unshuffle(x, 2), 32))
+    row("unfold", lambda: between(lambda x: F.unfold(x, 2, stride=2).unflatten(2, (4, 4)), 32))
+    row("unfold and fold", lambda: between(lambda x: F.fold(F.unfold(x, 3, padding=1) ** 2, (8, 8), 3, padding=1)))
     row("space to depth by views", lambda: between(fold, 32))
     row("flatten", lambda: around(Do(
         lambda m, x: m.linear(m.pool(x).flatten(1))[..., None, None],
@@ -324,6 +356,14 @@ def _rows() -> dict[str, Row]:
     row("attention with one layer, by hand", lambda: on_tokens(Heads(fused=False), 12, 12))
     row("attention with three layers", lambda: on_tokens(Heads(together=False), 12, 12))
     row("ViT", vit)
+    row("heads as wide as the stream", lambda: on_tokens(WideHeads(12, 3), 12, 12))
+    row("heads of two layers as wide as the stream", lambda: on_tokens(
+        nn.Sequential(WideHeads(12, 3), nn.LayerNorm(12), WideHeads(12, 6)), 12, 12))  # fmt: skip
+    row("one head as wide as the stream", lambda: on_tokens(nn.Sequential(
+        nn.Linear(8, 12), WideHeads(12, 1), nn.Linear(12, 8))), *("block.0", "block.1.qkv", "block.1.proj"))  # fmt: skip
+    row("a value that the net reads", lambda: Do(
+        lambda m, x: m.head(m.stem(x).mul(2 if float(x.max()) > -1e9 else 1).relu().mean((2, 3))),
+        stem=conv(3, 8), head=nn.Linear(8, 5)))  # fmt: skip
 
     # what stays
     row("softmax", lambda: between(lambda x: x.softmax(1)), "stem")

@@ -35,6 +35,9 @@ result, a list of labels for several results, or ``None`` if no dimension of the
 MIXING = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "local_response_norm")
 """Functions of ``torch.nn.functional`` that may compute statistics over channels, by name."""
 
+REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "std", "norm")
+"""Functions and methods of tensors that may compute a number over channels, by name."""
+
 
 OF_A_HEAD = "the scale of attention depends on the width of a head"
 """Reason to keep the channels of a head."""
@@ -200,7 +203,7 @@ class ModuleStack:
 
 
 class MixingCalls(TorchFunctionMode):
-    """Numbers the calls of :data:`MIXING` functions in each module. A subclass overrides :meth:`call`."""
+    """Numbers the calls of :data:`MIXING` and :data:`REDUCTIONS` in each module. A subclass overrides :meth:`call`."""
 
     def __init__(self, stack: ModuleStack) -> None:
         super().__init__()
@@ -209,7 +212,8 @@ class MixingCalls(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(function, "__name__", "")
-        if name in MIXING and getattr(torch.nn.functional, name) is function:
+        known = name in MIXING and getattr(torch.nn.functional, name) is function
+        if known or (name in REDUCTIONS and args and function in (getattr(Tensor, name), getattr(torch, name, None))):
             key = (self.stack.name, self._num[self.stack.name])
             self._num[self.stack.name] += 1
             return self.call(key, name, function, args, kwargs or {})
@@ -336,19 +340,22 @@ class Couplings(TorchDispatchMode):
                     if kind in self._tied:
                         self.joined.join(np.repeat(heads, size), axis)
 
-    def mix(self, axes: dict[int, Axis]) -> None:
-        """Note that statistics are computed over channels. The channels stay unless a function of MIXING does it.
+    def mix(self, axes: dict[int, Axis], results: Iterable[Tensor] = ()) -> None:
+        """Note that statistics are computed over channels.
+
+        The channels stay unless this is done by one of the functions in MIXING and REDUCTIONS.
 
         Args:
             axes: axes by the dimension of the function's input.
+            results: tensors that are computed. If they are given, the channels stay only if one of them is used.
         """
         known = {dim: axis for dim, axis in axes.items() if axis is not None}
         if known and self._call is not None:
             key, function = self._call
             self.mixing[key] = Mixing(function, known)
-        elif known:
+        else:
             for axis in known.values():
-                self.stay(axis, "a statistic")
+                self.stay(axis, "a sum or mean", results)
 
     def stay(self, axis: Axis, what: str, results: Iterable[Tensor] = ()) -> None:
         """Let an axis stay because something is computed over it.

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from project.compression.thinning.couplings import MixingCalls, ModuleStack
+from project.compression.thinning.couplings import REDUCTIONS, MixingCalls, ModuleStack
 
 Calls = Mapping[tuple[str, int], tuple[dict[int, list[int]], int]]
 """For each call of a norm (module, and number of the call in the module): by dimension of its input the channels that
@@ -64,6 +64,8 @@ class _WithoutChannels(MixingCalls):
         part = x
         for dim, channels in kept.items():
             part = part.index_select(dim, torch.tensor(channels))
+        if name in REDUCTIONS:
+            return function(part, *rest, **kwargs)
         if name in ("layer_norm", "rms_norm"):
             shape = rest[0]
             first = x.dim() - len(shape)

@@ -13,8 +13,8 @@ leaves out of the label is not followed any more: its slots must be fixed first.
 channels that pass through it.
 """
 
-import itertools
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -87,7 +87,7 @@ def _same(c: Couplings, axes: Sequence[Axis]) -> Axis:
 @rule(
     *("max_pool2d_with_indices", "avg_pool2d", "_adaptive_avg_pool2d", "adaptive_max_pool2d", "upsample_nearest2d"),
     *("upsample_bilinear2d", "upsample_bicubic2d", "_upsample_nearest_exact2d", "_upsample_bilinear2d_aa"),
-    *("_upsample_bicubic2d_aa", "reflection_pad2d", "replication_pad2d", "im2col_pool"),
+    *("_upsample_bicubic2d_aa", "reflection_pad2d", "replication_pad2d"),
 )
 def over_pixels(c: Couplings, result: Any, x: Tensor, *_: Any, **__: Any) -> Label:
     """Poolings and interpolations over the last two dimensions."""
@@ -288,7 +288,7 @@ def group_norm(
 @rule("mean", "sum", "amax", "amin", "var", "std", "prod", "var_mean", "linalg_vector_norm", "norm", "argmax", "cumsum",
       "max", "min", "std_mean", "logsumexp", "all", "any", "topk", "sort")  # fmt: skip
 def reduction(c: Couplings, result: Any, x: Tensor, *args: Any, **kwargs: Any) -> list[Label]:
-    """Channels over which a number is computed stay; the others pass."""
+    """A number over some dimensions. The masked net computes it over the channels that are kept, as for a norm."""
     label = c.of(x)
     given = next((each for each in args if isinstance(each, list | tuple)), kwargs.get("dim"))
     if given is None:
@@ -299,8 +299,7 @@ def reduction(c: Couplings, result: Any, x: Tensor, *args: Any, **kwargs: Any) -
         else set()
     )
     outs = [each for each in flat(result) if isinstance(each, Tensor)]
-    for dim in dims:
-        c.stay(label[dim], "a sum or mean", outs)
+    c.mix({dim: label[dim] for dim in dims}, outs)
     if outs[0].dim() == x.dim():
         made = tuple(None if dim in dims else axis for dim, axis in enumerate(label))
     else:
@@ -547,6 +546,25 @@ def pixel_unshuffle(c: Couplings, result: Tensor, x: Tensor, factor: int) -> Lab
     return label[0], None if label[1] is None else np.repeat(label[1], factor * factor), None, None
 
 
+@rule("im2col")
+def im2col(c: Couplings, result: Tensor, x: Tensor, *_: Any) -> Label:
+    """The pixels of each window become channels."""
+    label = c.of(x)
+    return label[0], None if label[1] is None else np.repeat(label[1], result.shape[1] // x.shape[1]), None
+
+
+@rule("col2im")
+def col2im(c: Couplings, result: Tensor, x: Tensor, *_: Any) -> Label:
+    """The channels of windows become pixels, and are summed where windows overlap."""
+    label = c.of(x)
+    if label[1] is None:
+        return label[0], None, None, None
+    grid = label[1].reshape(result.shape[1], -1)
+    for column in grid.T[1:]:
+        c.joined.join(grid[:, 0], column)
+    return label[0], grid[:, 0], None, None
+
+
 @rule("channel_shuffle", "native_channel_shuffle")
 def channel_shuffle(c: Couplings, result: Tensor, x: Tensor, groups: int) -> Label:
     """The channels of several groups take turns."""
@@ -639,7 +657,7 @@ def _free(c: Couplings, new: tuple[int, ...], varying: list[int]) -> int:
     # beside the heads stands the width of one; queries, keys and values may be as many as the heads
     named = [dim for dim in varying if new[dim] in heads and (not widths or widths & {*new[:dim], *new[dim + 1 :]})]
     if not heads:  # another module may have cut it into heads
-        named = [dim for dim, last in itertools.pairwise(varying) if (new[dim], new[last]) in c.head_cuts]
+        named = [dim for dim, last in pairwise(varying) if (new[dim], new[last]) in c.head_cuts]
     # [3, heads, head_dim] may have equal sizes: the heads stand last but one
     return varying[-1] if not named else varying[-2] if varying[-2] in named else named[-1]
 

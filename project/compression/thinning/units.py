@@ -245,19 +245,23 @@ def _on_meta(net: nn.Module) -> nn.Module:
 
 
 def _fails_in(net: nn.Module, traced: Traced, image_shape: tuple[int, int, int]) -> str:
-    """The module that was called last if a copy without a half of each group's units does not run; else ``""``."""
-    gone = _roots(traced, {layer: random_half(units) for layer, units in traced.groups.items() if units.num > 1})
-    plan, device = _plan(net, traced.couplings, gone), traced.couplings.device
-    with torch.inference_mode(False), torch.no_grad():
-        copy = _on_meta(net) if device == "meta" else evaluated_copy(net)
-        plan.apply_(copy)
-        stack = ModuleStack(copy)
-        try:
-            copy(torch.ones(1, *image_shape, device=device))
-        except Exception:  # whatever the net raises at another width
-            return stack.entered or "."
-        finally:
-            stack.close()
+    """The module that was called last when a copy without some units of each group does not run; else ``""``.
+
+    It is tried without a half of them, and without one, because a wrong width may fit by chance.
+    """
+    several, device = {layer: units for layer, units in traced.groups.items() if units.num > 1}, traced.couplings.device
+    for choose in (random_half, lambda units: [0]):
+        gone = _roots(traced, {layer: choose(units) for layer, units in several.items()})
+        with torch.inference_mode(False), torch.no_grad():
+            copy = _on_meta(net) if device == "meta" else evaluated_copy(net)
+            _plan(net, traced.couplings, gone).apply_(copy)
+            stack = ModuleStack(copy)
+            try:
+                copy(torch.ones(1, *image_shape, device=device))
+            except Exception:  # whatever the net raises at another width
+                return stack.entered or "."
+            finally:
+                stack.close()
     return ""
 
 
@@ -502,7 +506,18 @@ def _sizes_of_views(
 
 def _states_width(key: str) -> bool:
     """Whether an attribute's name says that it is the width of a layer, and not of one head or of an image."""
-    words = ("attn_dim", "hidden", "inner", "embed_dim", "channels", "features", "width", "all_head_size", "chs")
+    words = (
+        "attn_dim",
+        "hidden",
+        "inner",
+        "embed_dim",
+        "channels",
+        "features",
+        "width",
+        "all_head_size",
+        "chs",
+        "out_dim",
+    )
     return any(word in key for word in words) and "head_dim" not in key
 
 

@@ -2,10 +2,11 @@
 
 import io
 import re
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from copy import deepcopy
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from project.compression.pruning.unit_budget import Macs
+from project.compression.thinning import units as units_module
 from project.compression.thinning.masked import MaskedNet
 from project.compression.thinning.thin import Thin, sliced
 from project.compression.thinning.units import Units, look_at_units, masked_net, plan_thinning, units_of
@@ -192,3 +194,70 @@ def test_random_nets_lose_half_of_all_units(seed: int) -> None:
 @pytest.mark.slow
 def test_the_logits_of_most_random_nets_depend_on_the_image() -> None:
     assert sum(depends_on_images(lively(random_net(seed)), images()) for seed in range(200)) > 180
+
+
+class Block(nn.Module):
+    """A residual block. It may compute with the number of its hidden channels, which no trace can follow."""
+
+    def __init__(self, culprit: bool = False) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Conv2d(8, 6, 3, padding=1), nn.BatchNorm2d(6), nn.Conv2d(6, 8, 1)
+        self.culprit = culprit
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm(self.a(x)).relu()
+        return x + self.b(y * y.shape[1] if self.culprit else y)
+
+
+def deep(num_blocks: int, culprits: Iterable[int] = ()) -> nn.Module:
+    blocks = (Block(n in culprits) for n in range(num_blocks))
+    return nn.Sequential(nn.Conv2d(3, 8, 1), *blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
+
+
+def test_few_trials_find_the_groups_that_cannot_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    net = deep(40, {7, 8, 30})
+    trials = 0
+    real = units_module._try_out
+
+    def counted(*args: Any) -> Any:
+        nonlocal trials
+        trials += 1
+        return real(*args)
+
+    monkeypatch.setattr(units_module, "_try_out", counted)
+    units, reasons = look_at_units(net, SHAPE)
+    assert len(units) == 41 - 3 and {*reasons} == {"8.a", "9.a", "31.a", "43"} and trials <= 22
+
+
+def test_modules_forget_what_they_computed_from_their_old_parameters() -> None:
+    class Bias(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias, self.cache = nn.Parameter(torch.rand(8)), None
+
+        def train(self, mode: bool = True) -> Any:
+            self.cache = None
+            return super().train(mode)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if self.training:
+                return x + (2 * self.bias)[:, None, None]
+            self.cache = 2 * self.bias if self.cache is None else self.cache
+            return x + self.cache[:, None, None]
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), Bias(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5)).eval()
+    net[0].train()
+    with torch.no_grad():
+        net(images())
+    plan_thinning(net, {"0": [0, 5]}, SHAPE).apply_(net)
+    assert net(images()).shape == (8, 5) and net[0].training and not net[1].training
+
+
+@pytest.mark.slow
+def test_a_net_of_a_thousand_layers_is_thinned_in_a_minute() -> None:
+    net = deep(500)
+    begin = time.process_time()
+    units = units_of(net, SHAPE)
+    plan_thinning(net, choose(units, 0.5), SHAPE).apply_(net)
+    assert len(units) == 501 and time.process_time() - begin < 60

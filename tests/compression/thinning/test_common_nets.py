@@ -1,0 +1,76 @@
+"""Half of the units of nets of torchvision and timm: the law, reload, a training step, a second round, all files."""
+
+from pathlib import Path
+from pydoc import locate
+from typing import Any
+
+import pytest
+import torch
+import units_of_nets
+from helpers.nets import choose
+
+from project.compression import to_plain
+from project.compression.thinning.units import plan_thinning, units_of
+from project.deployment.export import export
+from project.deployment.metadata import Metadata
+from project.deployment.recipe import Recipe
+
+LEFT = {
+    "mobilenet_v2": 0.29,
+    "shufflenet_v2_x1_0": 0.43,
+    "ghostnet_050": 0.32,
+    "mobilevit_xxs": 0.27,
+    "poolformer_s12": 0.26,
+    "skresnet18": 0.28,
+    "res2net50_26w_4s": 0.27,
+    "coat_lite_tiny": 0.36,
+    "xcit_nano_12_p16_224": 0.27,
+    "swin_tiny_patch4_window7_224": 0.29,
+    "convnextv2_atto": 0.29,
+    "beit_base_patch16_224": 0.27,
+    "visformer_tiny": 0.28,
+    "volo_d1_224": 0.27,
+}
+"""The largest share of the multiply-accumulates that may be left."""
+
+FILES: dict[str, dict[str, Any]] = {
+    "torchvision.models.MobileNetV2": {"num_classes": 10, "width_mult": 0.5},
+    "torchvision.models.VisionTransformer": {
+        "image_size": 32, "patch_size": 8, "num_layers": 2, "num_heads": 4, "hidden_dim": 32, "mlp_dim": 64,
+        "num_classes": 10,
+    },
+    "timm.models.convnext.ConvNeXt": {"depths": [1, 1, 1, 1], "dims": [16, 24, 32, 48], "num_classes": 10},
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LEFT)
+def test_half_of_the_units_of_a_common_net(name: str) -> None:
+    pytest.importorskip("timm")
+    fast = torch.backends.mha.get_fastpath_enabled()
+    row = units_of_nets.look(name, peer=False)
+    torch.backends.mha.set_fastpath_enabled(fast)
+    assert not row.failure and row.error <= units_of_nets.TOLERANCE
+    assert row.checks == {"reloads": True, "trains": True, "second round": True}
+    assert row.macs <= LEFT[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FILES)
+def test_thinned_nets_go_into_all_files(name: str, tmp_path: Path) -> None:
+    if name.startswith("timm"):
+        pytest.importorskip("timm")
+    torch.manual_seed(0)
+    recipe = Recipe({"class_path": name, "init_args": FILES[name]})
+    net = locate(name)(**FILES[name]).eval()  # type: ignore[operator]
+    plan = plan_thinning(net, choose(units_of(net, (3, 32, 32)), 0.5), (3, 32, 32))
+    plan.apply_(net)
+    metadata = Metadata(tuple("abcdefghij"), (3, 32, 32), (0.5,) * 3, (0.5,) * 3)
+    images = torch.randn(32, 3, 32, 32)
+    exported = export(net, tmp_path / "net.onnx", metadata, images)
+    assert exported.difference <= 1e-4
+    int8 = export(net, tmp_path / "int8.onnx", metadata, images, format="onnx-int8", calibration=images, tolerance=0.5,
+                  fp32=exported.path)  # fmt: skip
+    assert len(int8.layers) > 5
+    thinned = Recipe(recipe.net, [to_plain(plan)])
+    assert export(net, tmp_path / "net.packed", metadata, images, format="packed", recipe=thinned).difference <= 1e-5
