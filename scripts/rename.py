@@ -199,6 +199,9 @@ def goes(root: Path, path: Path, house: House, gone: Sequence[str], names: set[s
     place = path.relative_to(root)
     if any(place.is_relative_to(Path("tests") / room) for room in gone):
         return True
+    imported = scripts_of(root, path) if place.parts[0] in ("scripts", "tests") and path.suffix == ".py" else []
+    if any(goes(root, script, house, gone, names) for script in imported):
+        return True
     if place.parts[0] == "scripts" and path.suffix == ".py":
         return any(house.is_in(module, gone) for module in house.imports_of(path, late=False))
     if place.parts[0] == "configs" and path.suffix == ".yaml":
@@ -210,6 +213,12 @@ def goes(root: Path, path: Path, house: House, gone: Sequence[str], names: set[s
         first = re.match(r"<!-- room: ([\w/, ]+) -->\n", text)
         return first is not None and names_a_room(first[1], gone)
     return False
+
+
+def scripts_of(root: Path, path: Path) -> list[Path]:
+    """The scripts that a Python file imports when it is loaded."""
+    names = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return [script for name in names if (script := root / "scripts" / f"{name}.py").is_file()]
 
 
 def class_paths(value: object) -> list[str]:

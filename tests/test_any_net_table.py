@@ -7,9 +7,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import any_net
+import any_net_cells
 import pytest
 import torch
-from any_net import CELLS, NETS, Cell, Row
+from any_net import NETS
+from any_net_cells import CELLS, Cell
+from any_net_page import Row, to_markdown
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -29,7 +32,7 @@ class Worker:
 
 
 def judged(action) -> Cell:
-    return any_net.run_cell(Worker(action), "onnx")
+    return any_net_cells.run_cell(Worker(action), "onnx")
 
 
 def refuse(text: str):
@@ -62,7 +65,7 @@ def test_a_sentence_that_lacks_something_has_failed(text, fault):
 
 def test_a_refusal_after_training_has_failed():
     def action() -> str:
-        any_net.Steps().on_train_batch_end()
+        any_net_cells.Steps().on_train_batch_end()
         return refuse("0 can not be pruned: exclude it")()
 
     cell = judged(action)
@@ -70,23 +73,23 @@ def test_a_refusal_after_training_has_failed():
 
 
 def test_a_wrong_answer_and_a_traceback_have_failed(capsys):
-    assert judged(lambda: any_net.must(False, "its logits differ")).text == "its logits differ"
+    assert judged(lambda: any_net_cells.must(False, "its logits differ")).text == "its logits differ"
     cell = judged(lambda: {}["no key"])
     assert (cell.status, cell.text) == ("failed", "KeyError: 'no key'")
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_too_much_memory_has_failed(monkeypatch):
-    monkeypatch.setattr(any_net, "MAX_MEMORY_MB", 1)
+    monkeypatch.setattr(any_net_cells, "MAX_MEMORY_MB", 1)
     cell = judged(lambda: "1e-06")
     assert cell.status == "failed" and "the process needs" in cell.text
 
 
 def test_equal_looks_at_every_tensor():
     one = {"a": [torch.zeros(2), {"b": 1}]}
-    assert any_net.equal(one, {"a": [torch.zeros(2), {"b": 1}]})
-    assert not any_net.equal(one, {"a": [torch.tensor([0.0, 1e-7]), {"b": 1}]})
-    assert not any_net.equal(one, {"a": [torch.zeros(2), {"b": 1}], "c": 1})
+    assert any_net_cells.equal(one, {"a": [torch.zeros(2), {"b": 1}]})
+    assert not any_net_cells.equal(one, {"a": [torch.tensor([0.0, 1e-7]), {"b": 1}]})
+    assert not any_net_cells.equal(one, {"a": [torch.zeros(2), {"b": 1}], "c": 1})
 
 
 def test_the_page_has_all_cells_and_footnotes():
@@ -95,7 +98,7 @@ def test_the_page_has_all_cells_and_footnotes():
         Cell("winograd", "refused", "Net has no 3x3\nlayer: leave it out"),
     ]
     rows = [Row("resnet18", cells, 10, (3, 32, 32), 500, 550), Row("vit", [Cell("fit", "works", "80 %")])]
-    text = any_net.to_markdown(rows, ["fit", "winograd"], "python scripts/any_net.py")
+    text = to_markdown(rows, ["fit", "winograd"], "python scripts/any_net.py")
     assert "| resnet18 | 90.0 % | refused (1) |" in text and "| vit | 80 % | **failed** (2) |" in text
     assert "1. resnet18, Winograd: Net has no 3x3 layer: leave it out\n2. vit, Winograd: it was not run" in text
     assert "Of 4 cells 2 work and 1 are refused" in text and "| resnet18 | 10 | 3x32x32 | 2 | 2 | 700 | +50 |" in text

@@ -168,9 +168,9 @@ def export(
         agreement = float((logits.argmax(1) == expected.argmax(1)).float().mean())
         if not difference <= limit:
             raise ValueError(
-                f"the {format} file was not kept, because its logits differ from the net's by up to {difference:.2g} "
-                f"of the largest logit on this processor ({cpu_abilities()}), more than the tolerance {limit:g}: "
-                f"{_REMEDY[format]}."
+                f"the {format} file of {type(net).__name__} was not kept, because its logits differ from the net's by "
+                f"up to {difference:.2g} of the largest logit on this processor ({cpu_abilities()}), more than the "
+                f"tolerance {limit:g}: {_REMEDY[format]}."
             )
         found.append(Exported(Path(path), difference, agreement, tuple(layers), tuple(floats)))
 

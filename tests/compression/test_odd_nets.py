@@ -6,6 +6,7 @@ import resource
 import pytest
 import torch
 from helpers import odd_nets
+from helpers.nets import choose
 from torch import nn
 from torch.nn.utils import parametrize
 from torchvision.models import SwinTransformer
@@ -16,7 +17,8 @@ from project.compression import Factorizer, Pruner, Sharer, WinogradChooser
 from project.compression.low_bit.ternary import LowBitWeights
 from project.compression.plain_layers import check_plain, computes_as_plain, is_plain
 from project.compression.qat.fake_quantization import FakeQuantization
-from project.compression.thinning.thin import look_at_units, plan_thinning
+from project.compression.thinning.units import look_at_units, plan_thinning
+from project.metrics.complexity import count_macs
 
 SHAPE = (3, 16, 16)
 COMPUTED = ["WeightNorm", "SpectralNorm", "HookedNorm"]
@@ -74,16 +76,42 @@ def test_attention_reads_its_weight_itself():
     assert is_plain(nn.Linear(2, 2)) and is_plain(nn.LazyLinear(2)) is False
 
 
-@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
-@pytest.mark.parametrize("name", [*COMPUTED, "Standardised"])
-def test_units_around_an_odd_layer_are_refused(name):
+STAYS = {
+    "WeightNorm": {"stem": "a convolution with another weight reads it", "odd": "it meets a tensor that is not sliced"},
+    "SpectralNorm": {"odd": "it passes through vdot in odd.parametrizations.weight.0, which has no rule"},
+    "Standardised": {"stem": "a sum or mean in odd is taken over its units"},
+    "FirstChannelsTwice": {"odd": "it meets a tensor in the net that is not sliced with it"},
+    "TrainingHead": {"odd": "it no longer runs in training", "auxiliary": "the net does not call it in evaluation"},
+    "ScalePerChannel": {},
+    "Shuffled": {},
+    "HiddenBuffer": {},
+    "PlainTensor": {},
+}
+"""The layers of each net whose units stay, beside the head, and why."""
+
+
+@pytest.mark.parametrize("name", STAYS)
+def test_units_that_stay_are_named_and_the_rest_goes(name):
     net = build(name)
-    if name == "HookedNorm":
-        with pytest.raises(ValueError, match="cannot be copied, because a layer's weight is computed by a hook"):
-            look_at_units(net, SHAPE)
-        return
+    state = torch.random.get_rng_state()
     units, reasons = look_at_units(net, SHAPE)
-    assert "last" in units and "odd" in reasons["stem"] and "odd" in reasons["odd"]
+    assert torch.equal(torch.random.get_rng_state(), state) and not net.training
+    assert reasons.keys() == {"fc", *STAYS[name]} and set(units) == {"stem", "odd", "last"} - {*reasons}
+    assert all(why in reasons[layer] for layer, why in STAYS[name].items())
+    if "odd" in reasons:
+        with pytest.raises(
+            ValueError, match=r"units of odd, which include names, cannot be removed: .*Take this layer"
+        ):
+            Pruner(structure="units", include=["odd", "last"]).groups(net, SHAPE)
+    plan_thinning(net, choose(units, 0.5), SHAPE).apply_(net)
+    net.train()(torch.randn(2, *SHAPE)).sum().backward()
+    assert net.last.out_channels == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated")
+def test_units_of_a_net_that_cannot_be_copied_are_refused():
+    with pytest.raises(ValueError, match="cannot be copied, because a layer's weight is computed by a hook"):
+        look_at_units(build("HookedNorm"), SHAPE)
 
 
 @torch.no_grad()
@@ -152,43 +180,23 @@ def test_ternary_weights_round_what_is_written(exclude):
     assert torch.allclose(net(images), attached, atol=1e-6) and not parametrize.is_parametrized(net.last)
 
 
-@pytest.mark.parametrize("name", ["ScalePerChannel", "FirstChannelsTwice"])
-def test_constants_of_a_channel_are_found_before_training(name):
-    net = build(name)
-    units, reasons = look_at_units(net, SHAPE)
-    assert set(units) == {"stem", "last"} and "it no longer runs" in reasons["odd"]
-    with pytest.raises(ValueError, match=r"units of odd can not be removed: without some of them.*exclude"):
-        Pruner(structure="units", exclude=["^fc$"]).groups(net, SHAPE)
-    plan_thinning(net, {"stem": [0, 3], "last": [1]}, SHAPE).apply_(net)
-    assert net(torch.randn(2, *SHAPE)).shape == (2, 10)
-
-
-def test_units_that_training_reads_stay():
-    """The trace sees no head that runs in training alone. Without the check a thinned net could not be trained."""
-    net = build("TrainingHead")
-    state = torch.random.get_rng_state()
-    units, reasons = look_at_units(net, SHAPE)
-    assert torch.equal(torch.random.get_rng_state(), state) and not net.training
-    assert set(units) == {"stem", "last"}
-    assert "it no longer runs in training" in reasons["odd"] and "no part in the output" in reasons["auxiliary"]
-    plan_thinning(net, {"stem": [0, 3], "last": [1]}, SHAPE).apply_(net)
-    assert net.train()(torch.randn(2, *SHAPE)).shape == (2, 10)
-
-
-def test_channel_shuffles_are_refused_and_the_rest_is_pruned():
-    units, reasons = look_at_units(build("Shuffled"), SHAPE)
-    assert {"stem", "last"} <= set(units) and "odd" in reasons
-    net = ShuffleNetV2([2, 1, 1], [8, 16, 16, 16, 32], num_classes=10)
+def test_half_of_a_shuffle_net_goes():
+    net = ShuffleNetV2([2, 1, 1], [8, 16, 16, 16, 32], num_classes=10).eval()
     units, reasons = look_at_units(net, (3, 32, 32))
-    assert list(units) == ["conv5.0"] and "fc" in reasons
+    layers = {name for name, layer in net.named_modules() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    assert {layer for each in units.values() for layer in each.layers} == layers - {"fc"} and reasons.keys() == {"fc"}
+    whole = count_macs(net, (3, 32, 32))
+    plan_thinning(net, choose(units, 0.5), (3, 32, 32)).apply_(net)
+    assert count_macs(net, (3, 32, 32)) < 0.5 * whole
 
 
-def test_the_trace_of_a_swin_transformer_ends():
+def test_a_swin_transformer_loses_hidden_units():
+    """Its attention computes the width of a head from that of the tokens."""
     net = SwinTransformer([2, 2], 8, [1, 1], [1, 2], [4, 4], num_classes=10)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     units, reasons = look_at_units(net, SHAPE)
     assert set(units) == {"features.1.0.mlp.0", "features.3.0.mlp.0"}
-    assert any("a loop in which the trace finds no end" in reason for reason in reasons.values())
+    assert all("it no longer runs" in reason for layer, reason in reasons.items() if layer != "head")
     plan_thinning(net, {"features.1.0.mlp.0": [0, 3]}, SHAPE).apply_(net)  # raises if it is not the masked net
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 300_000  # kilobytes
 

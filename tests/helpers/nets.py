@@ -8,7 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from project.compression import to_plain
-from project.compression.thinning.thin import Thin, Units, plan_thinning, units_of
+from project.compression.thinning.masked import MaskedNet
+from project.compression.thinning.thin import Thin
+from project.compression.thinning.units import Units, masked_net, plan_thinning, units_of
 from project.deployment.recipe import Recipe
 from project.frame.rooms import needed, optional
 from project.models import BatchNorm, DropPath, InstanceNorm, NoNorm, SmallInception
@@ -89,19 +91,13 @@ def units_by_layer(name: str) -> dict[str, Units]:
 
 
 def choose(units: dict[str, Units], sparsity: float) -> dict[str, list[int]]:
+    """Random outputs of each layer: a share of its units, but not all."""
     generator = torch.Generator().manual_seed(2)
-    return {
-        layer: torch.randperm(of.num, generator=generator)[: min(of.num - 1, int(sparsity * of.num))].tolist()
-        for layer, of in units.items()
-    }
-
-
-@torch.no_grad()
-def mask_(net: nn.Module, units: dict[str, Units], removed: dict[str, list[int]]) -> None:
-    parameters = dict(net.named_parameters())
-    for layer, indices in removed.items():
-        for name in units[layer].parameters:
-            parameters[name][indices] = 0
+    removed: dict[str, list[int]] = {}
+    for of in units.values():
+        gone = torch.randperm(of.num, generator=generator)[: min(of.num - 1, int(sparsity * of.num))]
+        removed.setdefault(of.layers[0], []).extend(of.outputs(gone.tolist()))
+    return removed
 
 
 @torch.no_grad()
@@ -148,12 +144,31 @@ def enliven_(net: nn.Module, images: Tensor) -> None:
         handle.remove()
 
 
-def masked_and_thinned(name: str, sparsity: float) -> tuple[nn.Module, nn.Module, Thin]:
-    net, units = build(name), units_by_layer(name)
-    removed = choose(units, sparsity)
-    mask_(net, units, removed)
-    enliven_(net, images_for(name))
-    plan = plan_thinning(net, removed, ALL[name][1])
-    thinned = deepcopy(net)
+def reference_and_thinned(name: str, sparsity: float) -> tuple[MaskedNet, nn.Module, Thin]:
+    """A lively net with zeros for its units, whose norms leave these units out, and the same net without them."""
+    net, shape = build(name), ALL[name][1]
+    removed = choose(units_by_layer(name), sparsity)
+    masked = masked_net(net, removed, shape)
+    enliven_(masked.net, images_for(name))
+    plan = plan_thinning(net, removed, shape)
+    thinned = deepcopy(masked.net)
     plan.apply_(thinned)
-    return net, thinned, plan
+    return masked, thinned, plan
+
+
+def masked_and_thinned(name: str, sparsity: float) -> tuple[nn.Module, nn.Module, Thin]:
+    """A lively net in which a share of the units is zero, and the same net without them."""
+    masked, thinned, plan = reference_and_thinned(name, sparsity)
+    return masked.net, thinned, plan
+
+
+@torch.no_grad()
+def assert_same_logits(masked: nn.Module, thinned: nn.Module, images: Tensor) -> None:
+    """Up to rounding: 1e-5 of the largest logit in float32, where the masked net itself is that exact."""
+    exact = deepcopy(masked).double().eval()(images.double())
+    largest = exact.abs().max()
+    assert exact.std(dim=0).max() > 0.01 * largest, "all images have the same logits: any net would pass"
+    assert (deepcopy(thinned).double().eval()(images.double()) - exact).abs().max() <= 1e-10 * largest
+    expected, logits = masked.eval()(images), thinned.eval()(images)
+    rounding = (expected - exact).abs().max()
+    assert (logits - expected).abs().max() <= max(1e-5 * largest, 10 * rounding)

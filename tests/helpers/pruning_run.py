@@ -1,6 +1,7 @@
 """For the tests of pruning: runs in miniature (digits, two convolutions, rounds of an epoch or two), and witnesses."""
 
 import time
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,58 @@ class TinyNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.fc(self.dropout(self.pool(self.conv2(self.conv1(images)))))
+
+
+def depthwise_net() -> nn.Module:
+    """An inverted residual block (MobileNetV2) between a stem and a head."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide, self.norm1 = nn.Conv2d(8, 24, 1, bias=False), nn.BatchNorm2d(24)
+            self.deep, self.norm2 = nn.Conv2d(24, 24, 3, padding=1, groups=24, bias=False), nn.BatchNorm2d(24)
+            self.back, self.norm3 = nn.Conv2d(24, 8, 1, bias=False), nn.BatchNorm2d(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            wide = nn.functional.relu6(self.norm1(self.wide(x)))
+            return x + self.norm3(self.back(nn.functional.hardswish(self.norm2(self.deep(wide)))))
+
+    return nn.Sequential(nn.Conv2d(1, 8, 3, 2, 1), Block(), Block(), GlobalAvgPool(), nn.Linear(8, 10))
+
+
+def layer_norm_net() -> nn.Module:
+    """A block with layer norm and a layer scale (ConvNeXt) between a stem and a head."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.deep, self.norm = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.LayerNorm(16)
+            self.wide, self.back, self.scale = nn.Linear(16, 32), nn.Linear(32, 16), nn.Parameter(torch.ones(16))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.norm(self.deep(x).permute(0, 2, 3, 1))
+            y = self.scale * self.back(nn.functional.gelu(self.wide(y)))
+            return x + y.permute(0, 3, 1, 2)
+
+    return nn.Sequential(nn.Conv2d(1, 16, 2, 2), Block(), Block(), GlobalAvgPool(), nn.Linear(16, 10))
+
+
+def vision_transformer() -> nn.Module:
+    """Patches, two of torch's encoder layers, and a head."""
+
+    class Vit(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patches, self.place = nn.Conv2d(1, 16, 2, 2), nn.Parameter(0.02 * torch.randn(1, 16, 16))
+            layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.1, batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+            self.norm, self.head = nn.LayerNorm(16), nn.Linear(16, 10)
+
+        def forward(self, images: Tensor) -> Tensor:
+            tokens = self.patches(images).flatten(2).transpose(1, 2) + self.place
+            return self.head(self.norm(self.encoder(tokens)).mean(1))
+
+    return Vit()
 
 
 class DigitsOnce(Digits):
@@ -103,7 +156,7 @@ class Outcome:
 
 def pruning(**options: Any) -> IterativeMagnitudePruning:
     """Our callback without the measurements at the end."""
-    return IterativeMagnitudePruning(**{"report": False, "thin": False, **options})
+    return IterativeMagnitudePruning(**{"report": False, **options})
 
 
 def sgd(parameters: Any) -> torch.optim.Optimizer:
@@ -118,11 +171,12 @@ def fit(
     optimizer: Any = sgd,
     channels_last: bool = True,
     resume: Run | None = None,
+    net: Callable[[], nn.Module] = TinyNet,
     **options: Any,
 ) -> Outcome:
     """A run in ``folder``, of ``epochs`` before anything is pruned, or one that is resumed by a new process's net."""
     torch.manual_seed(seed)
-    model = Classifier(TinyNet(), 10, (1, 8, 8), optimizer=optimizer, schedule=Linear(), channels_last=channels_last)
+    model = Classifier(net(), 10, (1, 8, 8), optimizer=optimizer, schedule=Linear(), channels_last=channels_last)
     fixed = {"accelerator": "cpu", "logger": False, "observe": False, "enable_progress_bar": False}
     trainer = Trainer(
         experiment="pruning",

@@ -6,10 +6,11 @@ import shutil
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 import rename
-from house import ROOT
+from house import ROOT, House
 
 import project
 
@@ -172,6 +173,16 @@ def test_a_copy_without_rooms_has_nothing_that_needs_them(rooms, clone, logs):
         check=False,
     )
     assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_scripts_and_tests_go_with_a_script_that_they_import():
+    house, names = House(ROOT / PACKAGE), ("any_net", "any_net_cells", "any_net_page")
+    files = [*(ROOT / f"scripts/{name}.py" for name in names), ROOT / "tests/test_any_net_table.py"]
+    there = [path for path in files if path.is_file()]  # a fork may have taken them out
+    for room in ("compression", "deployment"):
+        if (ROOT / PACKAGE / room).is_dir():
+            assert all(rename.goes(ROOT, path, house, [room], set()) for path in there)
+    assert not rename.goes(ROOT, Path(__file__), house, ["compression"], set())
 
 
 def test_a_region_a_line_and_a_link_of_a_room_leave_a_page():

@@ -41,16 +41,16 @@ log = logging.getLogger(__name__)
 class IterativeMagnitudePruning(Callback):
     """Trains the dense net for ``trainer.max_epochs``, then prunes and trains it again, round after round.
 
-    Each round begins with a new optimizer and a new learning-rate schedule. Masks keep pruned weights at zero after each
-    optimizer step, also in EMA's averages. Pruned units are removed from the net at once, so that the next epochs cost
-    less; EMA's averages and the weights to rewind to lose the same units. The run's checkpoints hold the masks, the
-    removed units and the number of the round, so that a run continued by ``fit --resume`` ends in the same bits as a run
-    that was not stopped.
+    Each round begins with a new optimizer and a new learning-rate schedule. Masks keep pruned weights at zero after
+    each optimizer step, also in EMA's averages. Pruned units are removed from the net at once, so that the next epochs
+    cost less. EMA's averages and the weights to rewind to lose the same units. The run's checkpoints hold the masks,
+    the removed units and the number of the round, so that a run continued by ``fit --resume`` ends in the same bits as
+    a run that was not stopped.
 
     Level 0 is the trained dense net, and level r is the net after round r. The best epoch of each level is kept as
-    ``checkpoints/level_<r>.ckpt``. ``best.ckpt`` is the best epoch of the last level. If units were removed, a fit from it
-    (``--ckpt_path``) trains the smaller net with a new optimizer from epoch 0. If ``max_time`` or another callback ends
-    the run early, there is no report until the run is resumed and reaches its last epoch.
+    ``checkpoints/level_<r>.ckpt``. ``best.ckpt`` is the best epoch of the last level. If units were removed, a fit from
+    it (``--ckpt_path``) trains the smaller net with a new optimizer from epoch 0. If ``max_time`` or another callback
+    ends the run early, there is no report until the run is resumed and reaches its last epoch.
 
     Example::
 
@@ -164,6 +164,9 @@ class IterativeMagnitudePruning(Callback):
             self._groups = self.pruner.groups(pl_module.net, pl_module.image_shape)
         if self.whole is None:
             self.whole = self.pruner.size_of(pl_module.net, self._groups, pl_module.image_shape)
+        if self.pruner.structure == "units" and self.masks:  # a checkpoint of an older version, which masked units
+            masks, self.masks = self.masks, {}
+            self._remove(trainer, pl_module, removed_units(self._groups, masks))
         if (
             self._amounts
             and self.after == "rewind"
@@ -300,7 +303,7 @@ class IterativeMagnitudePruning(Callback):
         return 1 - self.pruner.size_of(module.net, self._groups, module.image_shape).counted / self.whole.counted
 
     def _sparsity(self, module: Classifier) -> float:
-        """The share of the pruned layers' weights that are zero; of units, the share of the net's weights that are gone."""
+        """The share of the pruned layers' weights that are zero. For units: of the net's weights that are gone."""
         if self.pruner.structure == "weights":
             return sparsity(self.masks, module.net)
         return 0.0 if self.whole is None else 1 - num_weights(module.net) / self.whole.weights
@@ -331,6 +334,8 @@ class IterativeMagnitudePruning(Callback):
 
     def _remove(self, trainer: Trainer, module: Classifier, removed: dict[str, list[int]]) -> None:
         """Remove units from the net, the optimizer's state, EMA's averages and the weights to rewind to."""
+        if not any(removed.values()):
+            return
         plan = plan_thinning(module.net, removed, module.image_shape)
         before = dict(module.net.named_parameters())
         module.operate_(plan)

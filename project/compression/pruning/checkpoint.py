@@ -7,7 +7,7 @@ from project.learning.classifier import Classifier
 
 
 def keep_fresh(module: Classifier, source: Path, target: Path) -> None:
-    """Copy a checkpoint without the state of its run. It can be tested, exported or trained (new optimizer, from epoch 0).
+    """Copy a checkpoint without the state of its run. It can be trained again, with a new optimizer and from epoch 0.
 
     Args:
         module: classifier that can load ``source``; it is not changed.

@@ -43,17 +43,18 @@ def check_end(schedule: Rounds | Gradual, pruner: Pruner, groups: Sequence[Group
     """Check that the layers can lose the share that the schedule ends with.
 
     Raises:
-        ValueError: if ``keep`` and ``round_to`` protect more than the schedule leaves.
+        ValueError: if ``keep`` and ``round_to``, or one weight a layer, are more than the schedule leaves.
     """
     if pruner.scope != "global":
         return
     end = schedule.final if isinstance(schedule, Gradual) else schedule.level(-1)
     most = pruner.most(module.net, list(groups), module.image_shape)
     if end > most + 1e-9:
+        rest = "at least one weight a layer" if pruner.structure == "weights" else f"round_to {pruner.round_to}"
         raise ValueError(
-            f"the schedule ends with {100 * end:.4g} % of the {pruner.counted} gone, but with keep {pruner.keep:g} and "
-            f"round_to {pruner.round_to} the layers to prune can lose {100 * most:.4g} % at most: prune less, choose "
-            "a smaller keep or round_to, or include more layers."
+            f"the schedule ends with {100 * end:.6g} % of the {pruner.counted} gone, but with keep {pruner.keep:g} and "
+            f"{rest} the layers to prune can lose {100 * most:.6g} % at most: prune less, choose a smaller keep or "
+            "round_to, or include more layers."
         )
 
 

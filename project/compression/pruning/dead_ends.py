@@ -36,7 +36,7 @@ def without_dead_ends(net: nn.Module, groups: Iterable[Group], masks: Mapping[st
         found = False
         for group in groups:
             assert group.units is not None
-            unread = ~_read(group.units, masks)
+            unread = ~read_units(group.units, masks)
             for name, dim in group.units.slices:
                 if (name, dim) not in group.units.read and name in parameters:
                     mask = masks.setdefault(name, torch.ones_like(parameters[name]))
@@ -46,8 +46,13 @@ def without_dead_ends(net: nn.Module, groups: Iterable[Group], masks: Mapping[st
     return masks
 
 
-def _read(units: Units, masks: Mapping[str, Tensor]) -> Tensor:
-    """For each unit, whether a remaining weight reads it, or a norm's statistic, ``[num]``."""
+def read_units(units: Units, masks: Mapping[str, Tensor]) -> Tensor:
+    """For each unit, whether a remaining weight reads it, or a norm's statistic, ``[num]`` on the CPU.
+
+    Args:
+        units: the units of a layer.
+        masks: the mask of each pruned weight, by its name; a layer without a mask reads all its inputs.
+    """
     read = torch.full((units.num,), units.mixed)
     for name, dim in units.read:
         if (mask := masks.get(name)) is None:  # this layer is not pruned and reads all its inputs

@@ -74,7 +74,7 @@ def unit_masks(net: nn.Module, groups: Iterable[Group], kept: Mapping[str, Tenso
 
     Args:
         net: net that the groups belong to; only the shapes and types of its parameters matter.
-        groups: groups of units.
+        groups: groups of units that are pruned.
         kept: whether each unit stays, bools ``[num_units]``, by the name of the group.
     """
     masks: Masks = {}
@@ -116,8 +116,7 @@ def removed_units(groups: Iterable[Group], masks: Mapping[str, Tensor]) -> dict[
     removed: dict[str, list[int]] = {}
     for group in groups:
         assert group.units is not None
-        indices = next(iter(group.units.slices.values()))
-        gone = indices[~units_left(group, masks).cpu()].flatten().tolist()
+        gone = group.units.outputs((~units_left(group, masks)).nonzero().flatten().tolist())
         layer = group.units.layers[0]
         removed[layer] = sorted([*removed.get(layer, []), *gone])
     return removed

@@ -50,7 +50,7 @@ def norm_scales(net: nn.Module) -> dict[str, nn.Parameter]:
     """The scales of a net's norms, by their names in ``net.named_parameters()``. A shared one appears once.
 
     Args:
-        net: any net.
+        net: net whose norms are looked for.
     """
     own = {
         id(module._parameters.get("weight"))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from project.compression.plain_layers import check_weights, name_layers
 from project.compression.pruning.dead_ends import without_dead_ends
+from project.compression.pruning.last_weights import keep_last_weights_, last_weights
 from project.compression.pruning.masks import Group, Masks, sparsity, unit_masks, units_left
 from project.compression.pruning.saliency import (
     FOR_UNITS,
@@ -72,7 +73,8 @@ class Pruner:
                   init_args: {structure: units, criterion: obd, budget: macs, keep: 0.1}
 
     Args:
-        structure: the things that are pruned. ``weights`` are single weights. ``units`` are output channels and output
+        structure: the things that are pruned. ``weights`` are single weights; each layer keeps its best one whatever
+            the amount (:mod:`project.compression.pruning.last_weights`). ``units`` are output channels and output
             neurons, each with its bias and with the scale and shift of its norm, so that they can be removed for good
             (:mod:`project.compression.thinning.thin`).
         criterion: the score of a weight or unit. ``magnitude``, ``lamp``, ``obd``, ``taylor``, ``gradient`` and
@@ -90,8 +92,8 @@ class Pruner:
         rates: factors, 0 or more, on the share that is pruned of the layers whose names match a regular expression, for
             the scopes ``layer`` and ``deviation``. The first match counts. Frankle & Carbin 2019 prune the output layer
             at half the rate: ``{fc3: 0.5}``.
-        keep: share of each layer, in [0, 1), that ``global`` never prunes, so that no layer loses all while others are
-            wide.
+        keep: share of each layer, in [0, 1), that ``global`` never prunes, so that no layer loses (nearly) all while
+            others are wide.
         budget: the quantity that the schedule's shares are shares of. ``count``: the number of weights or units.
             ``effective``: the number of weights, where weights whose unit is read by no remaining weight are pruned as
             well, with their biases and norms, and count as pruned (:mod:`project.compression.pruning.dead_ends`).
@@ -237,8 +239,8 @@ class Pruner:
         if refused and self.include is not None:
             name, reason = next(iter(refused.items()))
             raise ValueError(
-                f"units of {name}, which include names, cannot be removed: {reason}. Take this layer out of include, or "
-                "add it to exclude."
+                f"units of {name}, which include names, cannot be removed: {reason}. Take this layer out of include, "
+                "or add it to exclude."
             )
         if refused:
             log.info("these layers keep their units, which cannot be removed: %s", name_layers(refused))
@@ -276,12 +278,14 @@ class Pruner:
             image_shape: shape (C, H, W) of an image, if the budget is ``macs``.
 
         Raises:
-            ValueError: if a layer would lose all it has, so that nothing could pass through it. Nothing has changed
-                then.
+            ValueError: if a layer would lose all its units, so that nothing could pass through it, or if ``keep``
+                protects more than ``amount`` leaves. Nothing has changed then.
         """
         # `left` and `kept` hold a boolean mask for each group: of the weight's shape, or `[num_units]`.
         left = {group.layer: _left(net, group, masks, self.structure) for group in groups}
         scores = self._scores(net, groups, images, labels, seed)
+        last = last_weights(groups, scores, left) if self.structure == "weights" else {}  # rank them above all others
+        scores |= {layer: scores[layer].masked_fill(best, torch.inf) for layer, best in last.items()}
         if self.scope == "deviation":
             kept = {
                 layer: left[layer] & (scores[layer] >= amount * self._rate(layer) * _deviation(net, layer, left[layer]))
@@ -297,25 +301,21 @@ class Pruner:
             kept = take_cheapest(scores, left, amount, keep=self.keep, round_to=self._round_to(groups), cost=cost)
         else:
             kept = self._prune_global(scores, left, amount)
-        for group in groups:
-            if not kept[group.layer].any():
-                raise ValueError(
-                    f"the amount {amount:g} would take all {self.structure} of {group.layer}, so that nothing could "
-                    "pass through this layer: prune less, exclude the layer, set keep, or set scope: layer."
-                )
         if self.structure == "units":
+            for group in groups:
+                if not kept[group.layer].any():
+                    raise ValueError(
+                        f"the amount {amount:g} would take all units of {group.layer}, so that nothing could pass "
+                        "through this layer: prune less, exclude the layer, set keep, or set scope: layer."
+                    )
             return unit_masks(net, groups, kept)
+        kept |= {layer: kept[layer] | best for layer, best in last.items()}
         masks = {
             group.parameters[0]: _shaped(kept[group.layer], net.get_parameter(group.parameters[0])) for group in groups
         }
         if self.budget == "effective":
             masks = without_dead_ends(net, groups, masks)
-        for group in groups:
-            if not masks[group.parameters[0]].any():
-                raise ValueError(
-                    f"the amount {amount:g} would take all {self.structure} of {group.layer}, so that nothing could "
-                    "pass through this layer: prune less, exclude the layer, set keep, or set scope: layer."
-                )
+        keep_last_weights_(masks, last, left, "choose a larger keep" if self.scope == "global" else "prune less")
         return masks
 
     def share_gone(
@@ -356,7 +356,7 @@ class Pruner:
         """
         if self.structure == "weights":
             sizes = [net.get_parameter(group.parameters[0]).numel() for group in groups]
-            return 1 - sum(round(self.keep * size) for size in sizes) / sum(sizes)
+            return 1 - sum(max(round(self.keep * size), 1) for size in sizes) / sum(sizes)
         widths = {group.layer: group.units.num for group in groups if group.units is not None}
         round_to = self._round_to(groups)
         least = {layer: min(least_units(width, self.keep, round_to[layer]), width) for layer, width in widths.items()}
@@ -411,12 +411,14 @@ class Pruner:
             protected[layer] = score if best is None else score.masked_fill(best, torch.inf)
         flat = torch.cat([score.flatten() for score in protected.values()])
         flat_left = torch.cat([mask.flatten() for mask in left.values()])
-        if round(amount * int(flat_left.sum())) > int((flat_left & ~flat.isinf()).sum()):
+        num_left, num_free = int(flat_left.sum()), int((flat_left & ~flat.isinf()).sum())
+        # The rounds before have rounded their counts, so that a few weights may be missing in the last round.
+        if round(amount * num_left) > num_free + len(scores):
             raise ValueError(
-                f"keep is {self.keep} of each layer, but {100 * amount:g} % of the weights that are left are to be "
-                "pruned, which is more than all others: prune less, or choose a smaller keep."
+                f"keep is {self.keep} of each layer, and one weight at least, but {100 * amount:g} % of the weights "
+                "that are left are to be pruned, which is more than all others: prune less, or choose a smaller keep."
             )
-        mask = _without_least(flat, flat_left, amount)
+        mask = _without_least(flat, flat_left, min(amount, num_free / max(num_left, 1)))
         # back from one long vector to a mask for each layer
         pieces = mask.split([score.numel() for score in scores.values()])
         return {layer: piece.view(scores[layer].shape) for layer, piece in zip(scores, pieces, strict=True)}
@@ -430,7 +432,7 @@ def num_weights(net: nn.Module) -> int:
     """Number of a net's weights, without biases and the parameters of norms.
 
     Args:
-        net: any net.
+        net: net whose weights are counted.
     """
     return sum(parameter.numel() for parameter in net.parameters() if parameter.dim() > 1)
 
@@ -466,7 +468,8 @@ def _without_least(scores: Tensor, left: Tensor, amount: float) -> Tensor:
 
 def _deviation(net: nn.Module, layer: str, left: Tensor) -> Tensor:
     """The standard deviation of the layer's weights that are left."""
-    return net.get_parameter(f"{layer}.weight").detach()[left].std()
+    weights = net.get_parameter(f"{layer}.weight").detach()[left]
+    return weights.std() if len(weights) > 1 else weights.new_zeros(())
 
 
 def _shaped(mask: Tensor, parameter: Tensor) -> Tensor:

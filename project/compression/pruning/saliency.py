@@ -44,6 +44,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from project.compression.plain_layers import name_layers
 from project.compression.pruning.norm_scales import norm_scales
@@ -290,8 +291,11 @@ def _by_image(
         logits = functional_call(net, {**fixed, **parameters_of(chosen)}, (image[None],))
         return nn.functional.cross_entropy(logits, label[None])
 
-    each = vmap(grad(loss), in_dims=(None, 0, 0))
-    return lambda images, labels: each(dict(weights), images, labels)
+    def gradients(images: Tensor, labels: Tensor) -> Parameters:
+        with sdpa_kernel(SDPBackend.MATH):  # vmap has no rule for the other kernels of attention
+            return vmap(grad(loss), in_dims=(None, 0, 0))(dict(weights), images, labels)
+
+    return gradients
 
 
 def _of_gates_of_weights(net: nn.Module, units: Mapping[str, Units]) -> Gradients:

@@ -165,7 +165,8 @@ def take_cheapest(
     Args:
         scores: saliency of each layer's units ``[num_units]``, 0 or more.
         left: whether each unit is still there, bools ``[num_units]`` for each layer.
-        amount: share that is removed, in [0, 1), of the present cost. The last step may remove too much, by less than ``round_to`` units of one layer.
+        amount: share of the present cost that is removed, in [0, 1). The last step may remove too much, by less than
+            ``round_to`` units of one layer.
         keep: share of each layer's ``num_units`` that stays, in [0, 1).
         round_to: divisor of the widths, 1 or more, of all layers or of each. A layer with more units than ``round_to``
             that loses any keeps a multiple of it. Every layer keeps a unit.

@@ -132,15 +132,20 @@ def _of_all_processes(low: Tensor, high: Tensor) -> Tensor:
 
 
 def fake_activation(x: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """``x`` rounded to 256 values from ``low`` to ``high``; one of these values is 0. The gradient outside is 0.
+    """``x`` rounded to 256 values that reach from ``low`` to ``high``; one of them is 0. The gradient outside is 0.
+
+    Scale and zero point are those of :meth:`project.deployment.int8.observers.Scale.of_range`.
 
     Args:
         x: activations of any shape.
         low: lower end of the range, a scalar; 0 or below.
         high: upper end of the range, a scalar; 0 or above.
     """
-    scale = ((high - low) / 255).clamp(min=1e-12)
-    zero = (-low / scale).round()
+    exact = -low / ((high - low) / 255).clamp(min=1e-12)
+    zeros = torch.stack([exact.floor(), exact.ceil()])
+    below, above = (-low / zeros).nan_to_num(0.0), (high / (255 - zeros)).nan_to_num(0.0)  # 0 / 0: the side is empty
+    scale, chosen = torch.maximum(below, above).clamp(min=1e-12).min(0)
+    zero = zeros[chosen]
     with torch.no_grad():
         q = (x.float() / scale).round() + zero
         rounded = ((q.clamp(0, 255) - zero) * scale).to(x.dtype)

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 
 class ThinAttention(nn.MultiheadAttention):
-    """Multi-head self-attention whose heads are not as wide together as the tokens.
+    """Multi-head attention whose heads are not as wide together as the tokens.
 
     It computes ``softmax(q k^T / sqrt(head_dim)) v`` for each head. Thinning changes the class of a
     ``nn.MultiheadAttention`` to this one (:class:`project.compression.thinning.thin.Thin`), and nobody else makes one.
@@ -33,16 +33,18 @@ class ThinAttention(nn.MultiheadAttention):
 
         Args:
             query, key, value: tokens ``[N, L, C]``, or ``[L, N, C]`` without ``batch_first``.
-            key_padding_mask: which keys do not count, ``[N, L]``.
+            key_padding_mask: mask of the keys that do not count, ``[N, L]``.
             need_weights: whether the weights are returned.
-            attn_mask: which keys do not count for each query, or numbers that are added, ``[L, L]`` or
-                ``[N * heads, L, L]``.
+            attn_mask: mask of the keys that do not count for each query, or numbers that are added to the scores,
+                ``[L, L]`` or ``[N * heads, L, L]``.
             average_attn_weights: whether the returned weights are the mean over the heads.
             is_causal: ignored; ``attn_mask`` says the same.
         """
         if not self.batch_first:
             query, key, value = (each.transpose(0, 1) for each in (query, key, value))
-        weights = self.in_proj_weight.chunk(3)
+        weights: Any = (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+        if self.in_proj_weight is not None:
+            weights = self.in_proj_weight.chunk(3)
         biases: Any = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
         q, k, v = (
             functional.linear(tokens, weight, bias).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)

@@ -14,8 +14,8 @@ def thin_state(state: Mapping[str, Tensor], plan: Thin, prefix: str = "") -> dic
 
     Args:
         state: tensors by the names of the net's parameters and buffers; they are not changed.
-        plan: plan of :func:`project.compression.thinning.units.plan_thinning`.
-        prefix: what stands before the net's names in ``state``, such as ``"net."``.
+        plan: plan by which the net is thinned, of :func:`project.compression.thinning.units.plan_thinning`.
+        prefix: text before the net's names in ``state``, such as ``"net."``.
     """
     slices = {f"{prefix}{name}": kept for name, kept in plan.slices.items()}
     return {name: sliced(tensor, slices[name]) if name in slices else tensor for name, tensor in state.items()}

@@ -12,7 +12,7 @@ followed, such as pixels, tokens and images, is ``None``.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -104,12 +104,29 @@ class View:
         sizes: sizes of the new dimensions that a dimension is cut into, or that dimensions are joined to.
         free: position of the one whose indices can be removed.
         slots: slots of this dimension.
+        shape: the whole new shape.
+        place: position in ``shape`` of the dimension whose indices can be removed.
     """
 
     module: str
     sizes: tuple[int, ...]
     free: int
     slots: Slots
+    shape: tuple[int, ...]
+    place: int
+
+
+@dataclass(frozen=True)
+class Split:
+    """A split of a followed dimension into parts.
+
+    Args:
+        module: name of the module in whose forward pass this happens.
+        parts: slots of each part.
+    """
+
+    module: str
+    parts: tuple[Slots, ...]
 
 
 @dataclass(frozen=True)
@@ -145,13 +162,27 @@ class ModuleStack:
 
     def __init__(self, net: nn.Module) -> None:
         self._names = [""]
+        self._inputs: list[Any] = [()]
+        self.entered = ""
+        """The name of the module that was called last. It may have returned."""
         self._handles: list[Any] = []
         for name, module in net.named_modules():
-            self._handles.append(module.register_forward_pre_hook(lambda *_, name=name: self._names.append(name)))
+            self._handles.append(module.register_forward_pre_hook(lambda _, args, name=name: self._enter(name, args)))
             self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+
+    def _enter(self, name: str, args: Any) -> None:
+        self._names.append(name)
+        self._inputs.append(args)
+        self.entered = name
 
     def _leave(self, *_: Any) -> None:
         self._names.pop()
+        self._inputs.pop()
+
+    @property
+    def inputs(self) -> Iterable[Tensor]:
+        """The tensors among the positional arguments of the innermost module."""
+        return [each for each in flat(self._inputs[-1]) if isinstance(each, Tensor)]
 
     @property
     def name(self) -> str:
@@ -186,8 +217,9 @@ class MixingCalls(TorchFunctionMode):
         Args:
             key: name of the module, and number of the call in this module, from 0.
             name: name of the function.
-            function: the function.
-            args, kwargs: its arguments.
+            function: the function that was called.
+            args: positional arguments of the call.
+            kwargs: named arguments of the call.
         """
         return function(*args, **kwargs)
 
@@ -196,16 +228,27 @@ class Couplings(TorchDispatchMode):
     """Follows the channels of a net through one forward pass.
 
     Args:
-        net: net on the meta device, in eval mode; its parameters stay the same.
+        net: net in eval mode, on the meta device or, if it reads values, on the CPU; its parameters stay the same.
         image_shape: shape (C, H, W) of an image.
         rules: the rule of each operation, by the operation's name.
+        tied: classes of attention whose inputs are as wide as their heads together, so that a head goes with the inputs
+            at its place.
 
     Raises:
-        Exception: whatever the net raises on the meta device.
+        Exception: whatever the net raises on this device.
     """
 
-    def __init__(self, net: nn.Module, image_shape: tuple[int, int, int], rules: Mapping[str, Rule]) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        image_shape: tuple[int, int, int],
+        rules: Mapping[str, Rule],
+        tied: Collection[type[nn.Module]] = (),
+    ) -> None:
         super().__init__()
+        self._tied = tied
+        self.tieable: dict[str, type[nn.Module]] = {}
+        """The class of each module that cuts a dimension into heads, and whose inputs are as wide, by its name."""
         self.net, self._rules = net, rules
         self.joined = Joined()
         self.owned: dict[str, Label] = {}
@@ -213,6 +256,9 @@ class Couplings(TorchDispatchMode):
         self.names: dict[int, str] = {}
         """The first name of each parameter and buffer, by the object's id."""
         self.views: list[View] = []
+        self.splits: list[Split] = []
+        self.head_cuts: set[tuple[int, int]] = set()
+        """The number of heads and the width of a head wherever a dimension was cut into heads."""
         self.mixing: dict[tuple[str, int], Mixing] = {}
         """The calls that compute statistics over channels: module, and number of the call in the module."""
         self.products: list[Product] = []
@@ -226,25 +272,28 @@ class Couplings(TorchDispatchMode):
         self._labels: dict[int, tuple[Any, Label]] = {}
         self._call: tuple[tuple[str, int], str] | None = None
         self._quiet = False
+        self._if_used: dict[int, list[tuple[Axis, str]]] = {}
         named = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
         for name, tensor in named:
             first = self.names.setdefault(id(tensor), name)
             self.owned[name] = self.owned[first] if first != name else tuple(map(self.joined.new, tensor.shape))
             self._set(tensor, self.owned[name])
         self.stack = ModuleStack(net)
-        images = torch.empty(1, *image_shape, device="meta")
+        self.device = next((tensor.device.type for _, tensor in named), "meta")
+        images = torch.ones(1, *image_shape, device=self.device)
         self._set(images, (None,) * 4)
         try:
             with torch.no_grad(), _no_fast_path(), _NotedCalls(self), self:
                 output = net(images)
         finally:
             self.stack.close()
+        self._use(output)
         for tensor in flat(output):
             for axis in self.of(tensor) if isinstance(tensor, Tensor) else ():
                 self.joined.fix(axis, "it gives the net's output: its units are the logits")
         self.root, self.reasons = self.joined.solve()
         self.reads, self.makes = self._marked(self._read), self._marked(self._made)
-        del self._labels, self._read, self._made
+        del self._labels, self._read, self._made, self._if_used
 
     def of(self, tensor: Tensor) -> Label:
         """The label of a tensor.
@@ -269,6 +318,20 @@ class Couplings(TorchDispatchMode):
         self._read += [] if read is None else [read]
         self._made += [] if made is None else [made]
 
+    def tie(self, heads: Slots, size: int) -> None:
+        """Tie heads to the inputs of the running module, if its class is among those to be tied.
+
+        Args:
+            heads: slots of the heads.
+            size: number of channels of a head.
+        """
+        for tensor in self.stack.inputs:
+            for axis in self.of(tensor):
+                if axis is not None and len(axis) == len(heads) * size and (axis != np.repeat(heads, size)).any():
+                    kind = self.tieable[self.stack.name] = type(self.net.get_submodule(self.stack.name))
+                    if kind in self._tied:
+                        self.joined.join(np.repeat(heads, size), axis)
+
     def mix(self, axes: dict[int, Axis]) -> None:
         """Note that statistics are computed over channels. The channels stay unless a function of MIXING does it.
 
@@ -283,14 +346,24 @@ class Couplings(TorchDispatchMode):
             for axis in known.values():
                 self.stay(axis, "a statistic")
 
-    def stay(self, axis: Axis, what: str) -> None:
+    def stay(self, axis: Axis, what: str, results: Iterable[Tensor] = ()) -> None:
         """Let an axis stay because something is computed over it.
 
         Args:
             axis: axis whose slots stay.
             what: the thing that is computed, such as "a mean".
+            results: tensors that are the thing. If they are given, the axis stays only if one of them is used.
         """
-        self.joined.fix(axis, f"{what} in {self.stack.name or 'the net'} is taken over its units")
+        why = f"{what} in {self.stack.name or 'the net'} is taken over its units"
+        for tensor in results:
+            self._if_used.setdefault(id(tensor), []).append((axis, why))
+        if not results:
+            self.joined.fix(axis, why)
+
+    def _use(self, values: Any) -> None:
+        for tensor in flat(values):
+            for axis, why in self._if_used.pop(id(tensor), ()):
+                self.joined.fix(axis, why)
 
     def _set(self, tensor: Tensor, label: Label) -> None:
         assert len(label) == tensor.dim(), (tensor.shape, len(label))
@@ -304,6 +377,7 @@ class Couplings(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        self._use((args, kwargs))
         result = function(*args, **kwargs)
         name = function.overloadpacket.__name__
         rule = self._rules.get(name) or self._rules.get(name.removesuffix("_"))  # an operation in place has no rule
@@ -336,11 +410,14 @@ class _NotedCalls(MixingCalls):
         c = self._couplings
         before, c._call = c._call, (key, name)
         try:
-            if name != "local_response_norm":
+            if name not in ("local_response_norm", "rms_norm"):
                 return function(*args, **kwargs)
-            label, c._quiet = c.of(args[0]), True  # it pools over neighbouring channels
+            label, c._quiet = c.of(args[0]), True  # these consist of operations that reduce channels
             result = function(*args, **kwargs)
-            c.mix({1: label[1]})
+            if name == "rms_norm":
+                c._rules[name](c, result, *args, **kwargs)
+            else:
+                c.mix({1: label[1]})
             c._set(result, label)
             return result
         finally:
@@ -362,7 +439,7 @@ def flat(value: Any) -> Iterable[Any]:
     """All values within nested lists, tuples and dictionaries.
 
     Args:
-        value: any value.
+        value: any value, also within lists.
     """
     if isinstance(value, list | tuple):
         for each in value:

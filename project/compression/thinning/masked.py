@@ -1,9 +1,9 @@
 """The masked net: all sizes stay, and everything that belongs to removed units is zero.
 
-It is the reference for thinning, because it computes what the thinned net computes, in evaluation and in training. Zeros
-alone do that wherever each channel is treated on its own: the layers that read a removed channel multiply it by zero. A
-norm that takes statistics over channels must leave the removed channels out of them. So these functions are replaced
-while the masked net runs.
+It is the reference for thinning, because it computes what the thinned net computes, in evaluation and in training.
+Zeros alone do that wherever each channel is treated on its own: the layers that read a removed channel multiply it by
+zero. A norm that takes statistics over channels must leave the removed channels out of them. So these functions are
+replaced while the masked net runs.
 """
 
 from collections.abc import Mapping
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from project.compression.plain_layers import copy_of
 from project.compression.thinning.couplings import MixingCalls, ModuleStack
 
 Calls = Mapping[tuple[str, int], tuple[dict[int, list[int]], int]]
@@ -21,17 +20,17 @@ stay, and the number of groups that stay (0 if the function has none)."""
 
 
 class MaskedNet(nn.Module):
-    """Runs a copy of a net in which everything that belongs to removed units is zero.
+    """Runs a net in which everything that belongs to removed units is zero.
 
     Args:
-        net: net that is copied; it is not changed.
-        zeros: for each parameter or buffer, by its name, the indices to set to zero, by dimension.
+        net: net whose parameters and buffers are set to zero in these places.
+        zeros: indices to set to zero, by the name of the parameter or buffer and by dimension.
         calls: the norms whose statistics leave channels out.
     """
 
     def __init__(self, net: nn.Module, zeros: Mapping[str, Mapping[int, list[int]]], calls: Calls) -> None:
         super().__init__()
-        self.net = copy_of(net)
+        self.net = net
         self._calls = calls
         with torch.no_grad():
             tensors: dict[str, Tensor] = {**dict(self.net.named_parameters(remove_duplicate=False))}

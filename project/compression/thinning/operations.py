@@ -13,13 +13,14 @@ leaves out of the label is not followed any more: its slots must be fixed first.
 channels that pass through it.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 
-from project.compression.thinning.couplings import Axis, Couplings, Label, Rule, Slots, View, flat
+from project.compression.thinning.couplings import Axis, Couplings, Label, Rule, Slots, Split, View, flat
 
 RULES: dict[str, Rule] = {}
 """The rule of each operation, by the operation's name in its library. A name ending in ``_`` uses the rule without."""
@@ -79,6 +80,7 @@ def _same(c: Couplings, axes: Sequence[Axis]) -> Axis:
         c.joined.join(known[0], axis)
     if known and len(known) < len(axes):
         c.joined.fix(known[0], f"it meets a tensor in {c.stack.name or 'the net'} that is not sliced with it")
+        return None
     return known[0] if known else None
 
 
@@ -254,11 +256,11 @@ def batch_norm(c: Couplings, result: Any, x: Tensor, *args: Any, **_: Any) -> La
 
 
 @rule("native_layer_norm", "_fused_rms_norm", "rms_norm")
-def layer_norm(c: Couplings, result: Any, x: Tensor, shape: Sequence[int], *args: Any, **_: Any) -> Label:
+def layer_norm(c: Couplings, result: Any, x: Tensor, shape: Sequence[int], *args: Any, **kwargs: Any) -> Label:
     """Statistics over the last dimensions."""
     label, first = c.of(x), x.dim() - len(shape)
     c.mix({dim: label[dim] for dim in range(first, x.dim())})
-    for tensor in args[:2]:
+    for tensor in (*args, *kwargs.values()):
         for axis, own in zip(label[first:], c.of(tensor), strict=True) if isinstance(tensor, Tensor) else ():
             c.joined.join(axis, own, "its norm normalises what is not followed")
     return label
@@ -294,9 +296,9 @@ def reduction(c: Couplings, result: Any, x: Tensor, *args: Any, **kwargs: Any) -
         if x.dim()
         else set()
     )
-    for dim in dims:
-        c.stay(label[dim], "a sum or mean")
     outs = [each for each in flat(result) if isinstance(each, Tensor)]
+    for dim in dims:
+        c.stay(label[dim], "a sum or mean", outs)
     if outs[0].dim() == x.dim():
         made = tuple(None if dim in dims else axis for dim, axis in enumerate(label))
     else:
@@ -411,19 +413,37 @@ def stack(c: Couplings, result: Tensor, tensors: Sequence[Tensor], dim: int = 0)
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
 def split(c: Couplings, result: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> list[Label]:
-    """A tensor is cut into parts. Equal parts lose the same channels. Parts of other sizes keep theirs."""
+    """A tensor is cut into parts. Equal parts lose the same channels. Others need a module that states their sizes."""
     label = c.of(x)
     axis = label[dim]
     if axis is None:
         return [label] * len(result)
     parts = np.split(axis, np.cumsum([each.shape[dim] for each in result])[:-1])
-    if len({len(part) for part in parts}) == 1:
-        for part in parts[1:]:
-            c.joined.join(parts[0], part)
+    lengths = [len(part) for part in parts]
+    module = c.net.get_submodule(c.stack.name)
+    stated = [*vars(module).values()]
+    if isinstance(module, nn.MultiheadAttention):  # its parts are one third and two thirds
+        equal_shares(c, axis, 3)
+    elif len({*lengths}) > 1 and any(isinstance(each, list | tuple) and [*each] == lengths for each in stated):
+        c.splits.append(Split(c.stack.name, tuple(parts)))
+    elif len({*lengths}) == 1 or all(any(type(each) is int and each == size for each in stated) for size in lengths):
+        first: dict[int, Slots] = {}
+        for part in parts:
+            c.joined.join(first.setdefault(len(part), part), part)
+        c.splits.append(Split(c.stack.name, tuple(parts)))
     else:
         c.joined.fix(axis, f"{c.stack.name or 'the net'} splits it into parts of given sizes")
     place = dim % x.dim()
     return [(*label[:place], part, *label[place + 1 :]) for part in parts]
+
+
+@rule("glu")
+def glu(c: Couplings, result: Tensor, x: Tensor, dim: int = -1) -> Label:
+    """One half of the channels gates the other half. Both lose the same channels."""
+    label = list(c.of(x))
+    axis = label[dim]
+    label[dim] = None if axis is None else equal_shares(c, axis, 2)
+    return tuple(label)
 
 
 @rule("unbind")
@@ -568,12 +588,13 @@ def view(c: Couplings, result: Tensor, x: Tensor, *_: Any) -> Label:
             else:
                 b *= new[j]
                 j += 1
-        made[j0:j] = _block(c, label[i0:i], old[i0:i], new[j0:j])
+        made[j0:j] = _block(c, label[i0:i], old[i0:i], new, j0, j)
     return tuple(made)
 
 
-def _block(c: Couplings, axes: Label, old: tuple[int, ...], new: tuple[int, ...]) -> list[Axis]:
-    """The new axes of one block of a view."""
+def _block(c: Couplings, axes: Label, old: tuple[int, ...], shape: tuple[int, ...], begin: int, end: int) -> list[Axis]:
+    """The new axes of one block of a view: the dimensions ``begin`` to ``end`` of the new shape."""
+    new = shape[begin:end]
     made: list[Axis] = [None] * len(new)
     known = [number for number, axis in enumerate(axes) if axis is not None and old[number] > 1]
     if not known:
@@ -594,20 +615,35 @@ def _block(c: Couplings, axes: Label, old: tuple[int, ...], new: tuple[int, ...]
         c.joined.fix(first, "all of its units would have to go together")
         made[int(np.argmax(new))] = np.full(max(new), slots.flat[0])
         return made
+    if len(varying) == 1 and len(old) == 1 and 1 in new[: varying[0]] and 1 in _heads(c):
+        c.joined.fix(first, "all of them are one head")
     free = varying[0] if len(varying) == 1 else _free(c, new, varying)
     made[free] = slots[tuple(slice(None) if dim == free else 0 for dim in range(len(new)))]
     rows = np.moveaxis(slots, free, -1).reshape(-1, new[free])
     if len(varying) > 1:
         for row in rows[1:]:
             c.joined.join(rows[0], row)
-    c.views.append(View(c.stack.name, new, free, np.ascontiguousarray(rows[0])))
+    size = int(np.prod([new[dim] for dim in varying if dim > free]))
+    c.tie(rows[0], size)
+    if size > 1:
+        c.head_cuts.add((new[free], size))
+    c.views.append(View(c.stack.name, new, free, np.ascontiguousarray(rows[0]), shape, begin + free))
     return made
 
 
 def _free(c: Couplings, new: tuple[int, ...], varying: list[int]) -> int:
     """The part of a split dimension whose indices can be removed: the heads if the module names them, else the last."""
-    module = c.net.get_submodule(c.stack.name)
-    heads = {value for key, value in vars(module).items() if "head" in key and "dim" not in key and type(value) is int}
+    heads, widths = _heads(c), _heads(c, dim=True)
+    if widths and not any(new[dim] in widths for dim in varying):
+        return varying[-1]  # it is cut into queries, keys and values, which may be as many as the heads
     named = [dim for dim in varying if new[dim] in heads]
+    if not heads:  # another module may have cut it into heads
+        named = [dim for dim, last in itertools.pairwise(varying) if (new[dim], new[last]) in c.head_cuts]
     # [3, heads, head_dim] may have equal sizes: the heads stand last but one
     return varying[-1] if not named else varying[-2] if varying[-2] in named else named[-1]
+
+
+def _heads(c: Couplings, dim: bool = False) -> set[int]:
+    """The numbers of heads that the running module states, or the widths of a head."""
+    stated = vars(c.net.get_submodule(c.stack.name)).items()
+    return {value for key, value in stated if "head" in key and ("dim" in key) is dim and type(value) is int}

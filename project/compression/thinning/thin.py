@@ -44,8 +44,8 @@ class Thin:
         kept_in: indices, from 0, that stay in the second dimension of a layer's weight, by the layer's name.
         out_channels: new width of each block that states its width in an attribute ``out_channels``, as Inception
             blocks do, by the block's name.
-        slices: for each parameter or buffer, by its name, one entry for each dimension: the indices that stay, a number
-            n for the first n, or null for all.
+        slices: indices that stay, by the name of the parameter or buffer, with one entry for each dimension: a list, a
+            number n for the first n, or null for all.
         sizes: new values of attributes that state a size, such as ``num_heads``, by the module's name.
     """
 
@@ -76,12 +76,12 @@ class Thin:
                 new[id(old)] = sliced(old, kept)
             path, _, key = name.rpartition(".")
             setattr(net.get_submodule(path), key, new[id(old)])
-        sizes: dict[str, dict[str, int | list[int]]] = {
-            **self.sizes,
-            **{name: {"out_channels": width} for name, width in self.out_channels.items()},
-        }
+        sizes = {name: {**of_module} for name, of_module in self.sizes.items()}
+        for name, width in self.out_channels.items():
+            sizes.setdefault(name, {})["out_channels"] = width
         for path in {name.rpartition(".")[0] for name in slices} | {*sizes}:
             _state_sizes_(net.get_submodule(path), sizes.get(path, {}))
+        _forget_(net)
 
     def slices_of(self, net: nn.Module) -> Slices:
         """All slices by the name of the parameter or buffer, also those of ``kept_out`` and ``kept_in``.
@@ -166,6 +166,15 @@ def _check_fit(net: nn.Module, name: str, tensor: Tensor | None, kept: list[Kept
             )
 
 
+def _forget_(net: nn.Module) -> None:
+    """Let modules forget what they computed from their old parameters in evaluation, as they do for training."""
+    modes = [(module, module.training) for module in net.modules()]
+    net.train()
+    net.train(modes[0][1])
+    for module, mode in modes:
+        module.training = mode
+
+
 def _state_sizes_(module: nn.Module, sizes: Mapping[str, int | list[int]]) -> None:
     """Correct the attributes that state a module's sizes, after its parameters were sliced."""
     for key, value in sizes.items():
@@ -192,7 +201,9 @@ def _state_sizes_(module: nn.Module, sizes: Mapping[str, int | list[int]]) -> No
         assert isinstance(module, nn.MultiheadAttention)
         module.__class__ = ThinAttention
         # torch's TransformerEncoderLayer calls such a layer, and does not read its parameters instead
-        stated = {"embed_dim": module.in_proj_weight.shape[1], "_qkv_same_embed_dim": False}
-        stated["kdim"] = stated["vdim"] = stated["embed_dim"]
+        stated = {"_qkv_same_embed_dim": False}
+        for key, one in (("embed_dim", "q_proj_weight"), ("kdim", "k_proj_weight"), ("vdim", "v_proj_weight")):
+            read = module.in_proj_weight if module.in_proj_weight is not None else getattr(module, one)
+            stated[key] = read.shape[1]
     for key, value in stated.items():
         setattr(module, key, value)

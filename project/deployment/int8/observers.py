@@ -13,6 +13,7 @@ A first pass finds the extremes. A second pass counts the values in a histogram 
 counts as the middle of its bin, so the chosen ends are accurate to 1/2,048 of the distance between the extremes.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,17 +47,28 @@ class Scale:
 
     @classmethod
     def of_range(cls, low: float, high: float) -> "Scale":
-        """The scale for values from ``low`` to ``high``. The range is widened so that 0 lies inside it and has an exact
-        integer, because padding and ReLU need an exact 0.
+        """The smallest scale that reaches from ``low`` to ``high`` and has an exact integer for 0.
+
+        Padding and ReLU need an exact 0, so the range is widened until it holds 0 and one end lies on an integer. If
+        both ends were cut off by half a step instead, all pixels from -1 to 1 would lie between two integers. Engines
+        round such ties differently.
         """
         low, high = min(low, 0.0), max(high, 0.0)
-        scale = max((high - low) / 255, 1e-12)
-        return cls(float(np.float32(scale)), round(-low / scale))
+        exact = -low / max((high - low) / 255, 1e-12)
+        scale, zero_point = min((_step(low, high, zero), zero) for zero in (math.floor(exact), math.ceil(exact)))
+        return cls(float(np.float32(max(scale, 1e-12))), zero_point)
 
     def fake(self, x: NDArray[np.float64]) -> NDArray[np.float64]:
         """``x`` after rounding to eight bits and back."""
         q = np.clip(np.round(x / self.scale) + self.zero_point, 0, 255)
         return (q - self.zero_point) * self.scale
+
+
+def _step(low: float, high: float, zero_point: int) -> float:
+    """The smallest scale with which integers from 0 to 255 reach from ``low`` to ``high``, given the integer of 0."""
+    if (low < 0 and zero_point == 0) or (high > 0 and zero_point == 255):
+        return math.inf
+    return max(-low / max(zero_point, 1), high / max(255 - zero_point, 1))
 
 
 class Observer:

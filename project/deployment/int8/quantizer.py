@@ -11,10 +11,9 @@ thinned or factorised one, and the graph that is calibrated and corrected is the
 already folded in this graph.
 """
 
-import copy
 import difflib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -22,17 +21,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from project.deployment.int8.bias_correction import corrected
 from project.deployment.int8.observers import Array, Method, Observer, Scale, round_weight
-from project.deployment.int8.qdq import Layer, Plan, layers_of, plan_of, with_outputs, write_qdq
+from project.deployment.int8.qdq import Layer, Plan, layers_of, plan_of, write_qdq
 from project.deployment.int8.qdq import float_operations as float_operations  # export lists them
+from project.deployment.int8.running import batches_of, values_of
 
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-_BATCH = 32
-"""Number of images in one call while the model is calibrated."""
 _FEW = 128
-"""Number of images for what runs the model once for each layer by default."""
+"""Number of images for what keeps values of all images in memory, or runs the model once for each layer, by default."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,8 @@ class Quantizer:
             processor. False keeps one more bit of the largest weights. That is correct on processors with VNNI and on
             ARM, and wrong on x86 processors without VNNI. Without ``activations`` it has no effect.
         bias_correction: whether to correct each layer's bias by the mean error of its outputs, layer after layer.
-            ``None`` corrects four bits, unless the net was trained with rounded weights.
+            True measures the errors on all calibration images, ``None`` on 128 of them. ``None`` corrects nothing if
+            the net was trained with rounded weights.
         eight_bit_share: share of the weights that get eight bits if ``weight_bits`` is 4, from 0 to 1. The layers that
             change the outputs most for each weight come first, such as the first layer of a net. ``None`` is 0.1, or 0
             if the net was trained with rounded weights.
@@ -106,8 +106,8 @@ class Quantizer:
 
     @property
     def corrects_bias(self) -> bool:
-        """Whether biases are corrected: as ``bias_correction`` says, or by default with four bits."""
-        return self.weight_bits == 4 if self.bias_correction is None else self.bias_correction
+        """Whether biases are corrected: as ``bias_correction`` says, or by default."""
+        return self.bias_correction is not False
 
     def after_training(self) -> "Quantizer":
         """These settings for a net that was trained with rounded weights: by default they round as the training did."""
@@ -201,14 +201,14 @@ def sensitivity(
     layers = layers_of(model) if layers is None else layers
     alone = replace(quantizer, bias_correction=False, float_layers=0)
     (output,) = (value.name for value in model.graph.output)
-    exact = _run(model, [output], images)[output]
+    exact = values_of(model, output, images)
     plans = [plan_of(model, [layer], activations=quantizer.activations) for layer in layers]
     found = _calibrate(model, plans, images, quantizer)
     losses = {}
     for layer, plan in zip(layers, plans, strict=True):
         scales = _scales_of(plan, found)
         bits = {layer.name: quantizer.weight_bits}
-        rough = _run(_quantize_layers(model, images, alone, bits, [layer], plan, scales), [output], images)[output]
+        rough = values_of(_quantize_layers(model, images, alone, bits, [layer], plan, scales), output, images)
         losses[layer.name] = float(((rough - exact) ** 2).mean() / exact.var())
     return losses
 
@@ -245,12 +245,11 @@ def _quantize_layers(
 ) -> "ModelProto":
     weights = {layer.name: _integers_of(model, layer, quantizer, bits[layer.name], plan, scales) for layer in layers}
 
-    def written(source: "ModelProto") -> "ModelProto":
-        return write_qdq(source, plan, scales, weights, num_bits=bits)
-
+    quantized = write_qdq(model, plan, scales, weights, num_bits=bits)
     if not quantizer.corrects_bias:
-        return written(model)
-    return written(_corrected(model, written, layers, images if quantizer.bias_correction else images[:_FEW]))
+        return quantized
+    model = corrected(model, quantized, layers, images if quantizer.bias_correction else images[:_FEW])
+    return write_qdq(model, plan, scales, weights, num_bits=bits)
 
 
 def _integers_of(
@@ -293,7 +292,7 @@ def _calibrate(
     def together(values: Mapping[str, Array], sources: _Sources) -> Array:
         return np.concatenate([values[name].reshape(len(values[name]), -1) for name in sources], axis=1)
 
-    for values in _batches(model, names, images):  # first pass: the extremes
+    for values in batches_of(model, names, images):  # first pass: the extremes
         for name, value in values.items():
             if not np.isfinite(value).all():
                 raise ValueError(
@@ -303,7 +302,7 @@ def _calibrate(
         for sources, observer in observers.items():
             observer.see_range(together(values, sources))
     if quantizer.observer in ("percentile", "mse"):  # second pass: histograms between the extremes
-        for values in _batches(model, names, images):
+        for values in batches_of(model, names, images):
             for sources, observer in observers.items():
                 observer.count(together(values, sources))
     return {group: observer.scale(quantizer.observer, quantizer.percentile) for group, observer in observers.items()}
@@ -312,49 +311,3 @@ def _calibrate(
 def _scales_of(plan: Plan, found: Mapping[_Sources, Scale]) -> dict[str, Scale]:
     """The scale of each group of a plan, by the name of the group."""
     return {group: found[sources] for group, sources in plan.sources_of.items()}
-
-
-def _corrected(
-    model: "ModelProto", written: Callable[["ModelProto"], "ModelProto"], layers: Sequence[Layer], images: Array
-) -> "ModelProto":
-    """A copy of the fp32 model whose biases compensate the mean error of each quantized layer's outputs (Nagel et al.,
-    sec. 3.3).
-
-    Each correction changes the inputs of the next layers. So the layers are corrected one after the other, and the
-    quantized model runs once for each layer.
-    """
-    corrected = copy.deepcopy(model)
-    outputs = [layer.output for layer in layers]
-    exact = {name: _channel_means(value) for name, value in _run(model, outputs, images).items()}
-    for layer in layers:
-        if layer.bias is None:
-            continue
-        rough = _run(written(corrected), [layer.output], images)[layer.output]
-        layer.add_to_bias_(corrected, exact[layer.output] - _channel_means(rough))
-    return corrected
-
-
-def _channel_means(x: Array) -> Array:
-    return x.mean(axis=tuple(axis for axis in range(x.ndim) if axis != 1))
-
-
-def _run(model: "ModelProto", names: Sequence[str], images: Array) -> dict[str, Array]:
-    batches = list(_batches(model, names, images))
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in names}
-
-
-def _batches(model: "ModelProto", names: Sequence[str], images: Array) -> Iterator[dict[str, Array]]:
-    """The values of the named tensors, batch after batch. The session fuses no operations, so each tensor exists."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(
-        with_outputs(model, names).SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    (images_name,) = (value.name for value in session.get_inputs())
-    for start in range(0, len(images), _BATCH):
-        values = session.run(list(names), {images_name: images[start : start + _BATCH]})
-        yield dict(zip(names, values, strict=True))

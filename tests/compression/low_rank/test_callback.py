@@ -173,7 +173,7 @@ def test_factorised_then_pruned_then_factorised_again(tmp_path):
     first = fit(tmp_path, low_rank(1), epochs=2)
     macs = [count_macs(TinyNet(), (1, 8, 8)), count_macs(first.model.net, (1, 8, 8))]
     units = Pruner("units", exclude=["conv1", "fc"], scope="layer")
-    trainer, model = go_on(first.run, pruning(schedule=Sparsities([0.4]), pruner=units, thin=True), epochs=1)
+    trainer, model = go_on(first.run, pruning(schedule=Sparsities([0.4]), pruner=units), epochs=1)
     assert trainer.run is not None
     macs.append(count_macs(load_net(model, trainer.run.best_checkpoint), (1, 8, 8)))
     trainer, model = go_on(trainer.run, low_rank(0, macs_left=0.8, round_to=1, exclude=["fc"]), epochs=1)

@@ -21,7 +21,8 @@ from project.compression import (
 )
 from project.compression.pruning.saliency import saliency_of_units, saliency_of_weights
 from project.compression.pruning.schedules import share_to_take
-from project.compression.thinning import thin as thinning
+from project.compression.thinning import units as thinning
+from project.compression.thinning.units import Units, units_of
 from project.models import SmallInception
 
 SHAPE = (1, 8, 8)
@@ -69,7 +70,7 @@ def test_global_takes_exactly_the_share_of_all_units(amount):
     net, pruner = inception(), Pruner("units")
     groups = pruner.groups(net, SHAPE)
     removed = removed_units(groups, prune(net, pruner, amount))
-    num_units = sum(len(net.get_parameter(group.parameters[0])) for group in groups)
+    num_units = sum(group.units.num for group in groups)
     assert sum(map(len, removed.values())) == round(amount * num_units)
 
 
@@ -86,10 +87,15 @@ def test_layer_takes_the_share_of_each_layer_times_its_rate():
 
 @pytest.mark.parametrize("structure", ["weights", "units"])
 def test_the_first_rate_that_finds_a_layer_counts_and_0_spares_it(structure):
-    gone = num_gone(prune(inception(), Pruner(structure, scope="layer", rates={"pool": 0, ".*": 0.5}), 0.5))
-    sizes = {name: mask.numel() for name, mask in prune(inception(), Pruner(structure), 0.0).items()}
-    for name, count in gone.items():
-        assert count == (0 if "pool" in name else round(0.25 * sizes[name])), name
+    net, pruner = inception(), Pruner(structure, scope="layer", rates={"pool": 0, ".*": 0.5})
+    groups = pruner.groups(net, SHAPE)
+    masks = prune(net, pruner, 0.5)
+    gone = num_gone(masks) if structure == "weights" else removed_units(groups, masks)
+    for group in groups:
+        weight = net.get_parameter(group.parameters[0])
+        size = weight.numel() if structure == "weights" else len(weight)
+        count = gone[group.parameters[0]] if structure == "weights" else len(gone[group.layer])
+        assert count == (0 if "pool" in group.layer else round(0.25 * size)), group.layer
 
 
 def test_deviation_takes_what_is_below_the_factor_times_numpys_standard_deviation():
@@ -115,15 +121,23 @@ def test_magnitude_ranks_all_weights_together():
     np.testing.assert_array_equal(torch.cat([mask.flatten() for mask in masks.values()]).numpy(), expected)
 
 
-def test_magnitude_ranks_all_units_together_by_their_mean_weight_over_that_of_their_layer():
-    net, pruner = inception(), Pruner("units")
+def test_magnitude_ranks_all_units_by_the_mean_weight_that_makes_or_reads_them_over_that_of_their_layer():
+    net, pruner = inception(), Pruner("units", round_to=1)
+    groups = pruner.groups(net, SHAPE)
     scores = []
-    for number, group in enumerate(pruner.groups(net, SHAPE)):
-        norms = net.get_parameter(group.parameters[0]).detach().abs().numpy().mean((1, 2, 3))
+    for number, group in enumerate(groups):
+        made = net.get_parameter(f"{group.layer}.weight").detach().abs().double().numpy()
+        total, count = made.reshape(len(made), -1).sum(1), made[0].size
+        for name, dim in group.units.read:
+            first = int(group.units.slices[name, dim][0])  # behind other channels of a concatenation
+            read = net.get_parameter(name).detach().abs().double().numpy().swapaxes(0, dim)[first : first + len(made)]
+            total, count = total + read.reshape(len(made), -1).sum(1), count + read[0].size
+        norms = total / count
         scores += [(norm / norms.mean(), number, unit) for unit, norm in enumerate(norms)]
     expected = sorted((number, unit) for _, number, unit in sorted(scores)[: round(0.4 * len(scores))])
-    removed = removed_units(pruner.groups(net, SHAPE), prune(net, pruner, 0.4))
+    removed = removed_units(groups, prune(net, pruner, 0.4))
     assert [(number, unit) for number, units in enumerate(removed.values()) for unit in units] == expected
+    assert any(first for group in groups for first in [int(i[0]) for i in group.units.slices.values()])
 
 
 # -- masks ---------------------------------------------------------------------------------------------------------
@@ -182,7 +196,7 @@ def test_applied_masks_zero_what_they_take_in_place_and_leave_the_rest():
         assert torch.equal(value, expected), name
     total = sum(mask.expand_as(net.get_parameter(name)).numel() for name, mask in masks.items() if mask.dim() > 1)
     zeros = sum(int((net.get_parameter(name) == 0).sum()) for name, mask in masks.items() if mask.dim() > 1)
-    assert sparsity(masks, net) == pytest.approx(zeros / total) and 0.2 < zeros / total < 0.6
+    assert sparsity(masks, net) == pytest.approx(zeros / total) and 0.4 < zeros / total < 0.7
     assert sparsity({}, net) == 0
 
 
@@ -197,11 +211,14 @@ def test_removed_units_are_those_whose_weights_norms_and_biases_are_zero():
     removed = removed_units(groups, masks)
     assert sum(map(len, removed.values())) > 10
     for group in groups:
-        assert len(group.parameters) == 3  # weight, and scale and shift of the norm
-        for name in group.parameters:
-            values = net.get_parameter(name).detach()
-            assert (values.view(len(values), -1) == 0).all(1).nonzero().flatten().tolist() == removed[group.layer], name
-    assert removed_units(groups, {}) == {}
+        assert len(group.parameters) > 3  # weight, scale and shift of the norm, and weights that read the units
+        for (name, dim), indices in group.units.slices.items():
+            if name in group.parameters:
+                values = net.get_parameter(name).detach().movedim(dim, 0)
+                zero = (values.reshape(len(values), -1) == 0).all(1)
+                assert zero[indices].all(1).nonzero().flatten().tolist() == removed[group.layer], name
+                assert zero[indices].any(1).equal(zero[indices].all(1))
+    assert not any(removed_units(groups, {}).values())
 
 
 def test_layers_that_a_residual_connection_couples_lose_the_same_units_and_can_be_thinned():
@@ -216,18 +233,42 @@ def test_layers_that_a_residual_connection_couples_lose_the_same_units_and_can_b
             return self.fc((x + self.block(x.relu())).mean((2, 3)))
 
     torch.manual_seed(0)
-    net, pruner = Residual(), Pruner("units", exclude=["fc"])
+    net, pruner = Residual(), Pruner("units", round_to=1)
     groups = pruner.groups(net, SHAPE)
     masks = prune(net, pruner, 0.5)
-    assert len(groups) == 1 and set(masks) == {"stem.weight", "stem.bias", "block.weight", "block.bias"}
+    (group,) = groups
+    assert group.layer == "stem" and group.coupled == ("block",) and group.readers == {"block": 1, "fc": 1}
+    assert set(masks) == {"stem.weight", "stem.bias", "block.weight", "block.bias", "fc.weight"}
     removed = removed_units(groups, masks)
-    assert set(removed) == {"stem", "block"} and removed["stem"] == removed["block"] and len(removed["stem"]) == 4
+    assert removed.keys() == {"stem"} and len(removed["stem"]) == 4
     apply_masks_(net, masks)
     images = digits()["images"]
     before = net(images)
     plan_thinning(net, removed, SHAPE).apply_(net)
     assert net.stem.out_channels == net.block.in_channels == net.block.out_channels == 4
     torch.testing.assert_close(net(images), before)
+
+
+def test_units_of_a_layer_that_is_defined_after_its_reader_are_counted_from_its_own():
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read, self.fc = nn.Conv2d(12, 6, 1), nn.Linear(6, 10)
+            self.a, self.b = nn.Conv2d(1, 4, 1), nn.Conv2d(1, 8, 1)
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.fc(self.read(torch.cat([self.a(images), self.b(images)], 1).relu()).mean((2, 3)))
+
+    net, pruner = Backwards(), Pruner("units", scope="layer", include=["^b$"], exclude=["fc"])
+    groups = pruner.groups(net, SHAPE)
+    assert [(group.layer, group.parameters) for group in groups] == [("b", ("b.weight", "read.weight", "b.bias"))]
+    with torch.no_grad():
+        net.b.weight[5:] /= 100
+        net.read.weight[:, 9:] /= 100
+    removed = removed_units(groups, prune(net, pruner, 0.375))
+    assert removed == {"b": [5, 6, 7]}
+    plan_thinning(net, removed, SHAPE).apply_(net)
+    assert (net.b.out_channels, net.read.in_channels) == (5, 9)
 
 
 # -- which layers --------------------------------------------------------------------------------------------------
@@ -237,14 +278,15 @@ def layers_of(net: nn.Module, **options) -> list[str]:
     return [group.layer for group in Pruner(**options).groups(net, SHAPE)]
 
 
-def test_by_default_biases_norms_and_the_head_are_spared_and_of_units_the_stem():
+def test_by_default_biases_norms_and_the_head_are_spared():
     net = inception()
     layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     assert layers[0] == "stem.0.conv" and layers[-1] == "fc"
     assert layers_of(net) == layers[:-1]
     assert set(prune(net, Pruner(), 0.5)) == {f"{layer}.weight" for layer in layers[:-1]}
-    assert layers_of(net, structure="units") == layers[1:-1]
-    assert not any("fc" in name or "stem.0" in name for name in prune(net, Pruner("units"), 0.3))
+    assert layers_of(net, structure="units") == layers[:-1]
+    masks = prune(net, Pruner("units"), 0.3)
+    assert "fc.bias" not in masks and masks["fc.weight"].shape == (1, net.fc.in_features)
 
 
 def test_include_and_exclude_are_searched_for():
@@ -265,16 +307,16 @@ def test_an_expression_that_finds_nothing_is_refused(options):
 
 
 @pytest.mark.parametrize(
-    "options", [{"exclude": [".*"]}, {"include": ["fc"]}, {"include": ["stem.0"], "structure": "units"}]
+    "options", [{"exclude": [".*"]}, {"include": ["fc"]}, {"include": ["fc"], "structure": "units"}]
 )
 def test_no_layer_left_is_refused(options):
     with pytest.raises(ValueError, match="no layer is left to prune"):
         layers_of(inception(), **options)
 
 
-def test_units_that_can_not_be_removed_are_refused_by_name():
-    with pytest.raises(ValueError, match="units of fc can not be removed"):
-        layers_of(inception(), structure="units", exclude=[])
+def test_units_that_cannot_be_removed_are_refused_by_name():
+    with pytest.raises(ValueError, match="units of fc, which include names, cannot be removed: it gives the net's out"):
+        layers_of(inception(), structure="units", include=["fc", "stem"], exclude=[])
 
 
 @pytest.mark.parametrize(
@@ -298,27 +340,31 @@ def test_arguments_that_make_no_sense_are_refused(options):
 # -- layers that would die -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("pruner", "things"),
-    [
-        (Pruner(), "weights"),
-        (Pruner("weights", scope="layer", rates={"pool": 9.0}), "weights"),
-        (Pruner("units", scope="layer", rates={"pool": 9.0}), "units"),
-        (Pruner("units", "gradient", round_to=1), "units"),
-    ],
-)
-def test_a_branch_that_would_lose_everything_is_named_and_nothing_has_changed(pruner, things):
-    net = inception()
+def test_a_branch_that_would_lose_all_units_is_named_and_nothing_has_changed():
+    net, pruner = inception(), Pruner("units", scope="layer", rates={"pool": 9.0})
     with torch.no_grad():
         net.get_parameter(f"{POOL_BRANCH}.weight").mul_(1e-4)
         net.blocks[1].branches["pool"][1].norm.weight.mul_(1e-6)
         net.blocks[1].branches["pool"][1].norm.bias.mul_(1e-6)
     masks = prune(net, pruner, 0.0)
     weights = {name: value.clone() for name, value in net.state_dict().items()}
-    with pytest.raises(ValueError, match=rf"would take all {things} of {POOL_BRANCH.replace('.', '[.]')}, .*set keep"):
+    with pytest.raises(ValueError, match=rf"would take all units of {POOL_BRANCH.replace('.', '[.]')}, .*set keep"):
         prune(net, pruner, 0.4, masks)
     assert all((mask == 1).all() for mask in masks.values())
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+
+
+def test_a_ranking_of_all_units_leaves_one_of_each_layer():
+    net, pruner = inception(), Pruner("units", "gradient", round_to=1)
+    with torch.no_grad():
+        net.get_parameter(f"{POOL_BRANCH}.weight").mul_(1e-4)
+        net.blocks[1].branches["pool"][1].norm.weight.mul_(1e-6)
+        net.blocks[1].branches["pool"][1].norm.bias.mul_(1e-6)
+    groups = pruner.groups(net, SHAPE)
+    removed = removed_units(groups, prune(net, pruner, 0.4))
+    widths = {group.layer: group.units.num for group in groups}
+    assert len(removed[POOL_BRANCH]) == widths[POOL_BRANCH] - 1
+    assert sum(map(len, removed.values())) == round(0.4 * sum(widths.values()))
 
 
 def test_the_net_is_traced_once(monkeypatch):
@@ -425,9 +471,13 @@ def trained_net() -> nn.Sequential:
     return net
 
 
-UNITS = {"0": ("0.weight", "0.bias", "1.weight", "1.bias"), "3": ("3.weight", "3.bias")}
-GATED = {"0": ("1.weight", "1.bias"), "3": ("3.weight", "3.bias")}
-"""What a unit's gate multiplies: the norm, or the layer that has none."""
+def units_of_trained() -> dict[str, Units]:
+    """The units of both convolutions of :func:`trained_net`."""
+    return units_of(trained_net().float(), SHAPE)
+
+
+GATED = {"0": "3.weight", "3": "7.weight"}
+"""What a unit's gate multiplies: the weights that read it."""
 
 
 def gradients_of(net: nn.Module, image: Tensor, label: int) -> dict[str, Tensor]:
@@ -444,7 +494,8 @@ def gradients_of(net: nn.Module, image: Tensor, label: int) -> dict[str, Tensor]
 
 def of_units(products: dict[str, Tensor], layer: str) -> Tensor:
     """Their sum over what each unit's gate multiplies, ``[num_units]``."""
-    return torch.stack([products[name].reshape(len(products[name]), -1).sum(1) for name in GATED[layer]]).sum(0)
+    product = products[GATED[layer]].movedim(1, 0)
+    return product.reshape(len(product), -1).sum(1)
 
 
 def test_gradient_magnitude_is_that_of_a_loop_over_images():
@@ -455,15 +506,17 @@ def test_gradient_magnitude_is_that_of_a_loop_over_images():
     assert list(scores) == ["0.weight", "3.weight", "7.weight"]
     for name, score in scores.items():
         torch.testing.assert_close(score, sum(each[name] for each in products).abs() / len(images))
-    for layer, score in saliency_of_units(net, UNITS, "gradient", images, labels, 0).items():
+    for layer, score in saliency_of_units(net, units_of_trained(), "gradient", images, labels, 0).items():
         torch.testing.assert_close(score, sum(of_units(each, layer) for each in products).abs() / len(images))
 
 
-@pytest.mark.parametrize("layer", UNITS)
+@pytest.mark.parametrize("layer", GATED)
 def test_obd_of_units_is_half_the_squared_gradient_of_their_gates(layer):
     net, image = trained_net(), digits(1, torch.float64)["images"]
     possible = [of_units(gradients_of(net, image[0], label), layer).square() / 2 for label in range(10)]
-    found = [saliency_of_units(net, UNITS, "obd", image, torch.tensor([0]), seed)[layer] for seed in range(10)]
+    found = [
+        saliency_of_units(net, units_of_trained(), "obd", image, torch.tensor([0]), seed)[layer] for seed in range(10)
+    ]
     assert all(sum(torch.allclose(score, value) for value in possible) == 1 for score in found)
 
 
@@ -473,7 +526,7 @@ def test_scoring_leaves_the_net_as_it_was(criterion):
     net[1].eval()
     modes = [module.training for module in net.modules()]
     before = {name: value.clone() for name, value in net.state_dict().items()}
-    saliency_of_units(net, UNITS, criterion, *digits(4, torch.float64).values(), 0)
+    saliency_of_units(net, units_of_trained(), criterion, *digits(4, torch.float64).values(), 0)
     assert [module.training for module in net.modules()] == modes
     assert all(parameter.grad is None for parameter in net.parameters())
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
@@ -482,17 +535,16 @@ def test_scoring_leaves_the_net_as_it_was(criterion):
 def test_the_gradient_of_a_gate_is_what_a_small_move_of_it_does_to_the_loss():
     net = trained_net().eval()
     images, labels = digits(16, torch.float64).values()
-    scores = saliency_of_units(net, UNITS, "gradient", images, labels, 0)
+    scores = saliency_of_units(net, units_of_trained(), "gradient", images, labels, 0)
 
     @torch.no_grad()
     def loss_with(gate: float, layer: str, unit: int) -> float:
         """Of what the unit's gate multiplies, times ``gate``."""
-        kept = {name: net.get_parameter(name)[unit].clone() for name in GATED[layer]}
-        for name in kept:
-            net.get_parameter(name)[unit] *= gate
+        weight = net.get_parameter(GATED[layer])
+        kept = weight.clone()
+        weight[:, unit] *= gate
         loss = float(nn.functional.cross_entropy(net(images), labels))
-        for name, value in kept.items():
-            net.get_parameter(name)[unit] = value
+        weight.copy_(kept)
         return loss
 
     for layer, score in scores.items():
@@ -506,12 +558,10 @@ def test_taking_a_unit_that_hardly_matters_changes_the_loss_by_its_score():
     net = trained_net().eval()
     images, labels = digits(16, torch.float64).values()
     with torch.no_grad():
-        for name in UNITS["3"]:
-            net.get_parameter(name)[2] *= 1e-3
+        net[7].weight[:, 2] *= 1e-3
         before = nn.functional.cross_entropy(net(images), labels)
-        score = saliency_of_units(net, UNITS, "gradient", images, labels, 0)["3"]
-        for name in UNITS["3"]:
-            net.get_parameter(name)[2] = 0
+        score = saliency_of_units(net, units_of_trained(), "gradient", images, labels, 0)["3"]
+        net[7].weight[:, 2] = 0
         after = nn.functional.cross_entropy(net(images), labels)
     assert score.argmin() == 2
     assert abs(float(after - before)) == pytest.approx(float(score[2]), rel=0.01)
@@ -606,21 +656,21 @@ def test_schedules_refuse_what_makes_no_sense(make):
     assert "\n" not in str(error.value)
 
 
-def test_without_exclude_the_layers_whose_units_stay_are_named_and_the_rest_is_pruned(caplog):
-    class Grouped(nn.Module):
+def test_the_layers_whose_units_stay_are_named_and_the_rest_is_pruned(caplog):
+    class Shifted(nn.Module):
         def __init__(self):
             super().__init__()
             self.stem, self.wide = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 1)
             self.deep, self.back, self.head = nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 1), nn.Linear(8, 5)
 
         def forward(self, images):
-            return self.head(self.back(self.deep(self.wide(self.stem(images)))).mean((2, 3)))
+            return self.head(self.back(self.deep(self.wide(self.stem(images)).roll(1, 1))).mean((2, 3)))
 
     caplog.set_level("INFO")
-    groups = Pruner(structure="units").groups(Grouped(), (3, 8, 8))
-    assert [group.layer for group in groups] == ["back"]
-    assert "wide (deep (Conv2d) is a grouped convolution)" in caplog.text
-    with pytest.raises(ValueError, match=r"units of .* can not be removed: .* is a grouped convolution. Add"):
-        Pruner(structure="units", exclude=["head"]).groups(Grouped(), (3, 8, 8))
-    with pytest.raises(ValueError, match=r"Grouped has no layer left .*: deep \(.* is a grouped .*structure: weights"):
-        Pruner(structure="units", include=["deep"]).groups(Grouped(), (3, 8, 8))
+    groups = Pruner(structure="units").groups(Shifted(), (3, 8, 8))
+    assert [group.layer for group in groups] == ["stem", "back"]
+    assert "wide (the net changes its order)" in caplog.text and "deep (" in caplog.text
+    with pytest.raises(ValueError, match=r"units of wide, which include names, cannot be removed: the net changes"):
+        Pruner(structure="units", include=["wide", "stem"]).groups(Shifted(), (3, 8, 8))
+    with pytest.raises(ValueError, match=r"Shifted has no layer left .*: deep \(the net changes.*structure: weights"):
+        Pruner(structure="units", include=["deep"]).groups(Shifted(), (3, 8, 8))

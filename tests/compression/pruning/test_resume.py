@@ -3,6 +3,7 @@
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from helpers.pruning_run import (
     FailBetween,
     Watch,
     assert_same_runs,
+    depthwise_net,
     differences,
     fit,
+    layer_norm_net,
     num_zeros,
     pruning,
     same,
     state_of,
+    vision_transformer,
 )
 from helpers.stop_after import StopAfter
 from lightning.pytorch import Callback, Trainer
@@ -30,6 +34,7 @@ from lightning.pytorch import Callback, Trainer
 from project.callbacks import EMA
 from project.compression import Gradual, Iterative, Pruner
 from project.frame.paths import Run
+from project.metrics.complexity import count_macs
 
 # -- stopped after an epoch ------------------------------------------------------------------------------------------
 
@@ -40,7 +45,7 @@ CALLBACKS: dict[str, Callable[[], list[Any]]] = {
         pruning(schedule=Iterative(0.3, 2), pruner=Pruner(criterion="random"), after="reinit"),
     ],
     "finetune units": lambda: [
-        pruning(schedule=Iterative(0.3, 2), pruner=Pruner("units", exclude=["fc"]), thin=True),
+        pruning(schedule=Iterative(0.3, 2), pruner=Pruner("units", exclude=["fc"])),
         EMA(0.8),
     ],
     "rewind_lr obd": lambda: [
@@ -68,6 +73,47 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks, stops):
     assert_same_runs(run, whole.run)
     assert not differences(state_of(outcome.model.net), state_of(whole.model.net))
     assert run.metrics.read_text() == whole.run.metrics.read_text()
+
+
+@pytest.mark.parametrize("stops", [(3,), (2, 4)], ids=["in a round", "between rounds"])
+@pytest.mark.parametrize("net", [depthwise_net, layer_norm_net, vision_transformer])
+def test_units_of_any_net_leave_and_are_rewound_and_a_resumed_run_is_never_stopped(tmp_path, net, stops):
+    def make() -> list[Any]:
+        units = Pruner("units", "gradient", budget="macs", round_to=1, num_images=40)
+        return [EMA(0.8), pruning(schedule=Iterative(0.3, 2), pruner=units, after="rewind", rewind_to="5it")]
+
+    adamw = partial(torch.optim.AdamW, lr=0.01)
+    whole, run = fit(tmp_path / "whole", *make(), net=net, optimizer=adamw), None
+    for number, stop in enumerate((*stops, 99)):
+        options = {"net": net, "optimizer": adamw, "seed": number, "resume": run}
+        outcome = fit(tmp_path / "resumed", *make(), StopAfter(stop), **options)
+        run = outcome.run
+    assert_same_runs(run, whole.run)
+    assert not differences(state_of(outcome.model.net), state_of(whole.model.net))
+    assert run.metrics.read_text() == whole.run.metrics.read_text()
+    assert len(outcome.model.surgeries) == 2
+    assert count_macs(outcome.model.net, (1, 8, 8)) <= 0.49 * count_macs(net(), (1, 8, 8))
+
+
+def test_a_run_of_an_older_version_that_has_masked_units_loses_them(tmp_path):
+    """Units were masked until the end of the run, with one number for each unit in the masks of what makes it."""
+
+    def make() -> list[Any]:
+        return [EMA(0.8), pruning(schedule=Iterative(0.25, 1), pruner=Pruner("units", scope="layer"))]
+
+    run = fit(tmp_path, *make(), StopAfter(2)).run
+    content = torch.load(run.last_checkpoint, weights_only=True)
+    state = next(value for value in content["callbacks"].values() if "masks" in value)
+    names = ("conv2.conv.weight", "conv2.norm.weight", "conv2.norm.bias")
+    kept = torch.arange(16) % 4 != 1
+    state["masks"] = {name: kept.view(-1, *[1] * (3 if "conv.w" in name else 0)) for name in names}
+    del state["whole"]
+    torch.save(content, run.last_checkpoint)
+    callbacks = make()
+    outcome = fit(tmp_path, *callbacks, resume=run)
+    assert outcome.model.surgeries[0]["slices"]["conv2.conv.weight"][0] == kept.nonzero().flatten().tolist()
+    assert outcome.model.net.conv2.conv.out_channels == 9 and outcome.model.net.conv1.conv.out_channels == 6
+    assert callbacks[1].whole.units == {"conv1.conv": 8, "conv2.conv": 16}
 
 
 @pytest.mark.parametrize(("rewind_to", "stop", "epochs_done"), [("1ep", 1, 1.0), ("3it", 1, 0.5), ("3it", 3, 0.5)])

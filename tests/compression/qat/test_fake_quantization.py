@@ -32,7 +32,9 @@ def test_a_scale_per_channel_follows_batch_norm() -> None:
     torch.testing.assert_close(fake_weight(weight, 8) * factors, fake_weight(weight * factors, 8))
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 3.0), (-1.0, 2.0)])
+@pytest.mark.parametrize(
+    ("low", "high"), [(0.0, 3.0), (-1.0, 2.0), (-1.0, 1.0), (-0.005, 2.0), (-2.0, 0.005), (-2.0, 0.0)]
+)
 def test_activations_round_as_in_the_file(low: float, high: float) -> None:
     x = torch.linspace(-2, 4, 1001, requires_grad=True)
     y = fake_activation(x, torch.tensor(low), torch.tensor(high))

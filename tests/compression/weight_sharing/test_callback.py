@@ -36,7 +36,7 @@ from project.callbacks import (
     QuantizationAwareTraining,
     WeightSharing,
 )
-from project.compression import Codebook, Gradual, Iterative, Pruner, Sharer
+from project.compression import Codebook, Gradual, Iterative, OneShot, Pruner, Sharer
 from project.compression.report import _accuracy
 from project.compression.report_rows import read_report
 from project.compression.weight_sharing.checks import check_sharing
@@ -193,14 +193,22 @@ def test_a_trained_run_is_shared_at_once(tmp_path):
 
 
 def test_a_thinned_net_is_shared_at_once(tmp_path):
-    units = pruning(schedule=Gradual(0.5, 0.2, 1.0), pruner=Pruner("units", scope="layer"), thin=True)
+    units = pruning(schedule=Gradual(0.5, 0.2, 1.0), pruner=Pruner("units", scope="layer"))
     thinned = fit(tmp_path / "thinned", units)
     outcome = share_from(thinned, tmp_path / "shared", epochs=0, checkpoint=thinned.run.best_checkpoint)
     assert outcome.trainer.global_step == 2 * STEPS
-    assert weights_of(outcome.run.best_checkpoint)["conv2.conv.weight"].shape == (8, 8, 3, 3)
+    assert weights_of(outcome.run.best_checkpoint)["conv2.conv.weight"].shape == (8, 4, 3, 3)
     assert_finished(outcome.run.best_checkpoint)
     with pytest.raises(ValueError, match="max_epochs is 0"):
         fit(tmp_path / "refused", sharing(), epochs=0)
+
+
+def test_a_net_that_loses_units_is_shared_in_the_same_run(tmp_path):
+    units = pruning(schedule=OneShot(0.5), pruner=Pruner("units", scope="layer"), epochs_per_round=1)
+    outcome = fit(tmp_path, units, sharing())
+    assert weights_of(outcome.run.level_checkpoint(1))["conv2.conv.weight"].shape == (8, 4, 3, 3)
+    assert weights_of(outcome.run.best_checkpoint)["conv2.conv.weight"].shape == (8, 4, 3, 3)
+    assert_finished(outcome.run.best_checkpoint)
 
 
 def share_from(trained: Outcome, folder: Path, epochs: int, checkpoint: Path | None = None) -> Outcome:
@@ -334,10 +342,6 @@ def _fail_at_level(number: int) -> Any:
 
 REFUSED: dict[str, tuple[list[Callback], str]] = {
     "before pruning": ([sharing(), pruning()], "put the pruning first"),
-    "thinned later": (
-        [pruning(pruner=Pruner("units", round_to=1), thin=True), sharing()],
-        "set thin: false, or share in a second",
-    ),
     "aware": ([QuantizationAwareTraining(0), sharing()], "WeightSharing and QuantizationAwareTraining"),
     "thin layers": ([LowRank(1), sharing()], "both end a run"),
     "int8": ([sharing(), PostTrainingQuantization()], "WeightSharing and PostTrainingQuantization"),

@@ -79,7 +79,7 @@ def test_where_nothing_wins_the_checkpoint_stays(tmp_path: Path, monkeypatch: py
 
 @pytest.mark.usefixtures("kernels")
 def test_after_pruning_the_thinned_net_is_timed(tmp_path: Path) -> None:
-    first = pruning(schedule=OneShot(0.5), epochs_per_round=1, report=True, thin=True, latency=False)
+    first = pruning(schedule=OneShot(0.5), epochs_per_round=1, report=True, latency=False)
     run = fit(tmp_path, first, winograd()).run
     steps = [row.step for row in read_report(run.report)]
     assert steps[0] == "dense" and steps[-1] == "winograd" and len(set(steps)) == len(steps) > 2

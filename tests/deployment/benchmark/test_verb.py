@@ -13,7 +13,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from project.compression.thinning.thin import plan_thinning, units_of
+from project.compression.thinning.units import plan_thinning, units_of
 from project.deployment.benchmark.subjects import _names, load_subjects
 from project.deployment.engines import FP32, available
 from project.deployment.export import export_onnx

@@ -17,6 +17,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 from project.deployment.engines import onnx_engine, openvino_engine
+from project.deployment.int8 import bias_correction, running
 from project.deployment.int8.qdq import float_operations, layers_of
 from project.deployment.int8.quantizer import Quantizer, quantize, sensitivity
 from project.deployment.onnx_file import _only_weights_are_integers, to_onnx
@@ -128,6 +129,40 @@ def test_bias_correction_takes_the_mean_error_out() -> None:
     assert after < 0.02 * before
 
 
+@pytest.mark.parametrize("name", ["inception", "relu6", "squeeze and excitation"])
+def test_by_default_each_layers_outputs_keep_their_means(name: str) -> None:
+    """Also behind branches, activations that compute in floats, and layers that read corrected ones."""
+    model, images = small_model(name), small_images(64).numpy()
+    bare, by_default = (quantize(model, images, q)[0] for q in (Quantizer(bias_correction=False), Quantizer()))
+    names = [layer.output for layer in layers_of(model) if layer.bias is not None]
+    exact, *others = (run_tensors(m, names, images) for m in (model, bare, by_default))
+    shifts = [{n: float(np.abs(channel_means(o[n] - exact[n])).max() / exact[n].std()) for n in names} for o in others]
+    assert max(shifts[1].values()) < 2e-3, shifts[1]
+    assert max(shifts[0].values()) > 4 * max(shifts[1].values())
+
+
+def test_bias_correction_runs_each_node_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In place of once for each layer, which takes minutes for a deep net."""
+    model, images, nodes = model_of("SmallInception-28"), images_of("SmallInception-28"), []
+
+    def counting(part: onnx.ModelProto) -> onnxruntime.InferenceSession:
+        nodes.extend(output for node in part.graph.node for output in node.output)
+        return running.session_of(part)
+
+    monkeypatch.setattr(bias_correction, "session_of", counting)
+    quantize(model, images, Quantizer())
+    assert len(nodes) > 80 and len(set(nodes)) == len(nodes)
+
+
+def run_tensors(model: onnx.ModelProto, names: list[str], images: np.ndarray) -> dict[str, np.ndarray]:
+    batches = list(running.batches_of(model, names, images))
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in names}
+
+
+def channel_means(x: np.ndarray) -> np.ndarray:
+    return x.mean(axis=tuple(axis for axis in range(x.ndim) if axis != 1))
+
+
 FOUR = Quantizer(weight_bits=4, activations=False)
 
 
@@ -184,10 +219,36 @@ def test_the_quantization_takes_over_a_relu6() -> None:
     assert noise(run(quantized, images), run(model, images)) < 0.003
 
 
+def test_openvino_computes_a_silu_within_the_convolution(tmp_path: Path) -> None:
+    """A zero point in the DequantizeLinear before it would keep the two apart."""
+    openvino = pytest.importorskip("openvino")
+    quantized, _ = quantize(small_model("silu"), small_images(64).numpy(), Quantizer())
+    path = tmp_path / "net.onnx"
+    onnx.save(quantized, path)
+    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    kinds = [node.get_rt_info()["layerType"].astype(str) for node in compiled.get_runtime_model().get_ops()]
+    assert kinds.count("Convolution") == 2 and "Eltwise" not in kinds and "Convert" not in kinds
+
+
+@pytest.mark.parametrize(("name", "count"), [("silu", 2), ("hard swish", 0), ("inception", 0)])
+def test_a_zero_point_before_an_exponential_is_subtracted_by_itself(name: str, count: int) -> None:
+    quantized, _ = quantize(small_model(name), small_images(64).numpy(), Quantizer())
+    kept = {tensor.name: numpy_helper.to_array(tensor) for tensor in quantized.graph.initializer}
+    makers = {node.output[0]: node for node in quantized.graph.node}
+    shifts = [node for node in quantized.graph.node if node.op_type == "Add" and node.input[1].endswith("_shift")]
+    assert len(shifts) == count
+    for node in shifts:
+        back = makers[node.input[0]]
+        there = makers[back.input[0]]
+        assert there.input[1] == back.input[1] and kept[back.input[2]] == 0 < kept[there.input[2]]
+        np.testing.assert_allclose(kept[node.input[1]], -1.0 * kept[there.input[1]] * kept[there.input[2]], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
         ("inception", []),
+        ("silu", ["2 Mul", "2 Sigmoid", "1 ReduceMean"]),
         ("hard swish", ["2 HardSwish", "1 ReduceMean"]),
         ("transposed", ["1 ConvTranspose", "1 Relu"]),
         ("squeeze and excitation", ["1 Mul", "1 Sigmoid"]),
@@ -238,13 +299,14 @@ def test_weights_alone_take_their_bits(num_bits: int, tmp_path: Path) -> None:
 def test_the_most_sensitive_layers_stay_float() -> None:
     name = "SmallInception-28"
     model, images = model_of(name), images_of(name, 32)
-    losses = sensitivity(model, images, MIN_MAX)
+    settings = replace(MIN_MAX, bias_correction=False)
+    losses = sensitivity(model, images, settings)
     worst = sorted(losses, key=losses.__getitem__)[-3:]
-    quantized, layers = quantize(model, images, replace(MIN_MAX, float_layers=3))
+    quantized, layers = quantize(model, images, replace(settings, float_layers=3))
     onnx.checker.check_model(quantized, full_check=True)
     assert {layer.name for layer in layers if layer.num_bits == 32} == set(worst)
     assert {layer.name: layer.loss for layer in layers} == losses
-    exact, all_int8 = run(model, images), quantize(model, images, MIN_MAX)[0]
+    exact, all_int8 = run(model, images), quantize(model, images, settings)[0]
     assert noise(run(quantized, images), exact) < noise(run(all_int8, images), exact)
 
 

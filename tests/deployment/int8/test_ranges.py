@@ -55,10 +55,29 @@ def test_percentile_keeps_its_share(values: np.ndarray) -> None:
     assert 0.985 <= inside <= 0.995
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 6.0), (-1.0, 3.0), (-2.0, -1.0), (1.0, 2.0), (0.0, 0.0)])
+RANGES = [(0.0, 6.0), (-1.0, 3.0), (-2.0, -1.0), (1.0, 2.0), (0.0, 0.0), (-1.0, 1.0), (-0.001, 2.0), (-2.0, 0.001)]
+
+
+@pytest.mark.parametrize(("low", "high"), RANGES)
 def test_zero_is_exact_whatever_the_range(low: float, high: float) -> None:
     scale = Scale.of_range(low, high)
     assert scale.fake(np.zeros(1)) == 0 and 0 <= scale.zero_point <= 255
+
+
+@pytest.mark.parametrize(("low", "high"), RANGES)
+def test_both_ends_are_reached_with_the_smallest_scale(low: float, high: float) -> None:
+    scale, ends = Scale.of_range(low, high), np.array([min(low, 0), max(high, 0)], np.float64)
+    reached = np.array([-scale.zero_point, 255 - scale.zero_point]) * scale.scale
+    assert (reached[0] <= ends[0] + 1e-6 * scale.scale) and (reached[1] >= ends[1] - 1e-6 * (ends[1] - ends[0]))
+    assert scale.scale <= (ends[1] - ends[0]) / 254 + 1e-12
+
+
+def test_pixels_do_not_lie_between_two_integers() -> None:
+    """Pixels from 0 to 255, normalised with mean and standard deviation 0.5: engines round such ties differently."""
+    pixels = (np.arange(256) / 255 - 0.5) / 0.5
+    scale = Scale.of_range(-1.0, 1.0)
+    between = np.abs((pixels / scale.scale) % 1 - 0.5)
+    assert (between < 0.02).mean() < 0.1 and np.abs(scale.fake(pixels) - pixels).max() < 0.5001 * scale.scale
 
 
 @pytest.mark.parametrize("num_bits", [2, 4, 8])

@@ -1,0 +1,155 @@
+"""For each way in which units are coupled: the thinned net computes what the masked one does, and it can be saved."""
+
+import io
+from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
+from typing import NamedTuple
+
+import pytest
+import torch
+from helpers.coupled_nets import ROWS, SHAPE
+from helpers.nets import assert_same_logits, choose
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from project.compression.pruning.unit_budget import Macs
+from project.compression.thinning.masked import MaskedNet
+from project.compression.thinning.thin import Thin, sliced
+from project.compression.thinning.units import Units, look_at_units, masked_net, plan_thinning, units_of
+from project.models.surgery import replay_, to_plain
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_threads)
+
+
+class Case(NamedTuple):
+    """A lively net, the net with zeros for half of its units, and the net without them."""
+
+    net: nn.Module
+    units: dict[str, Units]
+    reasons: dict[str, str]
+    masked: MaskedNet
+    plan: Thin
+    thinned: nn.Module
+
+
+@torch.no_grad()
+def build(name: str, seed: int = 0) -> nn.Module:
+    """A net whose biases, norms and running statistics are random, and whose logits depend on the image."""
+    torch.manual_seed(seed)
+    net = ROWS[name].make()
+    for key, parameter in net.named_parameters():
+        if parameter.dim() == 1:
+            parameter.normal_("bias" not in key, 0.3)
+        else:
+            parameter.mul_(2)
+    for key, buffer in net.named_buffers():
+        if key.endswith("running_mean"):
+            buffer.normal_(0, 0.3)
+        elif key.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    return net
+
+
+@cache
+def case(name: str) -> Case:
+    net = build(name)
+    units, reasons = look_at_units(net, SHAPE)
+    removed = choose(units, 0.5)
+    plan = plan_thinning(net, removed, SHAPE)
+    thinned = deepcopy(net)
+    plan.apply_(thinned)
+    return Case(net, units, reasons, masked_net(net, removed, SHAPE), plan, thinned)
+
+
+def images() -> Tensor:
+    """Eight images, each of a larger scale than the one before, so that their logits differ."""
+    scales = 1.5 ** torch.arange(8).view(-1, 1, 1, 1)
+    return scales * torch.randn(8, *SHAPE, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_all_units_go_that_can_and_the_others_have_a_reason(name: str) -> None:
+    net, units, reasons, *_ = case(name)
+    kinds = nn.modules.conv._ConvNd | nn.Linear | nn.MultiheadAttention
+    layers = {layer for layer, module in net.named_modules() if isinstance(module, kinds)}
+    gone = {layer for each in units.values() for layer in each.layers}
+    inner = {layer for layer in layers if layer.endswith("out_proj")}  # a part of attention
+    assert layers - gone - inner == reasons.keys() - inner == ROWS[name].stays | {"head"}
+    assert all(reasons.values())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_logits_are_those_of_the_masked_net(name: str) -> None:
+    _, _, _, masked, _, thinned = case(name)
+    assert_same_logits(masked, thinned, images())
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_training_step_is_that_of_the_masked_net(name: str) -> None:
+    """Gradients, and the running statistics after it."""
+    _, _, _, masked, plan, thinned = case(name)
+    masked, thinned = deepcopy(masked).double().train(), deepcopy(thinned).double().train()
+    labels = torch.arange(8) % 5
+    for net in (masked, thinned):
+        nn.functional.cross_entropy(net(images().double()), labels).backward()
+    whole = dict(masked.net.named_parameters())
+    largest = max(float(each.grad.abs().max()) for each in whole.values())
+    for key, parameter in thinned.named_parameters():
+        expected = sliced(whole[key].grad, plan.slices.get(key, []))
+        assert (parameter.grad - expected).abs().max() <= 1e-9 * largest, key
+    whole = dict(masked.net.named_buffers())
+    for key, buffer in thinned.named_buffers():
+        torch.testing.assert_close(buffer, sliced(whole[key], plan.slices.get(key, [])), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_second_round_and_a_saved_net(name: str) -> None:
+    *_, first, once = case(name)
+    removed = choose(units_of(once, SHAPE), 0.4)
+    masked, second, twice = masked_net(once, removed, SHAPE), plan_thinning(once, removed, SHAPE), deepcopy(once)
+    second.apply_(twice)
+    assert_same_logits(masked, twice, images())
+
+    file = io.BytesIO()
+    torch.save({"surgeries": [to_plain(first), to_plain(second)], "state_dict": twice.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+    fresh = build(name, seed=4)
+    replay_(fresh, saved["surgeries"])
+    fresh.load_state_dict(saved["state_dict"])
+    assert torch.equal(fresh.eval()(images()), twice.eval()(images()))
+
+
+@torch.no_grad()
+def counted_macs(net: nn.Module) -> float:
+    """By torch's own counter, which runs the net."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with FlopCounterMode(display=False) as counter, nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
+            net.eval()(images()[:1])
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+    return counter.get_total_flops() / 2
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_multiply_accumulates_are_exact(name: str) -> None:
+    net, units, _, _, _, thinned = case(name)
+    macs = Macs(net, SHAPE, units)
+    kept = {layer: each.num - min(each.num - 1, each.num // 2) for layer, each in units.items()}
+    whole, left = counted_macs(net), counted_macs(thinned)
+    assert macs.total == pytest.approx(whole, rel=1e-12)
+    assert macs(kept) == pytest.approx(left, rel=1e-12) and left < whole
+    for layer, count in kept.items():
+        before, gone = macs.total, macs.saved(layer, units[layer].num - count)
+        macs.remove(layer, units[layer].num - count)
+        assert macs.total == pytest.approx(before - gone, rel=1e-12)
+    assert macs.total == pytest.approx(left, rel=1e-12)
