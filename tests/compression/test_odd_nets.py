@@ -191,7 +191,7 @@ def test_half_of_a_shuffle_net_goes():
 
 
 def test_half_of_a_swin_transformer_goes():
-    """Its attention computes the width of a head from that of the tokens, so that heads go with the tokens' features."""
+    """Its attention computes the width of a head from that of the tokens, so that heads go with their features."""
     net = SwinTransformer([2, 2], 8, [1, 1], [1, 2], [4, 4], num_classes=10).eval()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     units, reasons = look_at_units(net, SHAPE)
