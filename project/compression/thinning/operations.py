@@ -203,7 +203,7 @@ def addmm(c: Couplings, result: Tensor, bias: Tensor, a: Tensor, b: Tensor, **_:
 def bmm(c: Couplings, result: Tensor, a: Tensor, b: Tensor) -> Label:
     """A batch of matrix products, as in attention."""
     (batch, rows, inner), (batch2, inner2, columns) = c.of(a), c.of(b)
-    if isinstance(c.net.get_submodule(c.stack.name), nn.MultiheadAttention):
+    if _in_attention(c):
         c.joined.fix(inner, OF_A_HEAD)
     if batch is not None or batch2 is not None:
         c.joined.join(batch, batch2)
@@ -635,7 +635,8 @@ def _block(c: Couplings, axes: Label, old: tuple[int, ...], shape: tuple[int, ..
         c.joined.fix(first, "all of its units would have to go together")
         made[int(np.argmax(new))] = np.full(max(new), slots.flat[0])
         return made
-    if len(varying) == 1 and len(old) == 1 and 1 in new[: varying[0]] and 1 in _heads(c):
+    one = len(varying) == 1 and len(old) == 1 and 1 in new[: varying[0]] and 1 in _heads(c)
+    if one and not _in_attention(c):
         c.joined.fix(first, "all of them are one head")
     free = varying[0] if len(varying) == 1 else _free(c, new, varying)
     made[free] = slots[tuple(slice(None) if dim == free else 0 for dim in range(len(new)))]
@@ -660,6 +661,11 @@ def _free(c: Couplings, new: tuple[int, ...], varying: list[int]) -> int:
         named = [dim for dim, last in pairwise(varying) if (new[dim], new[last]) in c.head_cuts]
     # [3, heads, head_dim] may have equal sizes: the heads stand last but one
     return varying[-1] if not named else varying[-2] if varying[-2] in named else named[-1]
+
+
+def _in_attention(c: Couplings) -> bool:
+    """Whether torch's layer of attention is running."""
+    return isinstance(c.net.get_submodule(c.stack.name), nn.MultiheadAttention)
 
 
 def _heads(c: Couplings, dim: bool = False) -> set[int]:

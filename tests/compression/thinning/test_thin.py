@@ -41,8 +41,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(num_threads)
 
 
-@pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9])
-@pytest.mark.parametrize("name", NETS)
+LARGE = {"InceptionV3-75", "BNGoogLeNet-48"}
+
+
+@pytest.mark.parametrize(
+    ("name", "sparsity"),
+    [
+        pytest.param(name, sparsity, marks=[pytest.mark.slow] if name in LARGE and sparsity != 0.5 else [])
+        for name in NETS
+        for sparsity in (0.25, 0.5, 0.9)
+    ],
+)
 def test_thinned_equals_masked(name: str, sparsity: float) -> None:
     masked, thinned, _ = reference_and_thinned(name, sparsity)
     assert_same_logits(masked, thinned, images_for(name))
