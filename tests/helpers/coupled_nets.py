@@ -244,7 +244,9 @@ def _rows() -> dict[str, Row]:
         lambda m, x: x * m.gamma * (y := x.norm(2, (2, 3), True)) / (y.mean(1, keepdim=True) + 0.1),
         gamma=parameter(8, 1, 1))))  # fmt: skip
     row("mean and maximum of all channels", lambda: around(Do(
-        lambda m, x: x * m.conv(torch.stack([x.mean(1), x.amax(1)], 1)).sigmoid(), conv=conv(2, 1))), "block.conv")  # fmt: skip
+        lambda m, x: x * m.conv(torch.stack([x.mean(1), x.amax(1)], 1)).sigmoid(), conv=conv(2, 1))), "block.conv")
+    row("without the mean of channels", lambda: between(lambda x: x - x.mean(dim=-3, keepdim=True)))
+    row("without the sum of all", lambda: between(lambda x: x - 0.01 * x.flatten(1).sum(1)[:, None, None, None]))
     row("variance over channels and pixels", lambda: between(lambda x: x / (1 + x.var((1, 2, 3), keepdim=True))))
     row("local response norm", lambda: between(nn.LocalResponseNorm(3, 0.1)))
     row("instance norm", lambda: between(nn.InstanceNorm2d(8)))

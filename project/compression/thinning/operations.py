@@ -635,8 +635,8 @@ def _block(c: Couplings, axes: Label, old: tuple[int, ...], shape: tuple[int, ..
         c.joined.fix(first, "all of its units would have to go together")
         made[int(np.argmax(new))] = np.full(max(new), slots.flat[0])
         return made
-    one = len(varying) == 1 and len(old) == 1 and 1 in new[: varying[0]] and 1 in _heads(c)
-    if one and not _in_attention(c):
+    single = len(varying) == 1 and len(old) == 1 and 1 in new[: varying[0]] and 1 in _heads(c)
+    if single and not _in_attention(c):
         c.joined.fix(first, "all of them are one head")
     free = varying[0] if len(varying) == 1 else _free(c, new, varying)
     made[free] = slots[tuple(slice(None) if dim == free else 0 for dim in range(len(new)))]

@@ -213,10 +213,6 @@ class Own(nn.Module):
     ("between", "reason"),
     [
         (lambda x: x.softmax(dim=1), "a softmax in the net is taken over its units"),
-        (lambda x: x - x.mean(dim=1, keepdim=True), "a sum or mean in the net is taken over"),
-        (lambda x: x - x.mean(dim=-3, keepdim=True), "a sum or mean in the net is taken over"),
-        (lambda x: x - x.flatten(2).mean(dim=-2).view(-1, 1, *x.shape[2:]), "a sum or mean in the net is taken over"),
-        (lambda x: x - x.sum(), "a sum or mean in the net is taken over"),
         (lambda x: x.roll(1, dims=1), "the net changes its order"),
         (lambda x: x.flip(1), "the net changes its order"),
         (lambda x: x[:, torch.arange(8)], "the net takes it by numbers"),
