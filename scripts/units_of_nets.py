@@ -14,6 +14,7 @@ same law; and what stays, with the reason.
 
 import argparse
 import platform
+import shlex
 import signal
 import time
 import warnings
@@ -293,7 +294,7 @@ def main() -> None:
         for row in pool.map(look, names):
             rows.append(row)
             print(f"{time.monotonic() - begin:.0f} s", row.line(), flush=True)  # noqa: T201
-    args.output.write_text(page(rows, "python scripts/units_of_nets.py"), encoding="utf-8")
+    args.output.write_text(page(rows, shlex.join(["python", "scripts/units_of_nets.py", *args.nets])), encoding="utf-8")
 
 
 if __name__ == "__main__":
