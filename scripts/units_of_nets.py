@@ -54,11 +54,11 @@ _PLAIN_TIMM: tuple[str, ...] = (
     *("res2net50_26w_4s", "edgenext_xx_small", "ese_vovnet19b_slim", "eca_resnet33ts", "seresnet18", "skresnet18"),
     *("gernet_s", "regnetz_005", "dm_nfnet_f0", "pvt_v2_b0", "twins_svt_small", "mobilenetv4_conv_small"),
     *("fastvit_t8", "repvit_m0_9", "convnextv2_atto", "inception_next_atto", "mobileone_s0", "starnet_s1"),
-    *("xception41", "convmixer_768_32", "tf_efficientnet_lite0", "resnetv2_50x1_bit"),
+    *("xception41", "convmixer_768_32", "tiny_vit_5m_224", "tf_efficientnet_lite0", "resnetv2_50x1_bit"),
 )
 _SMALL_TIMM: tuple[str, ...] = (
     *("coat_lite_tiny", "xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"),
-    *("maxvit_rmlp_pico_rw_256", "volo_d1_224", "visformer_tiny", "tiny_vit_5m_224", "cait_xxs24_224"),
+    *("maxvit_rmlp_pico_rw_256", "volo_d1_224", "visformer_tiny", "cait_xxs24_224"),
 )
 TIMM: dict[str, dict[str, Any]] = {name: {} for name in _PLAIN_TIMM}
 TIMM |= {name: {"img_size": 64} for name in _SMALL_TIMM}
