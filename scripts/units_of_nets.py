@@ -14,6 +14,7 @@ same law; and what stays, with the reason.
 
 import argparse
 import platform
+import shlex
 import signal
 import time
 import warnings
@@ -35,38 +36,32 @@ from project.models.surgery import replay_
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "unit_removal.md"
 TOLERANCE = 1e-5
-SECONDS = 60
+SECONDS = 300
 """After these Torch-Pruning is stopped."""
 
-TORCHVISION: dict[str, dict[str, Any]] = dict.fromkeys(
-    [
-        *("resnet18", "resnet50", "vgg16_bn", "squeezenet1_1", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"),
-        *("efficientnet_v2_s", "mnasnet1_0", "resnext50_32x4d", "regnet_y_400mf", "densenet121", "convnext_tiny"),
-        *("shufflenet_v2_x1_0", "swin_t"),
-    ],
-    {},
+_PLAIN: tuple[str, ...] = (
+    *("resnet18", "resnet50", "vgg16_bn", "squeezenet1_1", "mobilenet_v2", "mobilenet_v3_small", "efficientnet_b0"),
+    *("efficientnet_v2_s", "mnasnet1_0", "resnext50_32x4d", "regnet_y_400mf", "densenet121", "convnext_tiny"),
+    *("shufflenet_v2_x1_0", "swin_t"),
 )
+TORCHVISION: dict[str, dict[str, Any]] = {name: {} for name in _PLAIN}
 TORCHVISION |= {
     "googlenet": {"aux_logits": False, "init_weights": False},
     "vit_b_16": {"image_size": 64},
 }
-TIMM: dict[str, dict[str, Any]] = dict.fromkeys(
-    [
-        *("ghostnet_050", "mobilevit_xxs", "repvgg_a0", "poolformer_s12", "hrnet_w18_small", "dla34", "cspdarknet53"),
-        *("res2net50_26w_4s", "edgenext_xx_small", "ese_vovnet19b_slim", "eca_resnet33ts", "seresnet18", "skresnet18"),
-        *("gernet_s", "regnetz_005", "dm_nfnet_f0", "pvt_v2_b0", "twins_svt_small", "mobilenetv4_conv_small"),
-        *("fastvit_t8", "repvit_m0_9", "convnextv2_atto", "inception_next_atto", "mobileone_s0", "starnet_s1"),
-        *("xception41", "convmixer_768_32", "tf_efficientnet_lite0", "resnetv2_50x1_bit"),
-    ],
-    {},
+_PLAIN_TIMM: tuple[str, ...] = (
+    *("ghostnet_050", "mobilevit_xxs", "repvgg_a0", "poolformer_s12", "hrnet_w18_small", "dla34", "cspdarknet53"),
+    *("res2net50_26w_4s", "edgenext_xx_small", "ese_vovnet19b_slim", "eca_resnet33ts", "seresnet18", "skresnet18"),
+    *("gernet_s", "regnetz_005", "dm_nfnet_f0", "pvt_v2_b0", "twins_svt_small", "mobilenetv4_conv_small"),
+    *("fastvit_t8", "repvit_m0_9", "convnextv2_atto", "inception_next_atto", "mobileone_s0", "starnet_s1"),
+    *("xception41", "convmixer_768_32", "tiny_vit_5m_224", "tf_efficientnet_lite0", "resnetv2_50x1_bit"),
 )
-TIMM |= dict.fromkeys(
-    [
-        *("coat_lite_tiny", "xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"),
-        *("maxvit_rmlp_pico_rw_256", "volo_d1_224", "visformer_tiny", "tiny_vit_5m_224", "cait_xxs24_224"),
-    ],
-    {"img_size": 64},
+_SMALL_TIMM: tuple[str, ...] = (
+    *("coat_lite_tiny", "xcit_nano_12_p16_224", "swin_tiny_patch4_window7_224", "deit_tiny_patch16_224"),
+    *("maxvit_rmlp_pico_rw_256", "volo_d1_224", "visformer_tiny", "cait_xxs24_224"),
 )
+TIMM: dict[str, dict[str, Any]] = {name: {} for name in _PLAIN_TIMM}
+TIMM |= {name: {"img_size": 64} for name in _SMALL_TIMM}
 TIMM |= {
     "beit_base_patch16_224": {"img_size": 64, "depth": 2},
     "mixer_s32_224": {"img_size": 64},
@@ -166,7 +161,7 @@ def smallest_half(net: nn.Module, units: Mapping[str, Units]) -> dict[str, list[
                 weight = net.get_parameter(name).detach().movedim(dim, 0)
                 weight = weight.reshape(len(weight), -1)
                 score += weight.square().sum(1)[indices].sum(1)
-        removed.setdefault(of.layers[0], []).extend(of.outputs[score.argsort()[: of.num // 2]].flatten().tolist())
+        removed.setdefault(of.layers[0], []).extend(of.outputs(score.argsort()[: of.num // 2].tolist()))
     return removed
 
 
@@ -299,7 +294,7 @@ def main() -> None:
         for row in pool.map(look, names):
             rows.append(row)
             print(f"{time.monotonic() - begin:.0f} s", row.line(), flush=True)  # noqa: T201
-    args.output.write_text(page(rows, "python scripts/units_of_nets.py"), encoding="utf-8")
+    args.output.write_text(page(rows, shlex.join(["python", "scripts/units_of_nets.py", *args.nets])), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ def _rows() -> dict[str, Row]:
         lambda m, x: m.last(torch.cat([(y := m.conv(x).chunk(2, 1))[1], y[0].relu()], 1)),
         conv=conv(8, 12), last=conv(12, 8))))
     row("split in equal parts", lambda: around(Do(
-        lambda m, x: (z := (y := m.conv(x)).split(y.shape[1] // 3, 1))[0] - z[1] * z[2], conv=conv(8, 18)), 6))  # fmt: skip
+        lambda m, x: (z := (y := m.conv(x)).split(y.shape[1] // 3, 1))[0] - z[1] * z[2], conv=conv(8, 18)), 6))
     row("split in parts of a stated width", lambda: around(Do(
         lambda m, x: (y := m.conv(x).split(m.width, 1))[0] - y[1] * y[2], conv=conv(8, 18), width=6), 6))  # fmt: skip
     row("split in stated parts", lambda: around(Do(
@@ -283,7 +283,7 @@ def _rows() -> dict[str, Row]:
         lambda m, x: m.last(torch.cat(m.conv(x).split([m.dim_a, m.dim_b, m.dim_a], 1)[::-1], 1)),
         conv=conv(8, 14), last=conv(14, 8), dim_a=4, dim_b=6)))  # fmt: skip
     row("numbers in a stated shape", lambda: around(Do(
-        lambda m, x: x + m.gamma.view(m.shape) * m.conv(x), conv=conv(8, 8), gamma=parameter(8), shape=(8, 1, 1))))  # fmt: skip
+        lambda m, x: x + m.gamma.view(m.shape) * m.conv(x), conv=conv(8, 8), gamma=parameter(8), shape=(8, 1, 1))))
     row("split in parts of 6", lambda: around(Do(
         lambda m, x: torch.addcmul(*m.conv(x).split(6, 1)), conv=conv(8, 18)), 6), "block.conv")
     row("split in unequal parts", lambda: around(Do(
@@ -362,7 +362,7 @@ def _rows() -> dict[str, Row]:
     row("heads of two layers as wide as the stream", lambda: on_tokens(
         nn.Sequential(WideHeads(12, 3), nn.LayerNorm(12), WideHeads(12, 6)), 12, 12))  # fmt: skip
     row("one head as wide as the stream", lambda: on_tokens(nn.Sequential(
-        nn.Linear(8, 12), WideHeads(12, 1), nn.Linear(12, 8))), *("block.0", "block.1.qkv", "block.1.proj"))  # fmt: skip
+        nn.Linear(8, 12), WideHeads(12, 1), nn.Linear(12, 8))), *("block.0", "block.1.qkv", "block.1.proj"))
     row("a value that the net reads", lambda: Do(
         lambda m, x: m.head(m.stem(x).mul(2 if float(x.max()) > -1e9 else 1).relu().mean((2, 3))),
         stem=conv(3, 8), head=nn.Linear(8, 5)))  # fmt: skip
