@@ -24,7 +24,7 @@ _HOMES = {
     "Sparsities": "project.compression.pruning.schedules",
     "Surgery": "project.models.surgery",
     "Thin": "project.compression.thinning.thin",
-    "Units": "project.compression.thinning.units",
+    "Units": "project.compression.thinning.groups",
     "Winograd": "project.compression.winograd.convolution",
     "WinogradChooser": "project.compression.winograd.choice",
     "WinogradConv2d": "project.compression.winograd.convolution",

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from project.compression.pruning.masks import Group, Masks
-from project.compression.thinning.units import Units
+from project.compression.thinning.groups import Units
 
 
 @torch.no_grad()

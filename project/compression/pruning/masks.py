@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from project.compression.thinning.units import Units
+from project.compression.thinning.groups import Units
 
 Masks = dict[str, Tensor]
 """The mask of each parameter, by the parameter's name in ``net.named_parameters()``."""

@@ -33,7 +33,8 @@ from project.compression.pruning.saliency import (
     saliency_of_weights,
 )
 from project.compression.pruning.unit_budget import Macs, least_units, take_cheapest
-from project.compression.thinning.units import Units, look_at_units, trace
+from project.compression.thinning.groups import Units
+from project.compression.thinning.units import look_at_units, trace
 
 log = logging.getLogger(__name__)
 

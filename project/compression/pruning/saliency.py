@@ -48,7 +48,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from project.compression.plain_layers import name_layers
 from project.compression.pruning.norm_scales import norm_scales
-from project.compression.thinning.units import Units
+from project.compression.thinning.groups import Units
 
 Criterion = Literal[
     "magnitude",

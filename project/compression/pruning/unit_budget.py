@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from project.compression.thinning.units import Units, trace
+from project.compression.thinning.groups import Units
+from project.compression.thinning.units import trace
 
 
 class Cost(Protocol):

@@ -218,14 +218,14 @@ def test_few_trials_find_the_groups_that_cannot_go(monkeypatch: pytest.MonkeyPat
     torch.manual_seed(0)
     net = deep(40, {7, 8, 30})
     trials = 0
-    real = units_module._try_out
+    real = units_module.try_out
 
     def counted(*args: Any) -> Any:
         nonlocal trials
         trials += 1
         return real(*args)
 
-    monkeypatch.setattr(units_module, "_try_out", counted)
+    monkeypatch.setattr(units_module, "try_out", counted)
     units, reasons = look_at_units(net, SHAPE)
     assert len(units) == 41 - 3 and {*reasons} == {"8.a", "9.a", "31.a", "43"} and trials <= 22
 
