@@ -79,7 +79,7 @@ def test_attention_reads_its_weight_itself():
 STAYS = {
     "WeightNorm": {"stem": "a convolution with another weight reads it", "odd": "it meets a tensor that is not sliced"},
     "SpectralNorm": {"odd": "it passes through vdot in odd.parametrizations.weight.0, which has no rule"},
-    "Standardised": {"stem": "a sum or mean in odd is taken over its units"},
+    "Standardised": {},
     "FirstChannelsTwice": {"odd": "it meets a tensor in the net that is not sliced with it"},
     "TrainingHead": {"odd": "it no longer runs in training", "auxiliary": "the net does not call it in evaluation"},
     "ScalePerChannel": {},

@@ -74,11 +74,18 @@ def test_parts_that_do_not_fit_are_refused(module: Classifier, tmp_path: Path) -
             assert "\n" not in str(error.value)
 
 
+ODD_SLICES: list[Any] = [
+    *(3, [3], {"fc.weight": 3}, {"fc.weight": [3]}, {"fc.weight": ["x", None]}, {"fc.weight": [[-1], None]}),
+    *({"fc.weight": [[99], None]}, {"fc.weight": [[], None]}, {"fc.weight": [-1, None]}, {3: [[0]]}),
+]
+
+
 @pytest.mark.parametrize(
     "odd",
     [
         *({"state_dict": state} for state in (None, [], {"net.fc.weight": 3}, {})),
-        *({"surgeries": surgeries} for surgeries in (3, [3], [{}], [{"type": "Thin"}], [{"type": "os.system"}])),
+        *({"surgeries": surgeries} for surgeries in (3, [3], [{}], [{"type": "Thin", "x": 3}], [{"type": "os.system"}])),
+        *({"surgeries": [{"type": "Thin", "slices": slices}]} for slices in ODD_SLICES),
         *({"hyper_parameters": values} for values in (3, {"net": 3}, {"net": NET, "num_classes": "x"})),
     ],
     ids=str,
