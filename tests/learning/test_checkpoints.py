@@ -84,7 +84,10 @@ ODD_SLICES: list[Any] = [
     "odd",
     [
         *({"state_dict": state} for state in (None, [], {"net.fc.weight": 3}, {})),
-        *({"surgeries": surgeries} for surgeries in (3, [3], [{}], [{"type": "Thin", "x": 3}], [{"type": "os.system"}])),
+        *(
+            {"surgeries": surgeries}
+            for surgeries in (3, [3], [{}], [{"type": "Thin", "x": 3}], [{"type": "os.system"}])
+        ),
         *({"surgeries": [{"type": "Thin", "slices": slices}]} for slices in ODD_SLICES),
         *({"hyper_parameters": values} for values in (3, {"net": 3}, {"net": NET, "num_classes": "x"})),
     ],

@@ -9,9 +9,10 @@ import torch
 from helpers.nets import NETS, build, images_for
 from torch import Tensor, nn
 
-from project.compression import to_plain, why_not
+from project.compression import plan_thinning, to_plain
 from project.compression.low_bit.ternary import LowBitWeights, binary_weight
 from project.compression.low_bit.xnor import BinarizeInputs, BinaryInput, binary_sign, count_sign_macs
+from project.compression.thinning.units import look_at_units, masked_net
 from project.deployment.export import export
 from project.deployment.model_file import Metadata
 from project.metrics.complexity import complexity_by_layer, count_macs
@@ -178,13 +179,19 @@ def test_a_surgery_that_does_not_fit_leaves_the_net_as_it_was() -> None:
             BinarizeInputs([name]).apply_(net)
 
 
-def test_units_that_become_signs_are_not_thinned() -> None:
-    """A unit of zeros is a sign all the same, behind its reader's norm; a block's last ones end in the head."""
-    dense, net = binarized()
-    reasons, before = (why_not(each, NETS[NET][1]) for each in (net, dense))
-    block = "blocks.1.branches"
-    read_as_signs = {"stem.0.conv", *(f"{block}.{name}.conv.layer" for name in ("conv3x3.0", "conv5x5.0", "conv5x5.1"))}
-    assert reasons.keys() == read_as_signs | {"fc"} and before.keys() == {"fc"}
+@torch.no_grad()
+def test_units_that_become_signs_are_thinned_as_the_masked_net_has_them() -> None:
+    """The scales of the inputs and of the weights are means over the channels that stay."""
+    _, net = binarized()
+    shape = NETS[NET][1]
+    units, reasons = look_at_units(net, shape)
+    assert reasons.keys() == {"fc"}
+    removed = {layer: of.outputs(range(0, of.num - 1, 2)) for layer, of in units.items()}
+    masked, thinned = masked_net(net, removed, shape).double().eval(), deepcopy(net).double().eval()
+    plan_thinning(net, removed, shape).apply_(thinned)
+    images = torch.randn(4, *shape, generator=torch.Generator().manual_seed(5)).double()
+    expected = masked(images)
+    assert (thinned(images) - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks, stops):
     assert run.metrics.read_text() == whole.run.metrics.read_text()
 
 
-@pytest.mark.parametrize("stops", [(3,), (2, 4)], ids=["in a round", "between rounds"])
+@pytest.mark.parametrize("stops", [(3,), pytest.param((2, 4), marks=pytest.mark.slow)], ids=["in a round", "between"])
 @pytest.mark.parametrize("net", [depthwise_net, layer_norm_net, vision_transformer])
 def test_units_of_any_net_leave_and_are_rewound_and_a_resumed_run_is_never_stopped(tmp_path, net, stops):
     def make() -> list[Any]:
