@@ -265,6 +265,7 @@ def page(rows: list[Row], command: str) -> str:
     head = (__doc__ or "").split("\n    python")[0].split("\n", 2)[2].strip()
     columns = (__doc__ or "").split("--workers 2")[1].strip()
     lines = [
+        "<!-- room: compression/thinning -->",
         "# Removing units from common nets",
         "",
         head,
