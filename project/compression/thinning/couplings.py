@@ -3,7 +3,7 @@
 DepGraph: towards any structural pruning, Fang et al. 2023 (arXiv:2301.12900), section 3: parameters whose sizes depend
 on each other form a group. The paper follows layers. This module follows single channels. The net runs once on the meta
 device, where tensors have shapes and no values, and for each operation of PyTorch's kernel library (ATen) a rule says
-which channels of its inputs and outputs are the same (:mod:`project.compression.thinning.operations`). So one rule for
+which channels of its inputs and outputs are the same (:mod:`project.compression.thinning.rules`). So one rule for
 each operation serves all nets, and the time does not depend on the size of the images.
 
 Every index of every dimension of a parameter or buffer has a number, its *slot*. Slots that only can go together are

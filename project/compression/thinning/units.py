@@ -24,8 +24,8 @@ from project.compression.plain_layers import copy_of
 from project.compression.thinning.couplings import Couplings, ModuleStack
 from project.compression.thinning.groups import Units, groups_of
 from project.compression.thinning.masked import MaskedNet
-from project.compression.thinning.operations import RULES
 from project.compression.thinning.plan import Gone, masked_of, plan_of
+from project.compression.thinning.shapes import RULES
 from project.compression.thinning.thin import Thin
 from project.compression.thinning.trial import DiffersError, evaluated_copy, try_out
 
