@@ -452,6 +452,13 @@ class Classifier(LightningModule):
 
     # -- checkpoint ----------------------------------------------------------------------------------------------
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """PyTorch's method. Weights from a process that has changed the net bring the ``surgeries`` with them."""
+        if "surgeries" in state_dict:
+            self._follow_surgeries(state_dict["surgeries"])
+            state_dict = {name: value for name, value in state_dict.items() if name != "surgeries"}
+        return super().load_state_dict(state_dict, *args, **kwargs)
+
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> "Classifier":
         """Lightning's ``load_from_checkpoint``. If ``net`` is not given, it is built as the command line built it.

@@ -79,7 +79,7 @@ def test_in_float32_two_processes_are_as_near_to_float64_as_one(tmp_path):
     ("options", "num_masks"),
     [
         ({"schedule": Iterative(fraction=0.4, rounds=2), "after": "rewind", "rewind_to": "3it"}, 2),
-        pytest.param({"pruner": Pruner(structure="units", criterion="gradient")}, 3, marks=pytest.mark.slow),
+        pytest.param({"pruner": Pruner(structure="units", criterion="gradient")}, 0, marks=pytest.mark.slow),
         pytest.param({"pruner": Pruner(criterion="random"), "after": "reinit"}, 2, marks=pytest.mark.slow),
         pytest.param(
             {"schedule": Gradual(0.5, 0, 2), "epochs_per_round": None}, 2, id="gradual", marks=pytest.mark.slow

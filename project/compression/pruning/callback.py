@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from torch import Tensor
 
 from project.callbacks.checkpoint import BestAndLast, forget_best, keep_best_as
@@ -236,6 +237,10 @@ class IterativeMagnitudePruning(Callback):
             trainer.fit_loop.max_epochs = self._lengths.dense_epochs
             pl_module.phase = None
             self._held.release()
+            if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):  # the net goes back to its own process
+                pl_module.register_state_dict_post_hook(
+                    lambda module, state, *_: state.update(surgeries=module.surgeries)
+                )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._held.release()
