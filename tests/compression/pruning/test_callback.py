@@ -506,7 +506,7 @@ trainer:
         schedule: {class_path: project.compression.Iterative, init_args: {fraction: 0.4, rounds: 2}}
         pruner:
           class_path: project.compression.Pruner
-          init_args: {criterion: gradient, structure: STRUCTURE, scope: layer}
+          init_args: {criterion: gradient, structure: STRUCTURE}
         after: rewind_lr
         report: false
     - class_path: project.callbacks.EMA
@@ -519,7 +519,9 @@ trainer:
 def test_two_processes_prune_the_same(logs, monkeypatch, structure):
     """Gradients are taken at batch-norm statistics of a process's own, so that the masks must come from one of them."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT / "tests"))
-    logs.parent.joinpath("pruning.yaml").write_text(CONFIG.replace("STRUCTURE", structure))
+    logs.parent.joinpath("pruning.yaml").write_text(
+        CONFIG.replace("STRUCTURE", structure if structure == "weights" else "units, scope: layer")
+    )
     options = ["--trainer.devices=2", "--trainer.strategy=ddp", "--trainer.accelerator=cpu", "--trainer.max_epochs=2"]
     options += [f"--config={logs.parent / 'pruning.yaml'}", "--trainer.observe=false", "--trainer.test_after_fit=false"]
     command = [sys.executable, "-m", "project", "fit", "--config", str(ROOT / "configs/digits.yaml"), *options]
