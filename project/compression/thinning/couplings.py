@@ -11,225 +11,24 @@ joined. A channel of an activation has the slot of the parameter's index that ma
 followed, such as pixels, tokens and images, is ``None``.
 """
 
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-Slots = np.ndarray[Any, np.dtype[np.int64]]
-Axis = Slots | None
-"""The slots of one dimension; ``None`` for a dimension that is not followed."""
-Label = tuple[Axis, ...]
-"""One axis for each dimension of a tensor."""
+from project.compression.thinning.calls import MixingCalls, ModuleStack, flat
+from project.compression.thinning.slots import Axis, Joined, Label, Mixing, Product, Slots, Split, View
+
 Rule = Callable[..., Any]
 """Called with the couplings, the result and the arguments of an operation. It joins slots, and returns the label of the
 result, a list of labels for several results, or ``None`` if no dimension of the results is followed."""
 
-MIXING = ("layer_norm", "rms_norm", "group_norm", "batch_norm", "instance_norm", "local_response_norm")
-"""Functions of ``torch.nn.functional`` that may compute statistics over channels, by name."""
-
-REDUCTIONS = ("mean", "sum", "amax", "amin", "var", "std", "norm")
-"""Functions and methods of tensors that may compute a number over channels, by name."""
-
-
 OF_A_HEAD = "the scale of attention depends on the width of a head"
 """Reason to keep the channels of a head."""
-
-
-class Joined:
-    """Slots, and which of them can only be removed together."""
-
-    def __init__(self) -> None:
-        self.num = 0
-        self._pairs: list[tuple[Slots, Slots]] = []
-        self._fixed: list[tuple[Slots, str]] = []
-
-    def new(self, count: int) -> Slots:
-        """New slots.
-
-        Args:
-            count: number of slots, 0 or more.
-        """
-        self.num += count
-        return np.arange(self.num - count, self.num)
-
-    def join(self, a: Axis, b: Axis, why: str = "it meets a tensor that is not sliced with it") -> None:
-        """Let the slots at equal positions go together. If one axis is not followed, the other stays as it is.
-
-        Args:
-            a, b: axes of the same length.
-            why: reason to keep the slots of one axis if the other is ``None``.
-        """
-        if a is None or b is None:
-            self.fix(a, why)
-            self.fix(b, why)
-        elif a is not b:
-            self._pairs.append((a, b))
-
-    def fix(self, slots: Axis, why: str) -> None:
-        """Let slots stay. The first reason counts.
-
-        Args:
-            slots: axis whose slots stay; nothing happens for ``None``.
-            why: the reason, a main clause.
-        """
-        if slots is not None and slots.size:
-            self._fixed.append((slots, why))
-
-    def solve(self) -> tuple[Slots, dict[int, str]]:
-        """The smallest slot of each slot's set, and the reason for each set that must stay, by its smallest slot."""
-        root = np.arange(self.num)
-        if self._pairs:
-            a, b = (np.concatenate([pair[side].ravel() for pair in self._pairs]) for side in (0, 1))
-            while True:
-                ra, rb = root[a], root[b]
-                if (ra == rb).all():
-                    break
-                np.minimum.at(root, np.maximum(ra, rb), np.minimum(ra, rb))
-                while (root[root] != root).any():
-                    root = root[root]
-        reasons: dict[int, str] = {}
-        for slots, why in self._fixed:
-            for one in np.unique(root[slots.ravel()]).tolist():
-                reasons.setdefault(one, why)
-        return root, reasons
-
-
-@dataclass(frozen=True)
-class View:
-    """A change of shape that states the size of a followed dimension, such as the number of heads of attention.
-
-    Args:
-        module: name of the module in whose forward pass this happens.
-        sizes: sizes of the new dimensions that a dimension is cut into, or that dimensions are joined to.
-        free: position of the one whose indices can be removed.
-        slots: slots of this dimension.
-        shape: the whole new shape.
-        place: position in ``shape`` of the dimension whose indices can be removed.
-    """
-
-    module: str
-    sizes: tuple[int, ...]
-    free: int
-    slots: Slots
-    shape: tuple[int, ...]
-    place: int
-
-
-@dataclass(frozen=True)
-class Split:
-    """A split of a followed dimension into parts.
-
-    Args:
-        module: name of the module in whose forward pass this happens.
-        parts: slots of each part.
-    """
-
-    module: str
-    parts: tuple[Slots, ...]
-
-
-@dataclass(frozen=True)
-class Mixing:
-    """A call of a function that computes statistics over channels.
-
-    Args:
-        function: name of the function in ``torch.nn.functional``.
-        axes: slots of each dimension of its input over which it computes statistics, by the dimension.
-    """
-
-    function: str
-    axes: dict[int, Slots]
-
-
-@dataclass(frozen=True)
-class Product:
-    """The multiply-accumulates of one convolution or matrix product: a constant times the sizes of some dimensions.
-
-    Args:
-        module: name of the module in whose forward pass this happens.
-        constant: multiply-accumulates for one channel of each axis, above 0.
-        axes: slots of each followed dimension.
-    """
-
-    module: str
-    constant: float
-    axes: tuple[Slots, ...]
-
-
-class ModuleStack:
-    """The names of the modules whose forward passes are running, from the outermost to the innermost."""
-
-    def __init__(self, net: nn.Module) -> None:
-        self._names = [""]
-        self._inputs: list[Any] = [()]
-        self.entered = ""
-        """The name of the module that was called last. It may have returned."""
-        self._handles: list[Any] = []
-        for name, module in net.named_modules():
-            self._handles.append(module.register_forward_pre_hook(lambda _, args, name=name: self._enter(name, args)))
-            self._handles.append(module.register_forward_hook(self._leave, always_call=True))
-
-    def _enter(self, name: str, args: Any) -> None:
-        self._names.append(name)
-        self._inputs.append(args)
-        self.entered = name
-
-    def _leave(self, *_: Any) -> None:
-        self._names.pop()
-        self._inputs.pop()
-
-    @property
-    def inputs(self) -> Iterable[Tensor]:
-        """The tensors among the positional arguments of the innermost module."""
-        return [each for each in flat(self._inputs[-1]) if isinstance(each, Tensor)]
-
-    @property
-    def name(self) -> str:
-        """The name of the innermost module."""
-        return self._names[-1]
-
-    def close(self) -> None:
-        """Remove the hooks from the net."""
-        for handle in self._handles:
-            handle.remove()
-
-
-class MixingCalls(TorchFunctionMode):
-    """Numbers the calls of :data:`MIXING` and :data:`REDUCTIONS` in each module. A subclass overrides :meth:`call`."""
-
-    def __init__(self, stack: ModuleStack) -> None:
-        super().__init__()
-        self.stack = stack
-        self._num: Counter[str] = Counter()
-
-    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = getattr(function, "__name__", "")
-        known = name in MIXING and getattr(torch.nn.functional, name) is function
-        if known or (name in REDUCTIONS and args and function in (getattr(Tensor, name), getattr(torch, name, None))):
-            key = (self.stack.name, self._num[self.stack.name])
-            self._num[self.stack.name] += 1
-            return self.call(key, name, function, args, kwargs or {})
-        return function(*args, **(kwargs or {}))
-
-    def call(self, key: tuple[str, int], name: str, function: Any, args: Any, kwargs: Any) -> Any:
-        """Compute one call.
-
-        Args:
-            key: name of the module, and number of the call in this module, from 0.
-            name: name of the function.
-            function: the function that was called.
-            args: positional arguments of the call.
-            kwargs: named arguments of the call.
-        """
-        return function(*args, **kwargs)
 
 
 class Couplings(TorchDispatchMode):
@@ -274,7 +73,6 @@ class Couplings(TorchDispatchMode):
         """For each depthwise convolution the channels that it reads: there are as many groups as channels."""
         self.single_groups: dict[str, Slots] = {}
         """For each group norm with one channel in a group its channels."""
-        self.unknown: set[str] = set()
         self._read: list[Slots] = []
         self._made: list[Slots] = []
         self._labels: dict[int, tuple[Any, Label]] = {}
@@ -399,7 +197,6 @@ class Couplings(TorchDispatchMode):
             for tensor in flat((args, kwargs)):
                 for axis in self.of(tensor) if isinstance(tensor, Tensor) else ():
                     if axis is not None:
-                        self.unknown.add(name)
                         self.joined.fix(
                             axis, f"it passes through {name} in {self.stack.name or 'the net'}, which has no rule"
                         )
@@ -449,18 +246,3 @@ def _no_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
-
-
-def flat(value: Any) -> Iterable[Any]:
-    """All values within nested lists, tuples and dictionaries.
-
-    Args:
-        value: any value, also within lists.
-    """
-    if isinstance(value, list | tuple):
-        for each in value:
-            yield from flat(each)
-    elif isinstance(value, dict):
-        yield from flat(list(value.values()))
-    else:
-        yield value

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from project.compression.thinning.couplings import Couplings, Slots
+from project.compression.thinning.couplings import Couplings
+from project.compression.thinning.slots import Slots
 
 Slice = tuple[str, int]
 """The name of a parameter or buffer, and one of its dimensions."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from project.compression.thinning.couplings import REDUCTIONS, MixingCalls, ModuleStack
+from project.compression.thinning.calls import REDUCTIONS, MixingCalls, ModuleStack
 
 Calls = Mapping[tuple[str, int], tuple[dict[int, list[int]], int]]
 """For each call of a norm (module, and number of the call in the module): by dimension of its input the channels that

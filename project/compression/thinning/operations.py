@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from project.compression.thinning.couplings import OF_A_HEAD, Axis, Couplings, Label, flat
+from project.compression.thinning.calls import flat
+from project.compression.thinning.couplings import OF_A_HEAD, Couplings
 from project.compression.thinning.rules import equal_shares, in_attention, rule, same
+from project.compression.thinning.slots import Axis, Label
 
 # -- each channel on its own -----------------------------------------------------------------------------------------
 

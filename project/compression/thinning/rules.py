@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
-from project.compression.thinning.couplings import Axis, Couplings, Rule, Slots
+from project.compression.thinning.couplings import Couplings, Rule
+from project.compression.thinning.slots import Axis, Slots
 
 RULES: dict[str, Rule] = {}
 """The rule of each operation, by the operation's name in its library. A name ending in ``_`` uses the rule without."""

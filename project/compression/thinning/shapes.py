@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from project.compression.thinning.couplings import Axis, Couplings, Label, Slots, Split, View
+from project.compression.thinning.couplings import Couplings
 from project.compression.thinning.operations import elementwise
 from project.compression.thinning.rules import RULES, equal_shares, in_attention, rule, same
+from project.compression.thinning.slots import Axis, Label, Slots, Split, View
 
 __all__ = ["RULES"]  # the whole table: the import of this module fills it
 

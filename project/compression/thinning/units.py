@@ -21,7 +21,8 @@ import torch
 from torch import nn
 
 from project.compression.plain_layers import copy_of
-from project.compression.thinning.couplings import Couplings, ModuleStack
+from project.compression.thinning.calls import ModuleStack
+from project.compression.thinning.couplings import Couplings
 from project.compression.thinning.groups import Units, groups_of
 from project.compression.thinning.masked import MaskedNet
 from project.compression.thinning.plan import Gone, masked_of, plan_of
