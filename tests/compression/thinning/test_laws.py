@@ -3,7 +3,7 @@
 import io
 import re
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from copy import deepcopy
 from functools import cache
 from typing import Any, NamedTuple
@@ -22,14 +22,6 @@ from project.compression.thinning.masked import MaskedNet
 from project.compression.thinning.thin import Thin, sliced
 from project.compression.thinning.units import Units, look_at_units, masked_net, plan_thinning, units_of
 from project.models.surgery import replay_, to_plain
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
 
 
 class Case(NamedTuple):

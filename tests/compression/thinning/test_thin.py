@@ -1,7 +1,7 @@
 """A thinned net computes what the masked one does. What cannot be removed exactly stays, and is named."""
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -31,15 +31,6 @@ from project.models import SmallInception
 from project.models.inception_blocks import Branches, NaiveInception
 from project.models.layers import GlobalAvgPool
 from project.models.surgery import replay_, to_plain
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(num_threads)
-
 
 LARGE = {"InceptionV3-75", "BNGoogLeNet-48"}
 
