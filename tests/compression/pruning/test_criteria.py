@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from project.compression import NormScaleL1, Pruner, Units, units_of
 from project.compression.pruning import saliency
+from project.compression.pruning.gradients import readable_at_inputs
 from project.compression.pruning.norm_scales import norm_scales
 from project.compression.pruning.saliency import FOR_UNITS, OF_IMAGES, saliency_of_units, saliency_of_weights
 from project.models import SmallInception
@@ -296,11 +297,11 @@ def test_gates_at_inputs_are_gates_of_weights(criterion, images_per_batch, monke
     torch.manual_seed(0)
     net, units, images, labels = double(Tokens())
     images, labels = images[:images_per_batch], labels[:images_per_batch]
-    names = saliency._readable_at_inputs(net, units, images)
+    names = readable_at_inputs(net, units, images)
     assert "up" in names
     assert not names & {"first", "grouped.0", "fc.0", "twice"}
     fast = saliency_of_units(net, units, criterion, images, labels, 3)
-    monkeypatch.setattr(saliency, "_readable_at_inputs", lambda *_: set())
+    monkeypatch.setattr(saliency, "readable_at_inputs", lambda *_: set())
     slow = saliency_of_units(net, units, criterion, images, labels, 3)
     assert list(fast) == list(slow) == list(units)
     for layer, score in slow.items():
@@ -312,9 +313,9 @@ def test_all_units_of_the_inception_have_gates_at_inputs(monkeypatch):
     torch.manual_seed(0)
     net = SmallInception(5, SHAPE, width=0.25, stages=((32,),)).double()
     net, units, images, labels = double(net)
-    assert saliency._readable_at_inputs(net, units, images) == set(units)
+    assert readable_at_inputs(net, units, images) == set(units)
     fast = saliency_of_units(net, units, "obd", images[:8], labels[:8], 3)
-    monkeypatch.setattr(saliency, "_readable_at_inputs", lambda *_: set())
+    monkeypatch.setattr(saliency, "readable_at_inputs", lambda *_: set())
     torch.testing.assert_close(fast, saliency_of_units(net, units, "obd", images[:8], labels[:8], 3))
 
 
