@@ -24,12 +24,10 @@ def plan_of(net: nn.Module, c: Couplings, gone: Gone) -> Thin:
                 for axis in label
             ]
     sizes: dict[str, dict[str, Any]] = defaultdict(dict)
-    for module, axis in c.groups.items():
-        if gone[axis].any():
-            sizes[module]["groups"] = int((~gone[axis]).sum())
-    for module, axis in c.single_groups.items():
-        if gone[axis].any():
-            sizes[module]["num_groups"] = int((~gone[axis]).sum())
+    for key, by_module in (("groups", c.groups), ("num_groups", c.single_groups)):
+        for module, axis in by_module.items():
+            if gone[axis].any():
+                sizes[module][key] = int((~gone[axis]).sum())
     for (module, _), mixing in c.mixing.items():
         norm = net.get_submodule(module)
         if isinstance(norm, nn.LayerNorm | nn.RMSNorm) and norm.weight is None:
