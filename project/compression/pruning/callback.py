@@ -314,7 +314,7 @@ class IterativeMagnitudePruning(Callback):
         return 0.0 if self.whole is None else 1 - num_weights(module.net) / self.whole.weights
 
     def _prune(self, trainer: Trainer, module: Classifier, amount: float) -> None:
-        """Prune ``amount`` of what is left. All processes get the masks of the first one."""
+        """Prune ``amount`` of what is left. All processes prune what the first one has chosen."""
         images, labels = self._images(trainer, module) if self.pruner.needs_images else (None, None)
         masks = self.pruner.prune(
             module.net,
@@ -327,11 +327,11 @@ class IterativeMagnitudePruning(Callback):
             image_shape=module.image_shape,
             widths=self.whole.units if self.whole else None,
         )
-        masks = trainer.strategy.broadcast(masks)
         if self.pruner.structure == "units":
-            self._remove(trainer, module, removed_units(self._groups, masks))
+            removed = removed_units(self._groups, masks)
+            self._remove(trainer, module, trainer.strategy.broadcast(removed))
         else:
-            self.masks = masks
+            self.masks = trainer.strategy.broadcast(masks)
             self.hold(trainer, module)
             apply_masks_(module.net, self.masks)
             for ema in _emas(trainer):
