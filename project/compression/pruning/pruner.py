@@ -11,7 +11,6 @@ The net's own parameters stay in place and keep their names. A pruned weight nev
 masks of the call before.
 """
 
-import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from project.compression.plain_layers import check_weights, name_layers
+from project.compression.pruning.choice import choose_layers, groups_of_units, groups_of_weights
 from project.compression.pruning.dead_ends import without_dead_ends
 from project.compression.pruning.last_weights import keep_last_weights_, last_weights
 from project.compression.pruning.masks import Group, Masks, sparsity, unit_masks, units_left
@@ -33,13 +32,6 @@ from project.compression.pruning.saliency import (
     saliency_of_weights,
 )
 from project.compression.pruning.unit_budget import Macs, least_units, take_cheapest
-from project.compression.thinning.groups import Units
-from project.compression.thinning.units import look_at_units, trace
-
-log = logging.getLogger(__name__)
-
-_WEIGHT_LAYERS = (nn.Conv2d, nn.Linear)
-_UNIT_LAYERS = (nn.modules.conv._ConvNd, nn.Linear, nn.MultiheadAttention)
 
 Scope = Literal["global", "layer", "deviation"]
 Budget = Literal["count", "effective", "macs"]
@@ -101,8 +93,8 @@ class Pruner:
             ``macs``: the multiply-accumulates of the whole net, for units with ``global``; the units that are worth
             least for each saved multiply-accumulate are pruned (:mod:`project.compression.pruning.unit_budget`).
         round_to: divisor of the layers' widths after a pruning, 1 or more, because dense kernels work on 8 or 16
-            channels at a time. A layer with more units than ``round_to`` that loses any keeps a multiple of it. Above 1
-            every layer keeps some units. Null is 8 for units with ``global``, and 1 otherwise.
+            channels at a time. A layer with more units than ``round_to`` that loses any keeps a multiple of it. Null is
+            8 for units with ``global``, and 1 otherwise.
         num_images: number of training images, 1 or more, that ``obd``, ``taylor``, ``gradient`` and ``gradient_sum``
             take gradients of.
 
@@ -191,67 +183,20 @@ class Pruner:
             image_shape: shape (C, H, W) of an image, with which the units are traced.
 
         Raises:
-            ValueError: if a regular expression matches no layer, if no layer is left to prune, or if ``exclude`` is
-                given and the units of an included layer cannot be removed.
+            ValueError: if a regular expression matches no layer, if no layer is left to prune, or if ``include`` names
+                a layer whose units cannot be removed.
         """
-        kinds = _UNIT_LAYERS if self.structure == "units" else _WEIGHT_LAYERS
-        layers = [name for name, module in net.named_modules() if isinstance(module, kinds)]
-        for argument, patterns in (
-            ("include", self.include or []),
-            ("exclude", self.exclude or []),
-            ("rates", self.rates),
-        ):
-            for pattern in patterns:
-                if not any(re.search(pattern, name) for name in layers):
-                    raise ValueError(
-                        f"{argument} has {pattern!r}, which finds no layer: choose among the layers {_some(layers)}."
-                    )
-        excluded = [f"^{re.escape(name)}$" for name in layers[-1:]] if self.exclude is None else self.exclude
-        chosen = [
-            name
-            for name in layers
-            if any(re.search(pattern, name) for pattern in self.include or [".*"])
-            and not any(re.search(pattern, name) for pattern in excluded)
-        ]
-        if self.structure == "weights":
-            check_weights(net, chosen, "pruning")
-            known = trace(net, image_shape).groups if self.budget == "effective" else {}
-            groups = [_group_of_weights(net, name, known) for name in chosen]
+        patterns = {"include": self.include, "exclude": self.exclude, "rates": list(self.rates)}
+        chosen, excluded = choose_layers(net, patterns, units=self.structure == "units")
+        if self.structure == "units":
+            groups = groups_of_units(net, chosen, excluded, image_shape, named=self.include is not None)
         else:
-            groups = self._groups_of_units(net, chosen, excluded, image_shape)
+            groups = groups_of_weights(net, chosen, image_shape, dead_ends=self.budget == "effective")
         if not groups:
             raise ValueError(
                 f"no layer is left to prune with include {self.include or ['.*']} and exclude {excluded}: include more "
                 "layers, or exclude fewer."
             )
-        return groups
-
-    def _groups_of_units(
-        self, net: nn.Module, chosen: list[str], excluded: list[str], image_shape: tuple[int, int, int]
-    ) -> list[Group]:
-        """The groups of units with a chosen layer and without an excluded one."""
-        units, reasons = look_at_units(net, image_shape)
-        refused = {name: reasons[name] for name in chosen if name in reasons}
-        if refused and len(refused) == len(chosen):
-            raise ValueError(
-                f"{type(net).__name__} has no layer left whose units can be removed: {name_layers(refused)}. Prune its "
-                "weights (structure: weights), or include other layers."
-            )
-        if refused and self.include is not None:
-            name, reason = next(iter(refused.items()))
-            raise ValueError(
-                f"units of {name}, which include names, cannot be removed: {reason}. Take this layer out of include, "
-                "or add it to exclude."
-            )
-        if refused:
-            log.info("these layers keep their units, which cannot be removed: %s", name_layers(refused))
-        groups = []
-        for name, each in units.items():
-            kept = [other for other in each.layers if any(re.search(pattern, other) for pattern in excluded)]
-            if any(layer in chosen for layer in each.layers) and not kept:
-                parameters = dict(net.named_parameters())
-                names = tuple(dict.fromkeys(key for key, _ in each.slices if key in parameters))
-                groups.append(Group(name, names, each))
         return groups
 
     def prune(
@@ -302,8 +247,8 @@ class Pruner:
             }
         elif self.structure == "units":
             cost = self._macs(net, groups, image_shape)
-            options = {"keep": self.keep, "round_to": self._round_to(groups), "cost": cost, "widths": widths}
-            kept = take_cheapest(scores, left, amount, **options)  # type: ignore[arg-type]
+            round_to = self._round_to(groups)
+            kept = take_cheapest(scores, left, amount, keep=self.keep, round_to=round_to, cost=cost, widths=widths)
         else:
             kept = self._prune_global(scores, left, amount)
         if self.structure == "units":
@@ -442,17 +387,6 @@ def num_weights(net: nn.Module) -> int:
     return sum(parameter.numel() for parameter in net.parameters() if parameter.dim() > 1)
 
 
-def _group_of_weights(net: nn.Module, layer: str, known: Mapping[str, Units]) -> Group:
-    """The group of one layer's weights.
-
-    If the units of the layer are known, the group also names the biases and norms that are pruned with a dead end.
-    """
-    units = next((each for each in known.values() if each.layers[0] == layer), None)
-    names = dict(net.named_parameters())
-    others = [name for name in units.parameters if name in names and names[name].dim() == 1] if units else []
-    return Group(layer, (f"{layer}.weight", *others), units)
-
-
 def _left(net: nn.Module, group: Group, masks: Mapping[str, Tensor], structure: str) -> Tensor:
     """What earlier rounds have left of a group, as bools: the weight's shape for weights, ``[num_units]`` for units."""
     name = group.parameters[0]
@@ -480,8 +414,3 @@ def _deviation(net: nn.Module, layer: str, left: Tensor) -> Tensor:
 def _shaped(mask: Tensor, parameter: Tensor) -> Tensor:
     """The mask with the parameter's type and memory format."""
     return torch.empty_like(parameter).copy_(mask)
-
-
-def _some(names: list[str]) -> str:
-    """The first four names, and the number of the others."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
