@@ -60,7 +60,7 @@ class LandscapeProbe(Probe):
         super().__init__(every_n_steps, every_n_epochs, num_images, mode)
         self.distances = tuple(distances)
 
-    def measure(self, objective: LossOnImages) -> dict[str, float]:
+    def _values(self, objective: LossOnImages) -> dict[str, float]:
         found = loss_landscape(objective, objective.parameters, self.distances)
         values = {
             "loss": found.loss,
@@ -73,7 +73,7 @@ class LandscapeProbe(Probe):
         }
         return {f"landscape/{name}": value for name, value in values.items()}
 
-    def draw(self) -> "Figure":
+    def _draw(self) -> "Figure":
         from project.metrics.probes.figures import plot_landscape
 
         return plot_landscape(self.history)
@@ -128,7 +128,7 @@ class SharpnessProbe(Probe):
         super().__init__(every_n_steps, every_n_epochs, num_images, mode)
         self.epsilons, self.subspace, self.iterations, self.seed = tuple(epsilons), subspace, iterations, seed
 
-    def measure(self, objective: LossOnImages) -> dict[str, float]:
+    def _values(self, objective: LossOnImages) -> dict[str, float]:
         name = "sharpness" if self.subspace is None else f"sharpness_of_{self.subspace}"
         return {
             f"{name}/{epsilon:g}": sharpness(
@@ -153,7 +153,7 @@ class CurvatureProbe(Probe):
 
     Args:
         count: number of eigenvalues, 1 or more.
-        iterations: largest number of iterations of Lanczos' method, ``count`` or more.
+        iterations: largest number of iterations of Lanczos' method, at least 1 and at least ``count``.
         tolerance: relative residual at which the iteration ends, 0 or more.
         every_n_steps: number of optimizer steps from one measurement to the next, 1 or more. ``None`` measures at no
             step.
@@ -195,7 +195,7 @@ class CurvatureProbe(Probe):
                 "choose mode eval, or one process."
             )
 
-    def measure(self, objective: LossOnImages) -> dict[str, float]:
+    def _values(self, objective: LossOnImages) -> dict[str, float]:
         found = top_eigenvalues(objective, objective.parameters, self.count, self.iterations, self.tolerance, self.seed)
         return {f"top_eigenvalue{f'_{i}' if i > 1 else ''}": value for i, value in enumerate(found, 1)}
 
@@ -235,7 +235,7 @@ class GradientNormProbe(Probe):
     ) -> None:
         super().__init__(every_n_steps, every_n_epochs, num_images, mode)
 
-    def measure(self, objective: LossOnImages) -> dict[str, float]:
+    def _values(self, objective: LossOnImages) -> dict[str, float]:
         # Not loss.backward(), at which DDP would exchange gradients.
         for parameter in objective.net.parameters():
             parameter.grad = None
@@ -245,7 +245,7 @@ class GradientNormProbe(Probe):
             parameter.grad = gradient
         return {f"gradient_norm/{name}": norm for name, norm in gradient_norms(objective.net).items()}
 
-    def draw(self) -> "Figure":
+    def _draw(self) -> "Figure":
         from project.metrics.probes.figures import plot_gradient_norms
 
         return plot_gradient_norms(self.history)
@@ -282,7 +282,7 @@ class ActivationProbe(Probe):
     ) -> None:
         super().__init__(every_n_steps, every_n_epochs, num_images, mode)
 
-    def measure(self, objective: LossOnImages) -> dict[str, float]:
+    def _values(self, objective: LossOnImages) -> dict[str, float]:
         objective.num_forward += 1
         shares = activation_sparsity(objective.net, objective.images.clone())
         mean = sum(shares.values()) / len(shares)

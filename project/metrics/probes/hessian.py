@@ -62,7 +62,7 @@ def top_eigenvalues(
             torch can differentiate twice.
         parameters: parameters that the Hessian is of, all of one type and on one device.
         count: number of eigenvalues, from 1 to the number of values in the parameters.
-        iterations: largest number of products with the Hessian, ``count`` or more.
+        iterations: largest number of products with the Hessian, at least 1 and at least ``count``.
         tolerance: relative residual at which the iteration ends, 0 or more.
         seed: seed of the start vector; any int.
 

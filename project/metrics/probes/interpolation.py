@@ -84,7 +84,7 @@ def loss_and_accuracy(
     Args:
         net: net that the state dicts belong to. It runs in evaluation mode.
         images: images ``[N, C, H, W]`` as the net takes them, on its device.
-        labels: class numbers ``[N]``.
+        labels: class numbers ``[N]`` of the images.
         loss: function of logits ``[N, K]`` and labels that gives a scalar.
         batch_statistics: whether batch norms use mean and variance of these images instead of the running ones.
     """

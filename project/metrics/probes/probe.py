@@ -72,14 +72,14 @@ class Probe(Callback):
         self._has_told = self._has_ended = False
 
     @abstractmethod
-    def measure(self, objective: LossOnImages) -> dict[str, float]:
+    def _values(self, objective: LossOnImages) -> dict[str, float]:
         """One measurement: values by the names that they are logged with. Everything is put back afterwards.
 
         Args:
             objective: loss of the run's net on the images.
         """
 
-    def draw(self) -> "Figure":
+    def _draw(self) -> "Figure":
         """The picture of :attr:`history`, for a class that has the name of one."""
         raise NotImplementedError
 
@@ -136,13 +136,13 @@ class Probe(Callback):
         self._has_ended = True
         self._measure(trainer, module)
         if self.picture:
-            show_figure(trainer, self.picture, self.draw())
+            show_figure(trainer, self.picture, self._draw())
 
     def _measure(self, trainer: Trainer, module: Any) -> None:
         start = time.perf_counter()
         objective = self._objective(trainer, module)
         with objective.measuring(self.mode):
-            values = {f"probe/{name}": value for name, value in self.measure(objective).items()}
+            values = {f"probe/{name}": value for name, value in self._values(objective).items()}
         self.history[trainer.global_step] = values
         for logger in trainer.loggers:
             logger.log_metrics({"epoch": trainer.current_epoch, **values}, trainer.global_step)
