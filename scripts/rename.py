@@ -220,7 +220,8 @@ def goes(root: Path, path: Path, house: House, gone: Sequence[str], names: set[s
 def scripts_of(root: Path, path: Path) -> list[Path]:
     """The scripts that a Python file imports when it is loaded."""
     names = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return [script for name in names if (script := root / "scripts" / f"{name}.py").is_file()]
+    folders = [root / "scripts", root / "scripts/studies"]
+    return [script for name in names for folder in folders if (script := folder / f"{name}.py").is_file()]
 
 
 def class_paths(value: object) -> list[str]:
