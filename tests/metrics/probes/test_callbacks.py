@@ -22,6 +22,7 @@ from project.callbacks import (
 )
 from project.data import Digits
 from project.frame.verbs import Trainer
+from project.learning.whole_batch import WholeBatch
 from project.metrics.probes import loss_landscape, sharpness, top_eigenvalue
 from project.metrics.probes.figures import plot_gradient_norms, plot_landscape
 from project.metrics.probes.objective import LossOnImages, fixed_images
@@ -204,6 +205,17 @@ def test_a_compiled_net_is_measured_plain():
     with objective.measuring("train"):
         assert top_eigenvalue(objective, objective.parameters) > 0
     assert net._compiled_call_impl is compiled
+
+
+def test_processes_do_not_wait_for_each_other():
+    """With sync_batchnorm the layers of all processes work together, but not in a measurement: it may be a search."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8, 2))
+    WholeBatch().apply(net)
+    shared = net[1].forward, net[2].forward
+    objective = LossOnImages(net, nn.CrossEntropyLoss(), torch.randn(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64))
+    with objective.measuring("train"):
+        assert sharpness(objective, objective.parameters) > 0  # there is no process group here
+    assert (net[1].forward, net[2].forward) == shared
 
 
 def test_the_names_of_the_callbacks_are_public():
