@@ -102,12 +102,14 @@ class SharpnessProbe(Probe):
             ``None`` measures at no epoch.
         num_images: number of training images to measure on, 1 or more, all in one batch.
         mode: mode of the net, ``"train"`` or ``"eval"``. It is a property of the trained net, so batch norm has its
-            running statistics by default. They fit no other weights, so nets with batch norm are sharp in this mode.
+            running statistics by default. They fit no other weights, so nets with batch norm are sharper in this mode.
         seed: seed of the search and of the subspace; any int.
 
     Raises:
         ValueError: if a number is outside its range.
     """
+
+    usual_mode: Mode = "eval"
 
     def __init__(
         self,
@@ -263,6 +265,8 @@ class ActivationProbe(Probe):
         num_images: number of training images to measure on, 1 or more, all in one batch.
         mode: mode of the net, ``"train"`` or ``"eval"``. Without dropout, the zeros are those of the activations alone.
     """
+
+    usual_mode: Mode = "eval"
 
     def __init__(
         self,

@@ -148,7 +148,7 @@ def test_the_numbers_are_logged_and_the_pictures_drawn(whole):
     for name in ("landscape/loss_max", "landscape/smoothness", "top_eigenvalue", "top_eigenvalue_2", "sharpness/0.001"):
         assert f"probe/{name}" in last and f"probe/{name}" in first, name
     assert last["probe/sharpness_of_3/0.001"] > 0 and "probe/sharpness_of_3/0.001" not in first
-    assert 0 < last["probe/zeros/0.act"] < 1 and last["probe/gradient_norm/4"] > 0
+    assert 0 < last["probe/train/zeros/0.act"] < 1 and last["probe/gradient_norm/4"] > 0
 
     objective = LossOnImages(model.net, model.loss, *fixed_images(trainer.datamodule, 32))
     with objective.measuring("train"):
@@ -226,11 +226,11 @@ def test_the_names_of_the_callbacks_are_public():
 
 def test_pictures_of_one_measurement_and_of_broken_ones():
     names = ("loss", "loss_min", "loss_max", "gradient_change_min", "gradient_change_max", "smoothness")
-    values = {f"probe/landscape/{name}": value for name, value in zip(names, [1, 0.5, 2, 0, 3, 4], strict=True)}
+    values = {f"landscape/{name}": value for name, value in zip(names, [1, 0.5, 2, 0, 3, 4], strict=True)}
     broken = dict.fromkeys(values, float("inf"))
     for history in ({0: values}, {0: values, 5: broken, 9: values}, {0: broken}):
         assert len(plot_landscape(history).axes) == 3
-    norms = {step: {"probe/gradient_norm/a": 0.0, "probe/gradient_norm/b": 1.0} for step in range(30)}
+    norms = {step: {"gradient_norm/a": 0.0, "gradient_norm/b": 1.0} for step in range(30)}
     assert len(plot_gradient_norms(norms).axes[0].lines) == 8
 
 
