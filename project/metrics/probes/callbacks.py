@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
 
 from project.metrics.probes.activations import activation_sparsity
 from project.metrics.probes.gradient_norms import gradient_norms
@@ -103,12 +102,14 @@ class SharpnessProbe(Probe):
             ``None`` measures at no epoch.
         num_images: number of training images to measure on, 1 or more, all in one batch.
         mode: mode of the net, ``"train"`` or ``"eval"``. It is a property of the trained net, so batch norm has its
-            running statistics by default. They fit no other weights, so nets with batch norm are sharp in this mode.
+            running statistics by default. They fit no other weights, so nets with batch norm are sharper in this mode.
         seed: seed of the search and of the subspace; any int.
 
     Raises:
         ValueError: if a number is outside its range.
     """
+
+    usual_mode: Mode = "eval"
 
     def __init__(
         self,
@@ -164,7 +165,7 @@ class CurvatureProbe(Probe):
         seed: seed of the start vector; any int.
 
     Raises:
-        ValueError: if a number is outside its range, or if processes share batch statistics in training mode.
+        ValueError: if a number is outside its range.
     """
 
     def __init__(
@@ -186,14 +187,6 @@ class CurvatureProbe(Probe):
             raise ValueError(f"tolerance is {tolerance}, but it bounds a residual: choose 0 or more, such as 1e-3.")
         super().__init__(every_n_steps, every_n_epochs, num_images, mode)
         self.count, self.iterations, self.tolerance, self.seed = count, iterations, tolerance, seed
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
-        if self.mode == "train" and trainer.world_size > 1 and getattr(trainer, "sync_batchnorm", False):
-            raise ValueError(
-                "CurvatureProbe has mode train, but with trainer.sync_batchnorm batch norm has no second derivative: "
-                "choose mode eval, or one process."
-            )
 
     def _values(self, objective: LossOnImages) -> dict[str, float]:
         found = top_eigenvalues(objective, objective.parameters, self.count, self.iterations, self.tolerance, self.seed)
@@ -272,6 +265,8 @@ class ActivationProbe(Probe):
         num_images: number of training images to measure on, 1 or more, all in one batch.
         mode: mode of the net, ``"train"`` or ``"eval"``. Without dropout, the zeros are those of the activations alone.
     """
+
+    usual_mode: Mode = "eval"
 
     def __init__(
         self,

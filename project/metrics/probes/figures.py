@@ -22,7 +22,7 @@ def plot_landscape(history: History) -> "Figure":
 
     steps = sorted(history)
     values = {
-        name: [_finite(history[step][f"probe/landscape/{name}"]) for step in steps]
+        name: [_finite(history[step][f"landscape/{name}"]) for step in steps]
         for name in ("loss", "loss_min", "loss_max", "gradient_change_min", "gradient_change_max", "smoothness")
     }
     marker = "o" if len(steps) < 3 else None

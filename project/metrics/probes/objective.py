@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from project.learning.whole_batch import WholeBatch
 from project.metrics.probes.unchanged import unchanged
 
 
@@ -41,6 +42,9 @@ class LossOnImages:
     def measuring(self, mode: str) -> Iterator[None]:
         """A context that leaves everything unchanged and counts forward and backward passes.
 
+        Batch norm and dropout of ``trainer.sync_batchnorm`` act on this process alone in the meantime: processes that
+        search need not make the same number of passes.
+
         Args:
             mode: mode of the net, ``"train"`` or ``"eval"``.
         """
@@ -48,18 +52,23 @@ class LossOnImages:
         def count(_gradient: Tensor) -> None:
             self.num_backward += 1
 
-        compiled = [(module, call) for module in self.net.modules() if (call := module._compiled_call_impl) is not None]
+        modules = list(self.net.modules())
+        compiled = [(module, call) for module in modules if (call := module._compiled_call_impl) is not None]
+        replaced = [(module, module.forward) for module in modules if "forward" in vars(module)]
         with unchanged(self.net), unchanged(self.loss):
             self.net.train(mode == "train")
             hook = self.parameters[-1].register_hook(count)  # each backward pass reaches the head
             for module, _ in compiled:  # a compiled net has no second derivative
                 module._compiled_call_impl = None
+            WholeBatch().revert(self.net)
             try:
                 yield
             finally:
                 hook.remove()
                 for module, call in compiled:
                     module._compiled_call_impl = call
+                for module, forward in replaced:
+                    module.forward = forward
 
 
 def fixed_images(data: Any, count: int) -> tuple[Tensor, Tensor]:

@@ -27,7 +27,8 @@ class Probe(Callback):
     unchanged: a run ends with the same bits as one without the probe. With EMA, the averages are measured at the end if
     the probe stands after it in the list, and else the raw weights. In several processes each measures the same.
 
-    The numbers go to ``metrics.csv`` and TensorBoard as ``probe/…``, at the number of steps that were taken before.
+    The numbers go to ``metrics.csv`` and TensorBoard as ``probe/…``, at the number of steps that were taken before. A
+    run may have two probes of a kind, if their mode (or subspace) differs, so that their numbers have different names.
     The log says once what a measurement costs. A checkpoint holds what was measured, for the picture at the end.
 
     Args:
@@ -45,6 +46,8 @@ class Probe(Callback):
 
     picture = ""
     """Name of the picture in TensorBoard and in the run's folder; empty for none."""
+    usual_mode: Mode = "train"
+    """Mode whose numbers have the plain name. Those of the other mode go to ``probe/<mode>/…``."""
 
     def __init__(
         self,
@@ -136,16 +139,19 @@ class Probe(Callback):
         self._has_ended = True
         self._measure(trainer, module)
         if self.picture:
-            show_figure(trainer, self.picture, self._draw())
+            name = self.picture if self.mode == self.usual_mode else f"{self.picture}_{self.mode}"
+            show_figure(trainer, name, self._draw())
 
     def _measure(self, trainer: Trainer, module: Any) -> None:
         start = time.perf_counter()
         objective = self._objective(trainer, module)
         with objective.measuring(self.mode):
-            values = {f"probe/{name}": value for name, value in self._values(objective).items()}
+            values = self._values(objective)
         self.history[trainer.global_step] = values
+        prefix = "probe" if self.mode == self.usual_mode else f"probe/{self.mode}"
+        row = {"epoch": trainer.current_epoch, **{f"{prefix}/{name}": value for name, value in values.items()}}
         for logger in trainer.loggers:
-            logger.log_metrics({"epoch": trainer.current_epoch, **values}, trainer.global_step)
+            logger.log_metrics(row, trainer.global_step)
         if not self._has_told:
             self._has_told = True
             log.info(

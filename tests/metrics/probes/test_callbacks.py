@@ -22,6 +22,7 @@ from project.callbacks import (
 )
 from project.data import Digits
 from project.frame.verbs import Trainer
+from project.learning.whole_batch import WholeBatch
 from project.metrics.probes import loss_landscape, sharpness, top_eigenvalue
 from project.metrics.probes.figures import plot_gradient_norms, plot_landscape
 from project.metrics.probes.objective import LossOnImages, fixed_images
@@ -147,7 +148,7 @@ def test_the_numbers_are_logged_and_the_pictures_drawn(whole):
     for name in ("landscape/loss_max", "landscape/smoothness", "top_eigenvalue", "top_eigenvalue_2", "sharpness/0.001"):
         assert f"probe/{name}" in last and f"probe/{name}" in first, name
     assert last["probe/sharpness_of_3/0.001"] > 0 and "probe/sharpness_of_3/0.001" not in first
-    assert 0 < last["probe/zeros/0.act"] < 1 and last["probe/gradient_norm/4"] > 0
+    assert 0 < last["probe/train/zeros/0.act"] < 1 and last["probe/gradient_norm/4"] > 0
 
     objective = LossOnImages(model.net, model.loss, *fixed_images(trainer.datamodule, 32))
     with objective.measuring("train"):
@@ -206,6 +207,17 @@ def test_a_compiled_net_is_measured_plain():
     assert net._compiled_call_impl is compiled
 
 
+def test_processes_do_not_wait_for_each_other():
+    """With sync_batchnorm the layers of all processes work together, but not in a measurement: it may be a search."""
+    net = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2), nn.Dropout(0.5), nn.Flatten(), nn.Linear(8, 2))
+    WholeBatch().apply(net)
+    shared = net[1].forward, net[2].forward
+    objective = LossOnImages(net, nn.CrossEntropyLoss(), torch.randn(3, 1, 2, 2), torch.zeros(3, dtype=torch.int64))
+    with objective.measuring("train"):
+        assert sharpness(objective, objective.parameters) > 0  # there is no process group here
+    assert (net[1].forward, net[2].forward) == shared
+
+
 def test_the_names_of_the_callbacks_are_public():
     for name in ("ActivationProbe", "CurvatureProbe", "GradientNormProbe", "LandscapeProbe", "SharpnessProbe"):
         assert name in dir(project.callbacks)
@@ -214,11 +226,11 @@ def test_the_names_of_the_callbacks_are_public():
 
 def test_pictures_of_one_measurement_and_of_broken_ones():
     names = ("loss", "loss_min", "loss_max", "gradient_change_min", "gradient_change_max", "smoothness")
-    values = {f"probe/landscape/{name}": value for name, value in zip(names, [1, 0.5, 2, 0, 3, 4], strict=True)}
+    values = {f"landscape/{name}": value for name, value in zip(names, [1, 0.5, 2, 0, 3, 4], strict=True)}
     broken = dict.fromkeys(values, float("inf"))
     for history in ({0: values}, {0: values, 5: broken, 9: values}, {0: broken}):
         assert len(plot_landscape(history).axes) == 3
-    norms = {step: {"probe/gradient_norm/a": 0.0, "probe/gradient_norm/b": 1.0} for step in range(30)}
+    norms = {step: {"gradient_norm/a": 0.0, "gradient_norm/b": 1.0} for step in range(30)}
     assert len(plot_gradient_norms(norms).axes[0].lines) == 8
 
 
