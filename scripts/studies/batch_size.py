@@ -97,7 +97,7 @@ def fixed_rate(study: Study, groups: Groups) -> float:
         {spread(accuracies(runs[large]), 2, 100)} with {large:,}""",
     )
     sharp = {
-        (batch, eps): [run.last(f"probe/sharpness/{eps:g}") for run in runs[batch]]
+        (batch, eps): [run.last(f"probe/train/sharpness/{eps:g}") for run in runs[batch]]
         for batch in BATCHES
         for eps in EPSILONS
     }
@@ -239,7 +239,7 @@ def draw(figure: Any, study: Study, groups: Groups, rate: float) -> None:
     axes[1].set(xscale="log", xlabel="batch size (images)", ylabel="test accuracy (%)")
     for color, eps in enumerate(EPSILONS):
         rows = [
-            [groups[batch, rate][number].last(f"probe/sharpness/{eps:g}") for batch in BATCHES] for number in numbers
+            [groups[batch, rate][number].last(f"probe/train/sharpness/{eps:g}") for batch in BATCHES] for number in numbers
         ]
         draw_seeds(axes[2], BATCHES, rows, f"ε = {eps:g}", f"C{color}")
     axes[2].set(xscale="log", xlabel="batch size (images)", ylabel="sharpness (metric 2.1)")
