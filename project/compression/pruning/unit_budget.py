@@ -139,17 +139,18 @@ def step_of(num_units: int, round_to: int) -> int:
     return round_to if num_units > round_to else 1
 
 
-def least_units(num_units: int, keep: float, round_to: int) -> int:
+def least_units(num_units: int, keep: float, round_to: int, fewest: int = 1) -> int:
     """The least number of units that a layer keeps.
 
     Args:
         num_units: number of units of the layer, 1 or more.
         keep: share of the units that stays, in [0, 1).
         round_to: divisor of the width, 1 or more.
+        fewest: number of units that must stay, 1 or more.
     """
     step = step_of(num_units, round_to)
-    # at least the share `keep`, at least one unit, and whole steps
-    return math.ceil(max(math.ceil(keep * num_units), 1) / step) * step
+    # at least the share `keep`, at least the fewest, and whole steps
+    return math.ceil(max(math.ceil(keep * num_units), fewest) / step) * step
 
 
 def take_cheapest(
@@ -161,6 +162,7 @@ def take_cheapest(
     round_to: int | Mapping[str, int] = 1,
     cost: Cost | None = None,
     widths: Mapping[str, int] | None = None,
+    fewest: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """The masks ``left`` without the units of least saliency for their cost.
 
@@ -175,6 +177,7 @@ def take_cheapest(
         cost: the cost of the whole net, which this function changes; ``None`` counts units.
         widths: number of units that each layer had before the first pruning, of which ``keep`` is a share; ``None`` if
             ``left`` has them all.
+        fewest: number of units that each layer keeps at least, 1 or more; ``None`` means 1 for all.
 
     Raises:
         ValueError: if ``keep`` and ``round_to`` protect so many units that ``amount`` cannot be removed.
@@ -188,7 +191,8 @@ def take_cheapest(
     present = {name: int(mask.sum()) for name, mask in left.items()}
     step_to = round_to if isinstance(round_to, Mapping) else dict.fromkeys(left, round_to)
     whole = {name: (widths or {}).get(name, len(mask)) for name, mask in left.items()}
-    least = {name: least_units(width, keep, step_to[name]) for name, width in whole.items()}
+    must = fewest or {}
+    least = {name: least_units(width, keep, step_to[name], must.get(name, 1)) for name, width in whole.items()}
     steps = {name: step_of(width, step_to[name]) for name, width in whole.items()}
     kept = dict(present)
     counted = "units" if cost is None else "multiply-accumulates"

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from helpers.coupled_nets import Standardised
 from torch import Tensor, nn
 
 from project import models
@@ -229,3 +230,29 @@ def trained_on_digits() -> tuple[nn.Module, Tensor, Tensor]:
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     ranks = torch.stack([a.argsort().argsort().double(), b.argsort().argsort().double()])
     return float(torch.corrcoef(ranks)[0, 1])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": "global", "budget": "macs", "round_to": 1},
+        {"scope": "global", "round_to": 1},
+        {"scope": "layer"},
+    ],
+)
+def test_a_norm_over_the_units_keeps_two_of_them(options: dict) -> None:
+    """A 1x1 convolution that standardises its filters cannot run on one channel: one value has no deviation."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), Standardised(12, 12, 1), nn.ReLU(), nn.Flatten(), nn.Linear(3072, 10)
+    )
+    pruner = Pruner("units", **options)
+    groups, masks = pruned(net, SHAPE, pruner, 0.5, 0.7 if options["scope"] == "global" else 0.9)
+    assert widths_left(groups, masks)["0"] >= 2 and {group.layer: group.units.fewest for group in groups} == {
+        "0": 2,
+        "2": 1,
+    }
+    assert pruner.most(net, groups, SHAPE) < 1
+    assert thinned(net, SHAPE, groups, masks)(torch.randn(2, *SHAPE)).shape == (2, 10)
+    if options["scope"] == "layer":
+        assert widths_left(groups, masks) == {"0": 2, "2": 1}
