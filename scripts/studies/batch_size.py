@@ -239,7 +239,8 @@ def draw(figure: Any, study: Study, groups: Groups, rate: float) -> None:
     axes[1].set(xscale="log", xlabel="batch size (images)", ylabel="test accuracy (%)")
     for color, eps in enumerate(EPSILONS):
         rows = [
-            [groups[batch, rate][number].last(f"probe/train/sharpness/{eps:g}") for batch in BATCHES] for number in numbers
+            [groups[batch, rate][number].last(f"probe/train/sharpness/{eps:g}") for batch in BATCHES]
+            for number in numbers
         ]
         draw_seeds(axes[2], BATCHES, rows, f"ε = {eps:g}", f"C{color}")
     axes[2].set(xscale="log", xlabel="batch size (images)", ylabel="sharpness (metric 2.1)")
