@@ -285,10 +285,35 @@ def _rows() -> dict[str, Row]:
     row("numbers in a stated shape", lambda: around(Do(
         lambda m, x: x + m.gamma.view(m.shape) * m.conv(x), conv=conv(8, 8), gamma=parameter(8), shape=(8, 1, 1))))
     row("split in parts of 6", lambda: around(Do(
-        lambda m, x: torch.addcmul(*m.conv(x).split(6, 1)), conv=conv(8, 18)), 6), "block.conv")
+        lambda m, x: torch.addcmul(*m.conv(x).split(6, 1)), conv=conv(8, 18)), 6))
     row("split in unequal parts", lambda: around(Do(
         lambda m, x: m.last(torch.cat(m.conv(x).split([4, 8], 1)[::-1], 1)),
-        conv=conv(8, 12), last=conv(12, 8))), "block.conv")
+        conv=conv(8, 12), last=conv(12, 8))))
+    row("split of the stem", lambda: Do(
+        lambda m, x: (y := torch.split(m.stem(x).relu(), [8, 16], dim=1)) and m.head(
+            torch.cat([m.a(y[0]).relu(), m.b(y[1]).relu()], 1).mean((2, 3))),
+        stem=nn.Conv2d(3, 24, 3, 2, 1), a=conv(8, 12), b=conv(16, 10, 1), head=nn.Linear(22, 5)))
+    row("split within a split", lambda: around(Do(
+        lambda m, x: m.last(torch.cat(
+            [*m.inner(x).split([4, 8], 1)[::-1], m.conv(x).split(split_size=[5, 7], dim=-3)[1]], 1)),
+        inner=Do(lambda m, x: torch.cat(m.conv(x).split_with_sizes([4, 8], 1)[::-1], 1), conv=conv(8, 12)),
+        conv=conv(8, 12), last=conv(19, 8))))
+    row("split twice alike", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([*m.a(x).split((4, 8), 1), *m.b(x).split((4, 8), 1)][::-1], 1)),
+        a=conv(8, 12), b=conv(8, 12), last=conv(24, 8))))
+    row("split of a block that runs twice", lambda: around(Do(
+        lambda m, x: m.block(m.block(x).relu()),
+        block=Do(lambda m, x: torch.cat(m.conv(x).split([3, 5], 1)[::-1], 1), conv=conv(8, 8)))))
+    row("split in parts of 8 and a rest", lambda: around(Do(
+        lambda m, x: m.last(torch.cat(m.conv(x).split(8, 1)[::-1], 1)), conv=conv(8, 20), last=conv(20, 8))))
+    row("chunks of unequal widths", lambda: around(Do(
+        lambda m, x: m.last(torch.cat(m.conv(x).chunk(3, 1)[::-1], 1)), conv=conv(8, 20), last=conv(20, 8))))
+    row("chunks of unequal widths in blocks", lambda: around(nn.Sequential(*(Do(
+        lambda m, x: x + m.last(torch.cat(m.conv(x).relu().chunk(3, 1)[::-1], 1)), conv=conv(8, 10), last=conv(10, 8))
+        for _ in range(2)))))
+    row("chunks of two widths", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([*m.a(x).chunk(3, 1)[::-1], *m.b(x).chunk(3, 1)], 1)),
+        a=conv(8, 20), b=conv(8, 12), last=conv(32, 8))), "block.a", "block.b")
     row("stack", lambda: around(Do(
         lambda m, x: torch.stack([m.a(x), m.b(x)], 1).amax(1), a=conv(8, 6), b=conv(8, 6)), 6))
     row("unbind", lambda: around(Do(

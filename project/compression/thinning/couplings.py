@@ -11,7 +11,7 @@ joined. A channel of an activation has the slot of the parameter's index that ma
 followed, such as pixels, tokens and images, is ``None``.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from project.compression.thinning.calls import MixingCalls, ModuleStack, flat
+from project.compression.thinning.cuts import Cut, cut_of
 from project.compression.thinning.slots import Axis, Joined, Label, Mixing, Product, Slots, Split, View
 
 Rule = Callable[..., Any]
@@ -64,6 +65,8 @@ class Couplings(TorchDispatchMode):
         """The first name of each parameter and buffer, by the object's id."""
         self.views: list[View] = []
         self.splits: list[Split] = []
+        self.cuts: list[tuple[Cut, Split]] = []
+        """The splits whose sizes may be numbers in the source code."""
         self.head_cuts: set[tuple[int, int]] = set()
         """The number of heads and the width of a head wherever a dimension was cut into heads."""
         self.mixing: dict[tuple[str, int], Mixing] = {}
@@ -77,6 +80,8 @@ class Couplings(TorchDispatchMode):
         self._made: list[Slots] = []
         self._labels: dict[int, tuple[Any, Label]] = {}
         self._call: tuple[tuple[str, int], str] | None = None
+        self._cut: Cut | None = None
+        self._cut_calls: list[tuple[Cut, tuple[str, ...], tuple[Slots, ...]]] = []
         self._quiet = False
         self._if_used: dict[int, list[tuple[Axis, str]]] = {}
         named = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
@@ -99,7 +104,7 @@ class Couplings(TorchDispatchMode):
                 self.joined.fix(axis, "it gives the net's output: its units are the logits")
         self.root, self.reasons = self.joined.solve()
         self.reads, self.makes = self._marked(self._read), self._marked(self._made)
-        del self._labels, self._read, self._made, self._if_used
+        del self._labels, self._read, self._made, self._if_used, self._cut_calls
 
     def of(self, tensor: Tensor) -> Label:
         """The label of a tensor.
@@ -137,6 +142,32 @@ class Couplings(TorchDispatchMode):
                     kind = self.tieable[self.stack.name] = type(self.net.get_submodule(self.stack.name))
                     if kind in self._tied:
                         self.joined.join(np.repeat(heads, size), axis)
+
+    def cut(self, parts: Sequence[Slots]) -> Cut | None:
+        """Note that the running call cuts a dimension into parts.
+
+        Calls with the same numbers in one module, or in a module and one inside, cannot be told apart. They lose the
+        same channels; they keep all of them if their parts have other sizes.
+
+        Args:
+            parts: slots of each part; empty if the dimension is not followed.
+
+        Returns:
+            The call, if thinning can give it other sizes.
+        """
+        if self._cut is None:
+            return None
+        names = self.stack.names
+        for cut, others, known in self._cut_calls:
+            if cut == self._cut and (names[-1] in others or others[-1] in names):
+                if [*map(len, known)] == [*map(len, parts)]:
+                    for one, other in zip(known, parts, strict=True):
+                        self.joined.join(one, other)
+                elif isinstance(cut.stated, int):
+                    for part in (*known, *parts):
+                        self.joined.fix(part, f"{names[-1] or 'the net'} cuts it as it cuts another tensor")
+        self._cut_calls.append((self._cut, names, tuple(parts)))
+        return self._cut
 
     def mix(self, axes: dict[int, Axis], results: Iterable[Tensor] = ()) -> None:
         """Note that statistics are computed over channels.
@@ -217,7 +248,12 @@ class _NotedCalls(MixingCalls):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__name__", "") == "scaled_dot_product_attention" and (kwargs or {}).get("scale") is None:
             self._couplings.joined.fix(self._couplings.of(next(iter(flat((args, kwargs)))))[-1], OF_A_HEAD)
-        return super().__torch_function__(function, types, args, kwargs)
+        found = cut_of(function, args, kwargs or {})
+        self._couplings._cut = None if found is None else found[1]
+        try:
+            return super().__torch_function__(function, types, args, kwargs)
+        finally:
+            self._couplings._cut = None
 
     def call(self, key: tuple[str, int], name: str, function: Any, args: Any, kwargs: Any) -> Any:
         c = self._couplings

@@ -7,6 +7,7 @@ import numpy as np
 from torch import nn
 
 from project.compression.thinning.couplings import Couplings
+from project.compression.thinning.cuts import Plain
 from project.compression.thinning.masked import MaskedNet
 from project.compression.thinning.thin import Slices, Thin
 
@@ -35,7 +36,19 @@ def plan_of(net: nn.Module, c: Couplings, gone: Gone) -> Thin:
             if any(gone[axis].any() for axis in axes) and len(axes) == len(norm.normalized_shape):
                 sizes[module]["normalized_shape"] = [int((~gone[axis]).sum()) for axis in axes]
     _sizes_of_views(net, c, gone, sizes)
-    return Thin(slices=slices, sizes={**sizes})
+    return Thin(slices=slices, sizes={**sizes}, cuts=_cuts(c, gone))
+
+
+def _cuts(c: Couplings, gone: Gone) -> dict[str, list[Plain]]:
+    """The new sizes of the parts of splits, where the call as it stands would make other parts."""
+    cuts: dict[str, list[Plain]] = defaultdict(list)
+    for cut, split in c.cuts:
+        sizes = [int((~gone[part]).sum()) for part in split.parts]
+        stated = cut.stated if isinstance(cut.stated, int) else [*cut.stated]
+        plain = [cut.kind, cut.dim, stated, sizes]
+        if any(gone[part].any() for part in split.parts) and cut.parts_of(sum(sizes)) != sizes:
+            cuts[split.module] += [] if plain in cuts[split.module] else [plain]
+    return {**cuts}
 
 
 def _sizes_of_views(net: nn.Module, c: Couplings, gone: Gone, sizes: dict[str, dict[str, Any]]) -> None:

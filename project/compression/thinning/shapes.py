@@ -114,25 +114,34 @@ def stack(c: Couplings, result: Tensor, tensors: Sequence[Tensor], dim: int = 0)
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
 def split(c: Couplings, result: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> list[Label]:
-    """A tensor is cut into parts. Equal parts lose the same channels. Others need a module that states their sizes."""
+    """A tensor is cut into parts. Equal parts lose the same channels.
+
+    The sizes of others may be stated in attributes of the module, or in its source code.
+    """
     label = c.of(x)
     axis = label[dim]
     if axis is None:
+        c.cut(())
         return [label] * len(result)
     parts = np.split(axis, np.cumsum([each.shape[dim] for each in result])[:-1])
     lengths = [len(part) for part in parts]
     module = c.net.get_submodule(c.stack.name)
     stated = [*vars(module).values()]
+    cut, same_size = c.cut(parts), len({*lengths}) == 1
+    as_list = any(isinstance(each, list | tuple) and [*each] == lengths for each in stated)
+    as_number = same_size and any(type(each) is int and each == lengths[0] for each in stated)
+    if cut is not None and not (as_list or as_number):
+        c.cuts.append((cut, Split(c.stack.name, tuple(parts))))
     if isinstance(module, nn.MultiheadAttention):  # its parts are one third and two thirds
         equal_shares(c, axis, 3)
-    elif len({*lengths}) > 1 and any(isinstance(each, list | tuple) and [*each] == lengths for each in stated):
+    elif as_list and not same_size:
         c.splits.append(Split(c.stack.name, tuple(parts)))
-    elif len({*lengths}) == 1 or all(any(type(each) is int and each == size for each in stated) for size in lengths):
+    elif same_size or all(any(type(each) is int and each == size for each in stated) for size in lengths):
         first: dict[int, Slots] = {}
         for part in parts:
             c.joined.join(first.setdefault(len(part), part), part)
         c.splits.append(Split(c.stack.name, tuple(parts)))
-    else:
+    elif cut is None:
         c.joined.fix(axis, f"{c.stack.name or 'the net'} splits it into parts of given sizes")
     place = dim % x.dim()
     return [(*label[:place], part, *label[place + 1 :]) for part in parts]
