@@ -314,6 +314,25 @@ def _rows() -> dict[str, Row]:
     row("chunks of two widths", lambda: around(Do(
         lambda m, x: m.last(torch.cat([*m.a(x).chunk(3, 1)[::-1], *m.b(x).chunk(3, 1)], 1)),
         a=conv(8, 20), b=conv(8, 12), last=conv(32, 8))), "block.a", "block.b")
+    row("slices", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([(y := m.conv(x))[:, 8:], y[:, 3:5], y[:, :-8, ...].relu()], 1)),
+        conv=conv(8, 12), last=conv(10, 8))))
+    row("slices of tokens", lambda: on_tokens(Do(
+        lambda m, x: m.last(torch.cat([(y := m.fc(x))[..., 8:], y.narrow(-1, 0, 5).relu()], -1)),
+        fc=nn.Linear(8, 12), last=nn.Linear(9, 8))))
+    row("slices that gate each other", lambda: around(Do(
+        lambda m, x: (y := m.conv(x))[:, : y.shape[1] // 2] * y[:, y.shape[1] // 2 :].sigmoid(), conv=conv(8, 12)), 6))
+    row("computed slices", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([(y := m.conv(x))[:, y.shape[1] // 2 :], y[:, : y.shape[1] // 2].relu()], 1)),
+        conv=conv(8, 12), last=conv(12, 8))), "block.conv")
+    row("split in computed parts", lambda: around(Do(
+        lambda m, x: m.last(torch.cat((y := m.conv(x)).split([y.shape[1] // 3, 2 * y.shape[1] // 3], 1)[::-1], 1)),
+        conv=conv(8, 12), last=conv(12, 8))), "block.conv")
+    row("slices of two layers", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([m.a(x)[:, :8], m.b(x)[:, :8]], 1)),
+        a=conv(8, 12), b=conv(8, 10), last=conv(16, 8))), "block.a", "block.b")
+    row("every second channel", lambda: around(Do(
+        lambda m, x: m.last(m.conv(x)[:, ::2]), conv=conv(8, 12), last=conv(6, 8))), "block.conv")
     row("stack", lambda: around(Do(
         lambda m, x: torch.stack([m.a(x), m.b(x)], 1).amax(1), a=conv(8, 6), b=conv(8, 6)), 6))
     row("unbind", lambda: around(Do(

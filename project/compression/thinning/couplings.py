@@ -66,7 +66,9 @@ class Couplings(TorchDispatchMode):
         self.views: list[View] = []
         self.splits: list[Split] = []
         self.cuts: list[tuple[Cut, Split]] = []
-        """The splits whose sizes may be numbers in the source code."""
+        """The cuts whose numbers may stand in the source code."""
+        self.running_cut: Cut | None = None
+        """The cut that is being computed."""
         self.head_cuts: set[tuple[int, int]] = set()
         """The number of heads and the width of a head wherever a dimension was cut into heads."""
         self.mixing: dict[tuple[str, int], Mixing] = {}
@@ -80,8 +82,7 @@ class Couplings(TorchDispatchMode):
         self._made: list[Slots] = []
         self._labels: dict[int, tuple[Any, Label]] = {}
         self._call: tuple[tuple[str, int], str] | None = None
-        self._cut: Cut | None = None
-        self._cut_calls: list[tuple[Cut, tuple[str, ...], tuple[Slots, ...]]] = []
+        self._cut_calls: list[tuple[Cut, tuple[str, ...], tuple[Slots, ...], bool]] = []
         self._quiet = False
         self._if_used: dict[int, list[tuple[Axis, str]]] = {}
         named = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
@@ -143,7 +144,7 @@ class Couplings(TorchDispatchMode):
                     if kind in self._tied:
                         self.joined.join(np.repeat(heads, size), axis)
 
-    def cut(self, parts: Sequence[Slots]) -> Cut | None:
+    def cut(self, parts: Sequence[Slots], fits: bool = False) -> bool:
         """Note that the running call cuts a dimension into parts.
 
         Calls with the same numbers in one module, or in a module and one inside, cannot be told apart. They lose the
@@ -151,23 +152,29 @@ class Couplings(TorchDispatchMode):
 
         Args:
             parts: slots of each part; empty if the dimension is not followed.
+            fits: whether the call fits any size of the dimension, or gets its numbers from an attribute.
 
         Returns:
-            The call, if thinning can give it other sizes.
+            Whether the call is one to which thinning can give other sizes.
         """
-        if self._cut is None:
-            return None
-        names = self.stack.names
-        for cut, others, known in self._cut_calls:
-            if cut == self._cut and (names[-1] in others or others[-1] in names):
-                if [*map(len, known)] == [*map(len, parts)]:
-                    for one, other in zip(known, parts, strict=True):
-                        self.joined.join(one, other)
-                elif isinstance(cut.stated, int):
-                    for part in (*known, *parts):
-                        self.joined.fix(part, f"{names[-1] or 'the net'} cuts it as it cuts another tensor")
-        self._cut_calls.append((self._cut, names, tuple(parts)))
-        return self._cut
+        call, names = self.running_cut, self.stack.names
+        if call is None:
+            return False
+        fits = fits or not parts
+        for cut, others, known, fitted in self._cut_calls:
+            near = names[-1] == others[-1] or (not call.is_exact and (names[-1] in others or others[-1] in names))
+            if cut != call or not near or (fits and fitted):
+                continue
+            if [*map(len, known)] == [*map(len, parts)]:
+                for one, other in zip(known, parts, strict=True):
+                    self.joined.join(one, other)
+            elif not call.is_exact:
+                for part in (*known, *parts):
+                    self.joined.fix(part, f"{names[-1] or 'the net'} cuts it as it cuts another tensor")
+        self._cut_calls.append((call, names, tuple(parts), fits))
+        if not fits:
+            self.cuts.append((call, Split(names[-1], tuple(parts))))
+        return True
 
     def mix(self, axes: dict[int, Axis], results: Iterable[Tensor] = ()) -> None:
         """Note that statistics are computed over channels.
@@ -249,11 +256,11 @@ class _NotedCalls(MixingCalls):
         if getattr(function, "__name__", "") == "scaled_dot_product_attention" and (kwargs or {}).get("scale") is None:
             self._couplings.joined.fix(self._couplings.of(next(iter(flat((args, kwargs)))))[-1], OF_A_HEAD)
         found = cut_of(function, args, kwargs or {})
-        self._couplings._cut = None if found is None else found[1]
+        self._couplings.running_cut = None if found is None else found[1]
         try:
             return super().__torch_function__(function, types, args, kwargs)
         finally:
-            self._couplings._cut = None
+            self._couplings.running_cut = None
 
     def call(self, key: tuple[str, int], name: str, function: Any, args: Any, kwargs: Any) -> Any:
         c = self._couplings

@@ -6,12 +6,14 @@ the module's own forward pass in a mode that gives such a call the sizes that ar
 by its numbers, its dimension, and the size of this dimension after thinning. A list of sizes that does not add up to
 the size of the dimension is an error in torch, so that no valid call with a list ever changes.
 
-The limit: the mode also sees the calls of the modules inside. Where a call with one number, such as ``x.split(8, 1)``,
-could be mistaken for that of another module, the trace keeps the channels
+The same holds for ``x.split(8, 1)``, ``x.chunk(3, 1)`` and ``x[:, :8]``, which are valid for other sizes, too. The mode
+also sees the calls of the modules inside. Where such a call could be mistaken for another one, the trace keeps the
+channels
 (:meth:`project.compression.thinning.couplings.Couplings.cut`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -24,22 +26,28 @@ class Cut(NamedTuple):
     """A call that cuts a dimension into parts, as the source code states it.
 
     Args:
-        kind: ``"split"`` or ``"chunk"``.
+        kind: ``"split"``, ``"chunk"``, or ``"slice"`` for the middle of three parts.
         dim: the dimension, 0 or more.
-        stated: the sizes of all parts, the size of each part (split), or the number of parts (chunk).
+        stated: the sizes of all parts, the size of each part (split), the number of parts (chunk), or where the middle
+            begins and ends (slice; ``None`` for the end of the dimension).
     """
 
     kind: str
     dim: int
-    stated: tuple[int, ...] | int
+    stated: tuple[int | None, ...] | int
 
-    def parts_of(self, size: int) -> list[int]:
-        """The sizes of the parts of a dimension of this size, 0 or more, as the call stands."""
+    @property
+    def is_exact(self) -> bool:
+        """Whether the call is an error for a dimension of another size."""
+        return self.kind == "split" and isinstance(self.stated, tuple)
+
+    def gives(self, sizes: Sequence[int]) -> bool:
+        """Whether the call as it stands cuts the dimension that has these parts into them."""
         if isinstance(self.stated, tuple):
-            return [*self.stated]
-        parts = torch.empty(size, device="meta")
-        cut = parts.split if self.kind == "split" else parts.chunk
-        return [len(part) for part in cut(self.stated)]
+            return self.kind == "split" and self.stated == (*sizes,)
+        whole = torch.empty(sum(sizes), device="meta")
+        parts = whole.split(self.stated) if self.kind == "split" else whole.chunk(self.stated)
+        return [*map(len, parts)] == [*sizes]
 
 
 Plain = list[Any]
@@ -52,6 +60,10 @@ _KINDS: dict[Callable[..., Any], str] = {
     Tensor.split: "split",
     Tensor.split_with_sizes: "split",
     Tensor.chunk: "chunk",
+    torch.narrow: "narrow",
+    Tensor.narrow: "narrow",
+    Tensor.__getitem__: "index",
+    operator.getitem: "index",
 }
 
 
@@ -66,6 +78,8 @@ def cut_of(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -
     kind = _KINDS.get(function)
     if kind is None:
         return None
+    if kind in ("narrow", "index"):
+        return _slice_of(*args, **kwargs) if kind == "narrow" else _index_of(*args)
     named = {**dict(zip(("x", "stated", "dim"), args, strict=False)), **kwargs}
     dim = named.pop("dim", 0)
     (x,) = (each for each in named.values() if isinstance(each, Tensor))
@@ -73,12 +87,32 @@ def cut_of(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -
     return x, Cut(kind, dim % x.dim(), tuple(stated) if isinstance(stated, list | tuple) else stated)
 
 
+def _slice_of(input: Tensor, dim: int, start: Any, length: int) -> tuple[Tensor, Cut] | None:
+    """``torch.narrow`` as a cut, if it begins at a number."""
+    begins = isinstance(start, int) and start >= 0
+    return (input, Cut("slice", dim % input.dim(), (start, start + length))) if begins else None
+
+
+def _index_of(x: Any, index: Any) -> tuple[Tensor, Cut] | None:
+    """``x[:, 4:8]`` as a cut. All other indices must be ``:`` and ``...``."""
+    index = index if isinstance(index, tuple) else (index,)
+    whole = slice(None)
+    taken = [each for each in index if not (each is ... or (isinstance(each, slice) and each == whole))]
+    if not isinstance(x, Tensor) or len(taken) != 1 or not isinstance(taken[0], slice) or taken[0].step is not None:
+        return None
+    begin, end = taken[0].start, taken[0].stop
+    place = index.index(taken[0])
+    dim = place - len(index) + x.dim() if ... in index[:place] else place
+    known = all(each is None or isinstance(each, int) for each in (begin, end))
+    return (x, Cut("slice", dim, (begin or 0, end))) if known else None
+
+
 class _WithSizes(TorchFunctionMode):
     """Gives the cuts the sizes that are left."""
 
-    def __init__(self, sizes: Mapping[Cut, tuple[int, ...]]) -> None:
+    def __init__(self, sizes: Mapping[Cut, tuple[int, ...]], used: set[tuple[int, tuple[int, ...]]] | None) -> None:
         super().__init__()
-        self._sizes = sizes
+        self._sizes, self._used = sizes, used
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -87,6 +121,10 @@ class _WithSizes(TorchFunctionMode):
             x, call = found
             for cut, sizes in self._sizes.items():
                 if call.dim == cut.dim and call == cut and x.shape[cut.dim] == sum(sizes):
+                    if self._used is not None:
+                        self._used.add((cut.dim, sizes))
+                    if cut.kind == "slice":
+                        return torch.narrow(x, cut.dim, sizes[0], sizes[1])
                     return torch.split(x, list(sizes), cut.dim)
         return function(*args, **kwargs)
 
@@ -100,11 +138,13 @@ def cut_(module: nn.Module, cuts: Iterable[Plain]) -> None:
         module: module that was thinned; it is changed in place.
         cuts: the cuts as they are now, with the new sizes of the parts.
     """
-    sizes: dict[Cut, tuple[int, ...]] = dict(module.sizes_of_cuts) if isinstance(module, _Cutting) else {}
+    before = module.sizes_of_cuts if isinstance(module, _Cutting) else {}
+    sizes = dict(before)
     for kind, dim, stated, new in cuts:
         now = tuple(stated) if isinstance(stated, list | tuple) else stated
-        for cut, left in sizes.items():
-            if cut.dim == dim and left == now:  # it was thinned before
+        for cut, left in before.items():
+            present = (left[0], left[0] + left[1]) if cut.kind == "slice" else left
+            if cut.dim == dim and present == now and (kind == "slice") == (cut.kind == "slice"):  # thinned before
                 sizes[cut] = tuple(new)
         sizes[Cut(kind, dim, now)] = tuple(new)
     if not isinstance(module, _Cutting):
@@ -112,10 +152,33 @@ def cut_(module: nn.Module, cuts: Iterable[Plain]) -> None:
     vars(module)["sizes_of_cuts"] = sizes
 
 
+def note_uses_(net: nn.Module) -> None:
+    """Let the modules of a net note which of the new sizes their forward passes use.
+
+    Args:
+        net: thinned net; only its notes change.
+    """
+    for module in net.modules():
+        if isinstance(module, _Cutting):
+            module.used_cuts = set()
+
+
+def unused(net: nn.Module, cuts: Mapping[str, Iterable[Plain]]) -> dict[str, list[Plain]]:
+    """The cuts that no forward pass since :func:`note_uses_` has used: the net computes their numbers anew.
+
+    Args:
+        net: thinned net.
+        cuts: the cuts by the module's name, with their new sizes.
+    """
+    used: dict[str, Any] = {path: getattr(net.get_submodule(path), "used_cuts", None) or () for path in cuts}
+    return {path: [cut for cut in of if (cut[1], tuple(cut[3])) not in used[path]] for path, of in cuts.items()}
+
+
 class _Cutting:
     """First base of a module's class; the second one is the module's own class, of which copies and files know."""
 
     sizes_of_cuts: dict[Cut, tuple[int, ...]]
+    used_cuts: set[tuple[int, tuple[int, ...]]] | None = None
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, (type(self).__bases__[1],), *super().__reduce_ex__(protocol)[2:]
@@ -127,7 +190,7 @@ def _cutting(kind: Any) -> Any:
 
         @wraps(kind.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            with _WithSizes(self.sizes_of_cuts):
+            with _WithSizes(self.sizes_of_cuts, self.used_cuts):
                 return kind.forward(self, *args, **kwargs)
 
         names = {key: getattr(kind, key) for key in ("__module__", "__qualname__", "__doc__")}
