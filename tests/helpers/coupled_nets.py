@@ -314,6 +314,10 @@ def _rows() -> dict[str, Row]:
     row("chunks of two widths", lambda: around(Do(
         lambda m, x: m.last(torch.cat([*m.a(x).chunk(3, 1)[::-1], *m.b(x).chunk(3, 1)], 1)),
         a=conv(8, 20), b=conv(8, 12), last=conv(32, 8))), "block.a", "block.b")
+    row("chunks of another width inside", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([*m.a(m.inner(x)).chunk(3, 1)[::-1]], 1)),
+        inner=Do(lambda m, x: torch.addcmul(*m.b(x).chunk(3, 1)), b=conv(8, 12)), a=conv(4, 20), last=conv(20, 8))),
+        "block.a", "block.inner.b")
     row("slices", lambda: around(Do(
         lambda m, x: m.last(torch.cat([(y := m.conv(x))[:, 8:], y[:, 3:5], y[:, :-8, ...].relu()], 1)),
         conv=conv(8, 12), last=conv(10, 8))))

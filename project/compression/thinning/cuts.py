@@ -6,10 +6,11 @@ the module's own forward pass in a mode that gives such a call the sizes that ar
 by its numbers, its dimension, and the size of this dimension after thinning. A list of sizes that does not add up to
 the size of the dimension is an error in torch, so that no valid call with a list ever changes.
 
-The same holds for ``x.split(8, 1)``, ``x.chunk(3, 1)`` and ``x[:, :8]``, which are valid for other sizes, too. The mode
-also sees the calls of the modules inside. Where such a call could be mistaken for another one, the trace keeps the
-channels
-(:meth:`project.compression.thinning.couplings.Couplings.cut`).
+``x.split(8, 1)``, ``x.chunk(3, 1)`` and ``x[:, :8]`` get other sizes in the same way, but they are valid for any size.
+The mode also sees the calls of the modules inside. Where two such calls could be mistaken for each other, the trace
+keeps their channels (:meth:`project.compression.thinning.couplings.Couplings.cut`). It sees only calls in evaluation.
+A net that computes the numbers, as in ``x[:, : x.shape[1] // 2]``, never makes the calls that are known: the trial
+finds this and refuses the units (:func:`unused`).
 """
 
 import operator
@@ -72,8 +73,8 @@ def cut_of(function: Callable[..., Any], args: Any, kwargs: Mapping[str, Any]) -
 
     Args:
         function: function of torch, or method of a tensor.
-        args: its positional arguments.
-        kwargs: its named arguments.
+        args: positional arguments of the call.
+        kwargs: named arguments of the call.
     """
     kind = _KINDS.get(function)
     if kind is None:
@@ -138,7 +139,7 @@ def cut_(module: nn.Module, cuts: Iterable[Plain]) -> None:
         module: module that was thinned; it is changed in place.
         cuts: the cuts as they are now, with the new sizes of the parts.
     """
-    before = module.sizes_of_cuts if isinstance(module, _Cutting) else {}
+    before: dict[Cut, tuple[int, ...]] = module.sizes_of_cuts if isinstance(module, _Cutting) else {}
     sizes = dict(before)
     for kind, dim, stated, new in cuts:
         now = tuple(stated) if isinstance(stated, list | tuple) else stated
@@ -156,7 +157,7 @@ def note_uses_(net: nn.Module) -> None:
     """Let the modules of a net note which of the new sizes their forward passes use.
 
     Args:
-        net: thinned net; only its notes change.
+        net: net after it was thinned; only its notes change.
     """
     for module in net.modules():
         if isinstance(module, _Cutting):
@@ -167,8 +168,8 @@ def unused(net: nn.Module, cuts: Mapping[str, Iterable[Plain]]) -> dict[str, lis
     """The cuts that no forward pass since :func:`note_uses_` has used: the net computes their numbers anew.
 
     Args:
-        net: thinned net.
-        cuts: the cuts by the module's name, with their new sizes.
+        net: net after it was thinned.
+        cuts: the cuts by the name of their module, with their new sizes.
     """
     used: dict[str, Any] = {path: getattr(net.get_submodule(path), "used_cuts", None) or () for path in cuts}
     return {path: [cut for cut in of if (cut[1], tuple(cut[3])) not in used[path]] for path, of in cuts.items()}
@@ -178,7 +179,9 @@ class _Cutting:
     """First base of a module's class; the second one is the module's own class, of which copies and files know."""
 
     sizes_of_cuts: dict[Cut, tuple[int, ...]]
+    """The sizes of the parts, by the cut as the source code states it."""
     used_cuts: set[tuple[int, tuple[int, ...]]] | None = None
+    """The dimension and the sizes of each cut that was given other sizes, if somebody wants to know."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _new, (type(self).__bases__[1],), *super().__reduce_ex__(protocol)[2:]
@@ -202,5 +205,6 @@ _MADE: dict[type, type] = {}
 
 
 def _new(kind: type) -> Any:
+    """An empty module of the subclass, for copies."""
     made = _cutting(kind)
     return made.__new__(made)

@@ -45,8 +45,8 @@ def cuts_of(known: Iterable[tuple[Cut, Split]], gone: Gone) -> dict[str, list[Pl
     """The new sizes of parts, where the call as it stands would make other parts; by the module's name.
 
     Args:
-        known: the cuts and their parts.
-        gone: whether each slot goes.
+        known: the cuts with the slots of their parts.
+        gone: whether each slot goes, by the slot's number.
     """
     cuts: dict[str, list[Plain]] = defaultdict(list)
     for cut, split in known:
