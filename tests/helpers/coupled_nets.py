@@ -335,6 +335,9 @@ def _rows() -> dict[str, Row]:
     row("slices of two layers", lambda: around(Do(
         lambda m, x: m.last(torch.cat([m.a(x)[:, :8], m.b(x)[:, :8]], 1)),
         a=conv(8, 12), b=conv(8, 10), last=conv(16, 8))), "block.a", "block.b")
+    row("slices of everything", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([m.a(x)[:, 0:], m.b(x)[:, 0:]], 1)),
+        a=conv(8, 12), b=conv(8, 10), last=conv(22, 8))))
     row("every second channel", lambda: around(Do(
         lambda m, x: m.last(m.conv(x)[:, ::2]), conv=conv(8, 12), last=conv(6, 8))), "block.conv")
     row("stack", lambda: around(Do(

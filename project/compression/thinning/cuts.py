@@ -14,11 +14,13 @@ finds this and refuses the units (:func:`unused`).
 """
 
 import operator
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
+import torch.utils.checkpoint
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -123,11 +125,25 @@ class _WithSizes(TorchFunctionMode):
             for cut, sizes in self._sizes.items():
                 if call.dim == cut.dim and call == cut and x.shape[cut.dim] == sum(sizes):
                     if self._used is not None:
+                        _refuse_checkpoint()
                         self._used.add((cut.dim, sizes))
                     if cut.kind == "slice":
                         return torch.narrow(x, cut.dim, sizes[0], sizes[1])
                     return torch.split(x, list(sizes), cut.dim)
         return function(*args, **kwargs)
+
+
+def _refuse_checkpoint() -> None:
+    """Refuse a call that ``torch.utils.checkpoint`` repeats in the backward pass, outside of the module's forward pass.
+
+    Raises:
+        RuntimeError: if a function of the running module is such a call. Modules inside may be.
+    """
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_name != "_call_impl":
+        if frame.f_code.co_filename == torch.utils.checkpoint.__file__:
+            raise RuntimeError("torch.utils.checkpoint would repeat a split or slice without its new sizes")
+        frame = frame.f_back  # type: ignore[assignment]
 
 
 def cut_(module: nn.Module, cuts: Iterable[Plain]) -> None:

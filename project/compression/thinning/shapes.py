@@ -184,7 +184,8 @@ def slice_(
     elif c.running_cut is not None or result.shape[dim] != x.shape[dim]:
         label[dim] = kept = axis[slice(start, end, step)]
         begin = slice(start, end, step).indices(len(axis))[0]
-        if step != 1 or not c.cut((axis[:begin], kept, axis[begin + len(kept) :])):
+        whole = len(kept) == len(axis) != end  # as in x[:, 0:]
+        if step != 1 or not c.cut((axis[:begin], kept, axis[begin + len(kept) :]), fits=whole):
             c.joined.fix(axis, f"{c.stack.name or 'the net'} takes a part of them by numbers")
     return tuple(label)
 

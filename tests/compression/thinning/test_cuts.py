@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.coupled_nets import SHAPE
+from helpers.coupled_nets import SHAPE, Do, around, conv
 from helpers.nets import assert_same_logits, choose
 from helpers.split_net import Part, SplitNet
 from torch import Tensor, nn
 from torch.overrides import _get_current_function_mode_stack
+from torch.utils.checkpoint import checkpoint
 
 from project.compression.thinning.cuts import cut_
 from project.compression.thinning.units import look_at_units, masked_net, plan_thinning, units_of
@@ -125,3 +126,21 @@ def test_compiled(in_place: bool) -> None:
     run = net if in_place else torch.compile(net, fullgraph=True)
     with torch.no_grad():
         torch.testing.assert_close(run(IMAGES), thinned()[0](IMAGES), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_training", [False, True])
+def test_a_function_that_is_repeated_in_the_backward_pass_keeps_its_channels(in_training: bool) -> None:
+    """It would run outside of the module's forward pass, with the old numbers."""
+
+    def take(y: Tensor) -> Tensor:
+        return torch.cat([y[:, 8:], y[:, :8].relu()], 1)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        return m.last(checkpoint(take, y, use_reentrant=False) if m.training or not in_training else take(y))
+
+    net = around(Do(forward, conv=conv(8, 12), last=conv(12, 8)))
+    units, reasons = look_at_units(net, SHAPE)
+    assert reasons.keys() == {"block.conv", "head"} and "checkpoint" in reasons["block.conv"]
+    plan_thinning(net, choose(units, 0.5), SHAPE).apply_(net)
+    net.train()(IMAGES).sum().backward()
