@@ -1,7 +1,8 @@
 """The choice of units over all layers: the least saliency per unit, or per multiply-accumulate (MAC) that is saved.
 
 It is a greedy knapsack. Each step removes the units with the least ratio of saliency to cost, as in latency-aware
-pruning (Shen et al. 2022, arXiv:2110.10811, sec. 3.2), here with MACs as the cost.
+pruning (Shen et al. 2022, arXiv:2110.10811, sec. 3.2), here with MACs as the cost. The cost that a step saves beyond
+the budget does not count.
 
 The cost of a unit depends on the units that are left. A convolution's MACs are pixels x kernel x inputs x outputs, so
 that the units of a layer become cheaper while its input loses channels. After each step the costs of the units that it
@@ -201,14 +202,14 @@ def take_cheapest(
         if len(mask) > present[name]:
             cost.remove(name, len(mask) - present[name])
 
-    def offer(name: str) -> tuple[float, int] | None:
-        """Saliency for each cost that is saved by the next step of a group, and its width then."""
+    def offer(name: str) -> tuple[float, float, int] | None:
+        """The saliency that the next step of a group removes, the cost that it saves, and the group's width then."""
         fewer = (kept[name] - 1) // steps[name] * steps[name]
         saved = cost.saved(name, kept[name] - fewer) if fewer >= least[name] else 0.0
         if saved <= 0:  # a layer that nothing reaches any more saves nothing
             return None
         gone, then = present[name] - kept[name], present[name] - fewer
-        return (sums[name][then - 1] - (sums[name][gone - 1] if gone else 0.0)) / saved, fewer
+        return sums[name][then - 1] - (sums[name][gone - 1] if gone else 0.0), saved, fewer
 
     target = cost.total - (round(amount * cost.total) if counted == "units" else amount * cost.total)
     offers = {name: offer(name) for name in kept}
@@ -220,8 +221,10 @@ def take_cheapest(
                 f"round_to {max(step_to.values())} the layers can not lose so many: prune less, choose a smaller keep "
                 "or round_to, or exclude fewer layers."
             )
-        name = min(open_, key=lambda name: open_[name][0])
-        fewer = open_[name][1]
+        need = cost.total - target
+        # what a step saves beyond the need is worth nothing, so that the last step is no larger than it must be
+        name = min(open_, key=lambda name: open_[name][0] / min(open_[name][1], need))
+        fewer = open_[name][2]
         changed = cost.remove(name, kept[name] - fewer)
         kept[name] = fewer
         offers |= {other: offer(other) for other in changed}
