@@ -111,7 +111,7 @@ few batches to recover from 70 % zeros or from ternary weights.
 - weights pruned: 70 % of the weights are zero, at the places that the masks say.
 - units pruned, thinned: 30 % of the units of each layer are removed where this is possible; the
   multiply-accumulates that are left, and the largest difference of a logit between thinned and masked net (at most
-  1e-5 of the largest).
+  1e-5 of the largest; in double precision where the rounding of float32 alone is larger).
 - shared, packed: fp32 bytes of the parameters over bytes of the packed file. The file holds the weights to the bit.
 - low rank: the multiply-accumulates that are left, at most 70 %.
 - ternary, packed: the share of all parameters that are ternary weights. The packed file holds them to the bit.

@@ -124,7 +124,7 @@ def test_the_page_is_of_the_script():
     table = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
     assert table[0] == ["net", *CELLS.values()]
     rows = [row for row in table if len(row) == len(table[0]) and row[0] in NETS]
-    assert rows and "failed**" not in text
+    assert [row[0] for row in rows] == list(NETS) and "failed**" not in text
     assert f"Of {len(rows) * len(CELLS)} cells" in text
 
 
