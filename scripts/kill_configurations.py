@@ -52,6 +52,57 @@ _EMA = _callback("EMA", decay=0.9)
 _OFTEN = _callback("lightning.pytorch.callbacks.ModelCheckpoint", every_n_train_steps=3, save_last=True, save_top_k=0)
 _IN_EPOCHS = {"val_check_interval": 0.5}
 
+_STAGES = [(8, 16, 1), (16, 24, 1), (24, 32, 1), (32, None, 1)]
+_BLOCK = "torchvision.models.convnext.CNBlockConfig"
+_NETS: dict[str, dict[str, Any]] = {
+    "depthwise": {"class_path": "torchvision.models.mobilenet_v2", "init_args": {"width_mult": 0.25}},
+    "layer_norm": {
+        "class_path": "torchvision.models.ConvNeXt",
+        "init_args": {
+            "block_setting": [
+                {"class_path": _BLOCK, "init_args": {"input_channels": a, "out_channels": b, "num_layers": c}}
+                for a, b, c in _STAGES
+            ]
+        },
+    },
+    "vit": {
+        "class_path": "torchvision.models.VisionTransformer",
+        "init_args": {
+            "image_size": 32,
+            "patch_size": 8,
+            "num_layers": 2,
+            "num_heads": 4,
+            "hidden_dim": 32,
+            "mlp_dim": 48,
+        },
+    },
+}
+"""Nets in which norms, heads or depthwise convolutions belong to the units."""
+
+
+def _units_of(net: dict[str, Any]) -> dict[str, Any]:
+    """Units of a net of torchvision, in rounds that rewind it, on digits in colour."""
+    config = _configuration(
+        _callback(
+            "IterativeMagnitudePruning",
+            schedule=_object("Iterative", fraction=0.3, rounds=2),
+            pruner=_object("Pruner", structure="units", scope="layer"),
+            after="rewind",
+            rewind_to="3it",
+            epochs_per_round=1,
+            latency=False,
+        ),
+        _OFTEN,
+        max_epochs=1,
+        limit_train_batches=6,
+        limit_val_batches=1,
+    )
+    config["data"] = {"class_path": "any_net_cells.ColourDigits", "init_args": {"batch_size": 32}}
+    config["model"]["net"] = net
+    config["model"]["optimizer"]["init_args"]["lr"] = 0.01
+    return config
+
+
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
     "dense": _configuration(_EMA, _callback("PostTrainingQuantization", latency=False), max_epochs=6, **_IN_EPOCHS),
     "rewind": _configuration(
@@ -77,6 +128,7 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
         _EMA,
         **_IN_EPOCHS,
     ),
+    **{f"units_{name}": _units_of(net) for name, net in _NETS.items()},
     "sharing": _configuration(
         _callback(
             "IterativeMagnitudePruning",
