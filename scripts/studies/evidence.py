@@ -320,6 +320,15 @@ class Study:
                 markdown_line([row["number"], row["claim"], f"**{row['verdict']}**", row["because"]]) for row in mine
             ]
             page.append("<!-- /room -->")
+        scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"evidence", "plain_nets"}
+        if waiting := sorted(scripts - {row["study"] for row in rows}):
+            commands = ", ".join(f"`python scripts/studies/{name}.py`" for name in waiting)
+            page += [
+                "",
+                "## Without a page",
+                "",
+                *textwrap.wrap(f"Not run for these pages yet: {commands}.", width=120),
+            ]
         write_whole(folder / "README.md", lambda part: part.write_text("\n".join(page) + "\n", encoding="utf-8"))
 
 

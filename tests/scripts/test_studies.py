@@ -191,10 +191,13 @@ def test_a_study_that_was_killed_ends_with_the_same_page(tmp_path):
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_its_page_and_its_line_in_the_index(name):
     page = ROOT / f"docs/studies/{name}.md"
-    assert page.is_file(), f"run python scripts/studies/{name}.py"
+    index = (ROOT / "docs/studies/README.md").read_text(encoding="utf-8")
+    if not page.is_file():
+        assert f"`python scripts/studies/{name}.py`" in index.partition("## Without a page")[2]
+        return
     text = page.read_text(encoding="utf-8")
     assert f"`python scripts/studies/{name}.py` made this page" in text
-    assert f"]({name}.md)" in (ROOT / "docs/studies/README.md").read_text(encoding="utf-8")
+    assert f"]({name}.md)" in index
     assert all((ROOT / f"docs/studies/{name}.{end}").is_file() for end in ("csv", "png"))
 
 
