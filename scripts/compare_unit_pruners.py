@@ -462,12 +462,12 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--net-shares", type=float, nargs="+", default=[0.5, 0.75], help="shares of the multiply-accumulates to remove"
     )
-    made.add_argument("--images", type=int, default=20_000, help="number of training images, 128 or more")
+    made.add_argument("--images", type=int, default=12_000, help="number of training images, 128 or more")
     made.add_argument("--test-images", type=int, default=10_000, help="number of test images")
     made.add_argument("--epochs", type=int, default=6, help="epochs of the dense nets")
     made.add_argument("--finetune", type=int, default=4, help="epochs after the removal")
     made.add_argument("--gradient-images", type=int, default=256, help="images that gradients are taken of")
-    made.add_argument("--steps", type=int, default=10, help="how often our scores are measured on the way")
+    made.add_argument("--steps", type=int, default=1, help="how often our scores are measured on the way")
     made.add_argument("--their-steps", type=int, default=100, help="steps of Torch-Pruning to a net without channels")
     made.add_argument("--rounds", type=int, default=10, help=f"rounds in each of {BLOCKS} blocks of latencies")
     made.add_argument("--jobs", type=int, default=1, help="number of processes with a thread each, 1 or more")
