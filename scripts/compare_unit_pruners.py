@@ -202,9 +202,9 @@ def ours(net: nn.Module, criterion: Any, share: float, args: argparse.Namespace,
 def theirs(net: nn.Module, criterion: str, share: float, args: argparse.Namespace, data: Data) -> nn.Module:
     """A copy that Torch-Pruning has pruned over all layers in many small steps, until the budget is reached.
 
-    Gradients are taken anew before each step. Near the budget the copy is counted after each group that a step prunes, so
-    that the last step does not remove more than it has to. A ViT is treated as in the package's own example for torchvision: the
-    output projections of attention follow its inputs, and ``hidden_dim`` is set after a step.
+    Gradients are taken anew before each step. Near the budget the copy is counted after each group that a step prunes,
+    so that the last step does not remove more than it has to. A ViT is treated as in the package's own example for
+    torchvision: the output projections of attention follow its inputs, and ``hidden_dim`` is set after a step.
     """
     import torch_pruning as tp
 
@@ -233,6 +233,8 @@ def theirs(net: nn.Module, criterion: str, share: float, args: argparse.Namespac
                 net.zero_grad()
                 return net
         left = count_macs(net, SHAPE)
+        if left <= target:
+            return net
     raise RuntimeError(f"{left / dense:.0%} of the multiply-accumulates are left after {args.their_steps} steps")
 
 
