@@ -5,7 +5,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-WHOLE = ("callbacks/observe", "data/sets", "compression", "deployment", "models/kernels", "models/zoo", "tuning")
+WHOLE = (
+    "callbacks/observe",
+    "compression",
+    "data/sets",
+    "deployment",
+    "metrics/probes",
+    "models/kernels",
+    "models/zoo",
+    "tuning",
+)
 """Optional folders. The core is everything else."""
 
 
@@ -29,6 +38,7 @@ class House:
             "tuning",
             "callbacks/observe",
             "data/sets",
+            "metrics/probes",
         ]
         self.rooms = [room for room in rooms if (package / room).is_dir()]
         """Folders that may be taken out one by one."""

@@ -185,12 +185,14 @@ def house_name(root: Path, path: Path) -> str:
 def gone_names(house: House, gone: Sequence[str]) -> set[str]:
     """Class paths that configurations use for what goes: those of the tables of names in the rooms' ``__init__.py``."""
     names = set()
-    for room in ("callbacks", "compression", "data", "deployment", "losses", "models", "tuning"):
+    for room in ("callbacks", "compression", "data", "deployment", "losses", "metrics/probes", "models", "tuning"):
         path = house.package / room / "__init__.py"
         if path.is_file():
             for name, home in re.findall(r'"(\w+)": "([\w.]+)"', path.read_text(encoding="utf-8")):
-                if house.is_in(home, gone):
-                    names.add(f"{house.package.name}.{room}.{name}")
+                if house.is_in(home, gone):  # a callback has its name in project.callbacks too
+                    names |= {
+                        f"{house.package.name}.{folder.replace('/', '.')}.{name}" for folder in (room, "callbacks")
+                    }
     return names
 
 
@@ -218,7 +220,8 @@ def goes(root: Path, path: Path, house: House, gone: Sequence[str], names: set[s
 def scripts_of(root: Path, path: Path) -> list[Path]:
     """The scripts that a Python file imports when it is loaded."""
     names = re.findall(r"^(?:from|import) (\w+)", path.read_text(encoding="utf-8"), re.MULTILINE)
-    return [script for name in names if (script := root / "scripts" / f"{name}.py").is_file()]
+    folders = [root / "scripts", root / "scripts/studies"]
+    return [script for name in names for folder in folders if (script := folder / f"{name}.py").is_file()]
 
 
 def class_paths(value: object) -> list[str]:

@@ -81,6 +81,7 @@ CLASSES = {
     "compression/winograd": "WinogradConvolutions",
     "deployment/int8": "PostTrainingQuantization",
     "deployment/packed": "Packing",
+    "metrics/probes": "LandscapeProbe",
 }
 NETS = {"models/zoo": "LeNet5"}
 

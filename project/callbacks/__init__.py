@@ -2,6 +2,7 @@
 
 from project.frame.rooms import lazily
 
+_PROBES = "Activation", "Curvature", "GradientNorm", "Landscape", "Sharpness"
 _HOMES = {
     "BestAndLast": "project.callbacks.checkpoint",
     "ContinueFromCheckpoint": "project.callbacks.continuing",
@@ -29,12 +30,10 @@ _HOMES = {
     "XNORNet": "project.compression.low_bit.xnor_callback",
     "default_callbacks": "project.callbacks.defaults",
     "default_progress_bar": "project.callbacks.progress",
+    **{f"{name}Probe": "project.metrics.probes.callbacks" for name in _PROBES},
 }
 """The module that each name is defined in. It is imported when the name is first used."""
 
 __all__ = sorted(_HOMES)
 __getattr__ = lazily(_HOMES)
-
-
-def __dir__() -> list[str]:
-    return __all__
+__dir__ = __all__.copy

@@ -1,8 +1,8 @@
 """Optional rooms: folders of the package that a fork may delete. The rest of the package asks for them here by name.
 
-``compression/<technique>``, ``deployment``, ``tuning``, ``callbacks/observe``, ``data/sets``, ``models/kernels`` and
-``models/zoo`` are optional. The rest of the package, the core, imports none of them. It asks for a module by name and
-goes on without it where the folder is gone.
+``compression/<technique>``, ``deployment``, ``tuning``, ``callbacks/observe``, ``data/sets``, ``metrics/probes``,
+``models/kernels`` and ``models/zoo`` are optional. The rest of the package, the core, imports none of them. It asks for
+a module by name and goes on without it where the folder is gone.
 """
 
 import difflib

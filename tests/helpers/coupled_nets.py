@@ -285,10 +285,61 @@ def _rows() -> dict[str, Row]:
     row("numbers in a stated shape", lambda: around(Do(
         lambda m, x: x + m.gamma.view(m.shape) * m.conv(x), conv=conv(8, 8), gamma=parameter(8), shape=(8, 1, 1))))
     row("split in parts of 6", lambda: around(Do(
-        lambda m, x: torch.addcmul(*m.conv(x).split(6, 1)), conv=conv(8, 18)), 6), "block.conv")
+        lambda m, x: torch.addcmul(*m.conv(x).split(6, 1)), conv=conv(8, 18)), 6))
     row("split in unequal parts", lambda: around(Do(
         lambda m, x: m.last(torch.cat(m.conv(x).split([4, 8], 1)[::-1], 1)),
+        conv=conv(8, 12), last=conv(12, 8))))
+    row("split of the stem", lambda: Do(
+        lambda m, x: (y := torch.split(m.stem(x).relu(), [8, 16], dim=1)) and m.head(
+            torch.cat([m.a(y[0]).relu(), m.b(y[1]).relu()], 1).mean((2, 3))),
+        stem=nn.Conv2d(3, 24, 3, 2, 1), a=conv(8, 12), b=conv(16, 10, 1), head=nn.Linear(22, 5)))
+    row("split within a split", lambda: around(Do(
+        lambda m, x: m.last(torch.cat(
+            [*m.inner(x).split([4, 8], 1)[::-1], m.conv(x).split(split_size=[5, 7], dim=-3)[1]], 1)),
+        inner=Do(lambda m, x: torch.cat(m.conv(x).split_with_sizes([4, 8], 1)[::-1], 1), conv=conv(8, 12)),
+        conv=conv(8, 12), last=conv(19, 8))))
+    row("split twice alike", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([*m.a(x).split((4, 8), 1), *m.b(x).split((4, 8), 1)][::-1], 1)),
+        a=conv(8, 12), b=conv(8, 12), last=conv(24, 8))))
+    row("split of a block that runs twice", lambda: around(Do(
+        lambda m, x: m.block(m.block(x).relu()),
+        block=Do(lambda m, x: torch.cat(m.conv(x).split([3, 5], 1)[::-1], 1), conv=conv(8, 8)))))
+    row("split in parts of 8 and a rest", lambda: around(Do(
+        lambda m, x: m.last(torch.cat(m.conv(x).split(8, 1)[::-1], 1)), conv=conv(8, 20), last=conv(20, 8))))
+    row("chunks of unequal widths", lambda: around(Do(
+        lambda m, x: m.last(torch.cat(m.conv(x).chunk(3, 1)[::-1], 1)), conv=conv(8, 20), last=conv(20, 8))))
+    row("chunks of unequal widths in blocks", lambda: around(nn.Sequential(*(Do(
+        lambda m, x: x + m.last(torch.cat(m.conv(x).relu().chunk(3, 1)[::-1], 1)), conv=conv(8, 10), last=conv(10, 8))
+        for _ in range(2)))))
+    row("chunks of two widths", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([*m.a(x).chunk(3, 1)[::-1], *m.b(x).chunk(3, 1)], 1)),
+        a=conv(8, 20), b=conv(8, 12), last=conv(32, 8))), "block.a", "block.b")
+    row("chunks of another width inside", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([*m.a(m.inner(x)).chunk(3, 1)[::-1]], 1)),
+        inner=Do(lambda m, x: torch.addcmul(*m.b(x).chunk(3, 1)), b=conv(8, 12)), a=conv(4, 20), last=conv(20, 8))),
+        "block.a", "block.inner.b")
+    row("slices", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([(y := m.conv(x))[:, 8:], y[:, 3:5], y[:, :-8, ...].relu()], 1)),
+        conv=conv(8, 12), last=conv(10, 8))))
+    row("slices of tokens", lambda: on_tokens(Do(
+        lambda m, x: m.last(torch.cat([(y := m.fc(x))[..., 8:], y.narrow(-1, 0, 5).relu()], -1)),
+        fc=nn.Linear(8, 12), last=nn.Linear(9, 8))))
+    row("slices that gate each other", lambda: around(Do(
+        lambda m, x: (y := m.conv(x))[:, : y.shape[1] // 2] * y[:, y.shape[1] // 2 :].sigmoid(), conv=conv(8, 12)), 6))
+    row("computed slices", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([(y := m.conv(x))[:, y.shape[1] // 2 :], y[:, : y.shape[1] // 2].relu()], 1)),
         conv=conv(8, 12), last=conv(12, 8))), "block.conv")
+    row("split in computed parts", lambda: around(Do(
+        lambda m, x: m.last(torch.cat((y := m.conv(x)).split([y.shape[1] // 3, 2 * y.shape[1] // 3], 1)[::-1], 1)),
+        conv=conv(8, 12), last=conv(12, 8))), "block.conv")
+    row("slices of two layers", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([m.a(x)[:, :8], m.b(x)[:, :8]], 1)),
+        a=conv(8, 12), b=conv(8, 10), last=conv(16, 8))), "block.a", "block.b")
+    row("slices of everything", lambda: around(Do(
+        lambda m, x: m.last(torch.cat([m.a(x)[:, 0:], m.b(x)[:, 0:]], 1)),
+        a=conv(8, 12), b=conv(8, 10), last=conv(22, 8))))
+    row("every second channel", lambda: around(Do(
+        lambda m, x: m.last(m.conv(x)[:, ::2]), conv=conv(8, 12), last=conv(6, 8))), "block.conv")
     row("stack", lambda: around(Do(
         lambda m, x: torch.stack([m.a(x), m.b(x)], 1).amax(1), a=conv(8, 6), b=conv(8, 6)), 6))
     row("unbind", lambda: around(Do(

@@ -89,13 +89,18 @@ def plot_curves(metrics: "str | PathLike[str] | Mapping[str, Curve]") -> "Figure
 
 
 def read_curves(path: str | PathLike[str]) -> dict[str, Curve]:
-    """The columns of a ``metrics.csv`` over its column ``epoch``, without empty cells and without metrics of a test."""
+    """The columns of a ``metrics.csv`` over its column ``epoch``, without empty cells, tests and probes."""
     with Path(path).open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for row in rows:
         for name, value in row.items():
-            if value and row.get("epoch") and name not in ("epoch", "step") and not name.startswith("test/"):
+            if (
+                value
+                and row.get("epoch")
+                and name not in ("epoch", "step")
+                and not name.startswith(("test/", "probe/"))
+            ):
                 x, y = curves.setdefault(name, ([], []))
                 x.append(float(row["epoch"]))
                 y.append(float(value))

@@ -248,11 +248,19 @@ class Pruner:
         elif self.structure == "units":
             cost = self._macs(net, groups, image_shape)
             round_to = self._round_to(groups)
-            kept = take_cheapest(scores, left, amount, keep=self.keep, round_to=round_to, cost=cost, widths=widths)
+            must = {group.layer: group.units.fewest for group in groups if group.units is not None}
+            kept = take_cheapest(
+                scores, left, amount, keep=self.keep, round_to=round_to, cost=cost, widths=widths, fewest=must
+            )
         else:
             kept = self._prune_global(scores, left, amount)
         if self.structure == "units":
             for group in groups:
+                assert group.units is not None
+                fewest = min(group.units.fewest, int(left[group.layer].sum()))
+                if 0 < kept[group.layer].sum() < fewest:
+                    best = scores[group.layer].masked_fill(~left[group.layer], -torch.inf).topk(fewest).indices
+                    kept[group.layer][best] = True
                 if not kept[group.layer].any():
                     raise ValueError(
                         f"the amount {amount:g} would take all units of {group.layer}, so that nothing could pass "
@@ -309,7 +317,11 @@ class Pruner:
             return 1 - sum(max(round(self.keep * size), 1) for size in sizes) / sum(sizes)
         widths = {group.layer: group.units.num for group in groups if group.units is not None}
         round_to = self._round_to(groups)
-        least = {layer: min(least_units(width, self.keep, round_to[layer]), width) for layer, width in widths.items()}
+        fewest = {group.layer: group.units.fewest for group in groups if group.units is not None}
+        least = {
+            layer: min(least_units(width, self.keep, round_to[layer], fewest[layer]), width)
+            for layer, width in widths.items()
+        }
         return self._share_without(net, groups, least, image_shape)
 
     def _share_without(

@@ -1,7 +1,8 @@
 """The choice of units over all layers: the least saliency per unit, or per multiply-accumulate (MAC) that is saved.
 
 It is a greedy knapsack. Each step removes the units with the least ratio of saliency to cost, as in latency-aware
-pruning (Shen et al. 2022, arXiv:2110.10811, sec. 3.2), here with MACs as the cost.
+pruning (Shen et al. 2022, arXiv:2110.10811, sec. 3.2), here with MACs as the cost. The cost that a step saves beyond
+the budget does not count.
 
 The cost of a unit depends on the units that are left. A convolution's MACs are pixels x kernel x inputs x outputs, so
 that the units of a layer become cheaper while its input loses channels. After each step the costs of the units that it
@@ -139,17 +140,18 @@ def step_of(num_units: int, round_to: int) -> int:
     return round_to if num_units > round_to else 1
 
 
-def least_units(num_units: int, keep: float, round_to: int) -> int:
+def least_units(num_units: int, keep: float, round_to: int, fewest: int = 1) -> int:
     """The least number of units that a layer keeps.
 
     Args:
         num_units: number of units of the layer, 1 or more.
         keep: share of the units that stays, in [0, 1).
         round_to: divisor of the width, 1 or more.
+        fewest: number of units that must stay, 1 or more.
     """
     step = step_of(num_units, round_to)
-    # at least the share `keep`, at least one unit, and whole steps
-    return math.ceil(max(math.ceil(keep * num_units), 1) / step) * step
+    # at least the share `keep`, at least the fewest, and whole steps
+    return math.ceil(max(math.ceil(keep * num_units), fewest) / step) * step
 
 
 def take_cheapest(
@@ -161,6 +163,7 @@ def take_cheapest(
     round_to: int | Mapping[str, int] = 1,
     cost: Cost | None = None,
     widths: Mapping[str, int] | None = None,
+    fewest: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """The masks ``left`` without the units of least saliency for their cost.
 
@@ -175,6 +178,7 @@ def take_cheapest(
         cost: the cost of the whole net, which this function changes; ``None`` counts units.
         widths: number of units that each layer had before the first pruning, of which ``keep`` is a share; ``None`` if
             ``left`` has them all.
+        fewest: number of units that each layer keeps at least, 1 or more; ``None`` means 1 for all.
 
     Raises:
         ValueError: if ``keep`` and ``round_to`` protect so many units that ``amount`` cannot be removed.
@@ -188,7 +192,8 @@ def take_cheapest(
     present = {name: int(mask.sum()) for name, mask in left.items()}
     step_to = round_to if isinstance(round_to, Mapping) else dict.fromkeys(left, round_to)
     whole = {name: (widths or {}).get(name, len(mask)) for name, mask in left.items()}
-    least = {name: least_units(width, keep, step_to[name]) for name, width in whole.items()}
+    must = fewest or {}
+    least = {name: least_units(width, keep, step_to[name], must.get(name, 1)) for name, width in whole.items()}
     steps = {name: step_of(width, step_to[name]) for name, width in whole.items()}
     kept = dict(present)
     counted = "units" if cost is None else "multiply-accumulates"
@@ -197,14 +202,14 @@ def take_cheapest(
         if len(mask) > present[name]:
             cost.remove(name, len(mask) - present[name])
 
-    def offer(name: str) -> tuple[float, int] | None:
-        """Saliency for each cost that is saved by the next step of a group, and its width then."""
+    def offer(name: str) -> tuple[float, float, int] | None:
+        """The saliency that the next step of a group removes, the cost that it saves, and the group's width then."""
         fewer = (kept[name] - 1) // steps[name] * steps[name]
         saved = cost.saved(name, kept[name] - fewer) if fewer >= least[name] else 0.0
         if saved <= 0:  # a layer that nothing reaches any more saves nothing
             return None
         gone, then = present[name] - kept[name], present[name] - fewer
-        return (sums[name][then - 1] - (sums[name][gone - 1] if gone else 0.0)) / saved, fewer
+        return sums[name][then - 1] - (sums[name][gone - 1] if gone else 0.0), saved, fewer
 
     target = cost.total - (round(amount * cost.total) if counted == "units" else amount * cost.total)
     offers = {name: offer(name) for name in kept}
@@ -216,8 +221,10 @@ def take_cheapest(
                 f"round_to {max(step_to.values())} the layers can not lose so many: prune less, choose a smaller keep "
                 "or round_to, or exclude fewer layers."
             )
-        name = min(open_, key=lambda name: open_[name][0])
-        fewer = open_[name][1]
+        need = cost.total - target
+        # what a step saves beyond the need is worth nothing, so that the last step is no larger than it must be
+        name = min(open_, key=lambda name: open_[name][0] / min(open_[name][1], need))
+        fewer = open_[name][2]
         changed = cost.remove(name, kept[name] - fewer)
         kept[name] = fewer
         offers |= {other: offer(other) for other in changed}

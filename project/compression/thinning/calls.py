@@ -43,6 +43,11 @@ class ModuleStack:
         return [each for each in flat(self._inputs[-1]) if isinstance(each, Tensor)]
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all running modules, the net first."""
+        return tuple(self._names)
+
+    @property
     def name(self) -> str:
         """The name of the innermost module."""
         return self._names[-1]

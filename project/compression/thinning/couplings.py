@@ -11,7 +11,7 @@ joined. A channel of an activation has the slot of the parameter's index that ma
 followed, such as pixels, tokens and images, is ``None``.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from project.compression.thinning.calls import MixingCalls, ModuleStack, flat
+from project.compression.thinning.cuts import Cut, cut_of
 from project.compression.thinning.slots import Axis, Joined, Label, Mixing, Product, Slots, Split, View
 
 Rule = Callable[..., Any]
@@ -64,6 +65,10 @@ class Couplings(TorchDispatchMode):
         """The first name of each parameter and buffer, by the object's id."""
         self.views: list[View] = []
         self.splits: list[Split] = []
+        self.cuts: list[tuple[Cut, Split]] = []
+        """The cuts whose numbers may stand in the source code."""
+        self.running_cut: Cut | None = None
+        """The cut that is being computed."""
         self.head_cuts: set[tuple[int, int]] = set()
         """The number of heads and the width of a head wherever a dimension was cut into heads."""
         self.mixing: dict[tuple[str, int], Mixing] = {}
@@ -77,6 +82,7 @@ class Couplings(TorchDispatchMode):
         self._made: list[Slots] = []
         self._labels: dict[int, tuple[Any, Label]] = {}
         self._call: tuple[tuple[str, int], str] | None = None
+        self._cut_calls: list[tuple[Cut, tuple[str, ...], tuple[Slots, ...], bool]] = []
         self._quiet = False
         self._if_used: dict[int, list[tuple[Axis, str]]] = {}
         named = (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False))
@@ -99,7 +105,7 @@ class Couplings(TorchDispatchMode):
                 self.joined.fix(axis, "it gives the net's output: its units are the logits")
         self.root, self.reasons = self.joined.solve()
         self.reads, self.makes = self._marked(self._read), self._marked(self._made)
-        del self._labels, self._read, self._made, self._if_used
+        del self._labels, self._read, self._made, self._if_used, self._cut_calls
 
     def of(self, tensor: Tensor) -> Label:
         """The label of a tensor.
@@ -137,6 +143,38 @@ class Couplings(TorchDispatchMode):
                     kind = self.tieable[self.stack.name] = type(self.net.get_submodule(self.stack.name))
                     if kind in self._tied:
                         self.joined.join(np.repeat(heads, size), axis)
+
+    def cut(self, parts: Sequence[Slots], fits: bool = False) -> bool:
+        """Note that the running call cuts a dimension into parts.
+
+        Calls with the same numbers in one module, or in a module and one inside, cannot be told apart. They lose the
+        same channels; they keep all of them if their parts have other sizes.
+
+        Args:
+            parts: slots of each part; empty if the dimension is not followed.
+            fits: whether the call fits any size of the dimension, or gets its numbers from an attribute.
+
+        Returns:
+            Whether the call is one to which thinning can give other sizes.
+        """
+        call, names = self.running_cut, self.stack.names
+        if call is None:
+            return False
+        fits = fits or not parts
+        for cut, others, known, fitted in self._cut_calls:
+            near = names[-1] == others[-1] or (not call.is_exact and (names[-1] in others or others[-1] in names))
+            if cut != call or not near or (fits and fitted):
+                continue
+            if [*map(len, known)] == [*map(len, parts)]:
+                for one, other in zip(known, parts, strict=True):
+                    self.joined.join(one, other)
+            elif not call.is_exact:
+                for part in (*known, *parts):
+                    self.joined.fix(part, f"{names[-1] or 'the net'} cuts it as it cuts another tensor")
+        self._cut_calls.append((call, names, tuple(parts), fits))
+        if not fits:
+            self.cuts.append((call, Split(names[-1], tuple(parts))))
+        return True
 
     def mix(self, axes: dict[int, Axis], results: Iterable[Tensor] = ()) -> None:
         """Note that statistics are computed over channels.
@@ -217,7 +255,12 @@ class _NotedCalls(MixingCalls):
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if getattr(function, "__name__", "") == "scaled_dot_product_attention" and (kwargs or {}).get("scale") is None:
             self._couplings.joined.fix(self._couplings.of(next(iter(flat((args, kwargs)))))[-1], OF_A_HEAD)
-        return super().__torch_function__(function, types, args, kwargs)
+        found = cut_of(function, args, kwargs or {})
+        self._couplings.running_cut = None if found is None else found[1]
+        try:
+            return super().__torch_function__(function, types, args, kwargs)
+        finally:
+            self._couplings.running_cut = None
 
     def call(self, key: tuple[str, int], name: str, function: Any, args: Any, kwargs: Any) -> Any:
         c = self._couplings

@@ -56,6 +56,11 @@ class Units:
         return len(next(iter(self.slices.values())))
 
     @property
+    def fewest(self) -> int:
+        """Number of units that must stay, 1 or 2. A norm that takes its statistics over one value gives a constant."""
+        return min(2, self.num) if self.mixed else 1
+
+    @property
     def coupled(self) -> tuple[str, ...]:
         """Names of the other layers with the same units."""
         return self.layers[1:]

@@ -1,13 +1,16 @@
 """The plan that removes slots from a net, and the masked net that it is compared with."""
 
 from collections import defaultdict
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 from torch import nn
 
 from project.compression.thinning.couplings import Couplings
+from project.compression.thinning.cuts import Cut, Plain
 from project.compression.thinning.masked import MaskedNet
+from project.compression.thinning.slots import Split
 from project.compression.thinning.thin import Slices, Thin
 
 Gone = np.ndarray[Any, np.dtype[np.bool_]]
@@ -35,7 +38,24 @@ def plan_of(net: nn.Module, c: Couplings, gone: Gone) -> Thin:
             if any(gone[axis].any() for axis in axes) and len(axes) == len(norm.normalized_shape):
                 sizes[module]["normalized_shape"] = [int((~gone[axis]).sum()) for axis in axes]
     _sizes_of_views(net, c, gone, sizes)
-    return Thin(slices=slices, sizes={**sizes})
+    return Thin(slices=slices, sizes={**sizes}, cuts=cuts_of(c.cuts, gone))
+
+
+def cuts_of(known: Iterable[tuple[Cut, Split]], gone: Gone) -> dict[str, list[Plain]]:
+    """The new sizes of parts, where the call as it stands would make other parts; by the module's name.
+
+    Args:
+        known: the cuts with the slots of their parts.
+        gone: whether each slot goes, by the slot's number.
+    """
+    cuts: dict[str, list[Plain]] = defaultdict(list)
+    for cut, split in known:
+        sizes = [int((~gone[part]).sum()) for part in split.parts]
+        stated = cut.stated if isinstance(cut.stated, int) else [*cut.stated]
+        plain = [cut.kind, cut.dim, stated, sizes]
+        if any(gone[part].any() for part in split.parts) and not cut.gives(sizes):
+            cuts[split.module] += [] if plain in cuts[split.module] else [plain]
+    return {**cuts}
 
 
 def _sizes_of_views(net: nn.Module, c: Couplings, gone: Gone, sizes: dict[str, dict[str, Any]]) -> None:

@@ -114,25 +114,34 @@ def stack(c: Couplings, result: Tensor, tensors: Sequence[Tensor], dim: int = 0)
 
 @rule("split", "split_with_sizes", "chunk", "unsafe_split", "unsafe_chunk")
 def split(c: Couplings, result: Sequence[Tensor], x: Tensor, sizes: Any, dim: int = 0) -> list[Label]:
-    """A tensor is cut into parts. Equal parts lose the same channels. Others need a module that states their sizes."""
+    """A tensor is cut into parts. Equal parts lose the same channels.
+
+    The sizes of others may be stated in attributes of the module, or in its source code.
+    """
     label = c.of(x)
     axis = label[dim]
     if axis is None:
+        c.cut(())
         return [label] * len(result)
     parts = np.split(axis, np.cumsum([each.shape[dim] for each in result])[:-1])
     lengths = [len(part) for part in parts]
     module = c.net.get_submodule(c.stack.name)
     stated = [*vars(module).values()]
+    same_size = len({*lengths}) == 1
+    as_list = any(isinstance(each, list | tuple) and [*each] == lengths for each in stated)
+    as_numbers = all(any(type(each) is int and each == size for each in stated) for size in lengths)
+    is_chunk = c.running_cut is not None and c.running_cut.kind == "chunk"
+    is_cut = c.cut(parts, fits=as_list or as_numbers or (same_size and is_chunk))
     if isinstance(module, nn.MultiheadAttention):  # its parts are one third and two thirds
         equal_shares(c, axis, 3)
-    elif len({*lengths}) > 1 and any(isinstance(each, list | tuple) and [*each] == lengths for each in stated):
+    elif as_list and not same_size:
         c.splits.append(Split(c.stack.name, tuple(parts)))
-    elif len({*lengths}) == 1 or all(any(type(each) is int and each == size for each in stated) for size in lengths):
+    elif same_size or as_numbers:
         first: dict[int, Slots] = {}
         for part in parts:
             c.joined.join(first.setdefault(len(part), part), part)
         c.splits.append(Split(c.stack.name, tuple(parts)))
-    else:
+    elif not is_cut:
         c.joined.fix(axis, f"{c.stack.name or 'the net'} splits it into parts of given sizes")
     place = dim % x.dim()
     return [(*label[:place], part, *label[place + 1 :]) for part in parts]
@@ -170,9 +179,14 @@ def slice_(
     """A range of a dimension."""
     label = list(c.of(x))
     axis = label[dim]
-    if axis is not None and result.shape[dim] != x.shape[dim]:
-        c.joined.fix(axis, f"{c.stack.name or 'the net'} takes a part of them by numbers")
-        label[dim] = axis[slice(start, end, step)]
+    if axis is None:
+        c.cut(())
+    elif c.running_cut is not None or result.shape[dim] != x.shape[dim]:
+        label[dim] = kept = axis[slice(start, end, step)]
+        begin = slice(start, end, step).indices(len(axis))[0]
+        whole = len(kept) == len(axis) != end  # as in x[:, 0:]
+        if step != 1 or not c.cut((axis[:begin], kept, axis[begin + len(kept) :]), fits=whole):
+            c.joined.fix(axis, f"{c.stack.name or 'the net'} takes a part of them by numbers")
     return tuple(label)
 
 

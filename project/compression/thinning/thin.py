@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from project.compression.thinning.attention import ThinAttention
+from project.compression.thinning.cuts import Plain, cut_
 from project.models.surgery import register_surgery
 
 Kept = list[int] | int | None
@@ -47,6 +48,8 @@ class Thin:
         slices: indices that stay, by the name of the parameter or buffer, with one entry for each dimension: a list, a
             number n for the first n, or null for all.
         sizes: new values of attributes that state a size, such as ``num_heads``, by the module's name.
+        cuts: new sizes of the parts of splits whose sizes are numbers in the source code, by the module's name
+            (:mod:`project.compression.thinning.cuts`).
     """
 
     kept_out: dict[str, list[int]] = field(default_factory=dict)
@@ -54,6 +57,7 @@ class Thin:
     out_channels: dict[str, int] = field(default_factory=dict)
     slices: Slices = field(default_factory=dict)
     sizes: dict[str, dict[str, int | list[int]]] = field(default_factory=dict)
+    cuts: dict[str, list[Plain]] = field(default_factory=dict)
 
     def apply_(self, net: nn.Module) -> None:
         """Remove the indices from the net's parameters and buffers, in place.
@@ -81,6 +85,8 @@ class Thin:
             sizes.setdefault(name, {})["out_channels"] = width
         for path in {name.rpartition(".")[0] for name in slices} | {*sizes}:
             _state_sizes_(net.get_submodule(path), sizes.get(path, {}))
+        for path, cuts in self.cuts.items():
+            cut_(net.get_submodule(path), cuts)
         _forget_(net)
 
     def slices_of(self, net: nn.Module) -> Slices:
@@ -112,7 +118,7 @@ class Thin:
         slices: Slices = {
             name: [len(kept) if isinstance(kept, list) else kept for kept in dims] for name, dims in self.slices.items()
         }
-        return Thin(kept_out, kept_in, self.out_channels, slices, self.sizes)
+        return Thin(kept_out, kept_in, self.out_channels, slices, self.sizes, self.cuts)
 
 
 def sliced(tensor: Tensor, kept: list[Kept]) -> Tensor:

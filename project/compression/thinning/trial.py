@@ -1,11 +1,13 @@
 """Try a plan: the thinned copy of a net must compute what the masked copy computes."""
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from project.compression.plain_layers import copy_of
 from project.compression.thinning.couplings import Couplings
-from project.compression.thinning.plan import Gone, masked_of
+from project.compression.thinning.cuts import note_uses_, unused
+from project.compression.thinning.plan import Gone, cuts_of, masked_of
 from project.compression.thinning.thin import Thin
 
 _TOLERANCE = 1e-3
@@ -39,10 +41,15 @@ def try_out(
         try:
             images, expected, widths = _run_small(masked_of(copy, c, gone), copy, image_shape)
             plan.apply_(copy)  # the parts that go are zero in it, and the others are those of the net
+            note_uses_(copy)
             logits, new_widths = _run(copy, copy, images)
             error = _largest_change(logits, expected)
         except Exception as failure:  # whatever the net raises at another width
             raise DiffersError(f"it no longer runs ({failure})") from failure
+    # If the parts lose the same channels, a net may compute the sizes, as in x.split(x.shape[1] // 2, 1).
+    free = [each for each in c.cuts if len({(*np.sort(c.root[part]),) for part in each[1].parts if len(part)}) > 1]
+    for name in (name for name, cuts in unused(copy, cuts_of(free, gone)).items() if cuts):
+        raise DiffersError(f"{name or 'the net'} computes the sizes of the parts that it takes")
     large = error > _ROUNDING and _exact_change(plan, net, c, gone, images) > _EXACT
     if not error <= _TOLERANCE or large:
         raise DiffersError(f"its logits change by {error:.1e} of the largest")

@@ -135,7 +135,7 @@ def plan_thinning(net: nn.Module, removed: Mapping[str, Sequence[int]], image_sh
             "pass does something with channels that the trace cannot follow: leave the layers around this operation "
             "out of the thinning."
         ) from difference
-    return Thin(out_channels=widths, slices=plan.slices, sizes=plan.sizes)
+    return Thin(out_channels=widths, slices=plan.slices, sizes=plan.sizes, cuts=plan.cuts)
 
 
 def masked_net(net: nn.Module, removed: Mapping[str, Sequence[int]], image_shape: tuple[int, int, int]) -> MaskedNet:

@@ -35,7 +35,7 @@ def test_picture_is_what_tensorboard_takes():
 def test_curves_of_a_metrics_file(tmp_path):
     path = tmp_path / "metrics.csv"
     path.write_text(
-        "epoch,step,train/loss,val/loss,test/loss\n0,9,,0.9,\n0,9,1.0,,\n1,19,,0.7,\n1,19,0.5,,\n2,20,,,0.6\n"
+        "epoch,step,train/loss,val/loss,test/loss,probe/loss\n0,9,,0.9,,2\n0,9,1.0,,\n1,19,,0.7,\n1,19,0.5,,\n2,20,,,0.6\n"
     )
     assert read_curves(path) == {"val/loss": ([0, 1], [0.9, 0.7]), "train/loss": ([0, 1], [1.0, 0.5])}
     (panel,) = plot_curves(path).axes

@@ -5,6 +5,7 @@ from copy import deepcopy
 
 import pytest
 import torch
+from helpers.coupled_nets import Standardised
 from torch import Tensor, nn
 
 from project import models
@@ -99,7 +100,7 @@ def test_layers_of_few_units_go_one_by_one_and_every_layer_keeps_some() -> None:
     groups = pruner.groups(net, shape)
     most = pruner.most(net, groups, shape)
     seen: set[tuple[int, ...]] = set()
-    for amount in (*torch.linspace(0.05, 0.95, 19).mul(most).tolist(), most):
+    for amount in (*torch.linspace(0.05, 0.95, 91).mul(most).tolist(), most):
         masks = pruner.prune(net, groups, {}, amount, image_shape=shape)
         seen.add(tuple(widths_left(groups, masks).values()))
     few, many, eight = (set(column) for column in zip(*seen, strict=True))
@@ -229,3 +230,52 @@ def trained_on_digits() -> tuple[nn.Module, Tensor, Tensor]:
 def rank_correlation(a: Tensor, b: Tensor) -> float:
     ranks = torch.stack([a.argsort().argsort().double(), b.argsort().argsort().double()])
     return float(torch.corrcoef(ranks)[0, 1])
+
+
+class Prices:
+    """A unit of ``large`` costs 100, a unit of ``small`` costs 10."""
+
+    def __init__(self) -> None:
+        self.total = 440.0
+
+    def saved(self, name: str, num: int) -> float:
+        return num * (100 if name == "large" else 10)
+
+    def remove(self, name: str, num: int) -> set[str]:
+        self.total -= self.saved(name, num)
+        return {name}
+
+
+@pytest.mark.parametrize(("amount", "kept"), [(10, (4, 3)), (20, (4, 2)), (100, (3, 4)), (110, (3, 3)), (200, (2, 4))])
+def test_what_is_saved_beyond_the_budget_does_not_count(amount: float, kept: tuple[int, int]) -> None:
+    """Large units are worth 0.01 for each cost and small ones 0.02, but a large unit is too much to save 10."""
+    scores = {"large": torch.full((4,), 1.0), "small": torch.full((4,), 0.2)}
+    left = {name: torch.ones(len(score), dtype=torch.bool) for name, score in scores.items()}
+    masks = take_cheapest(scores, left, amount / 440, cost=Prices())
+    assert tuple(int(mask.sum()) for mask in masks.values()) == kept
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"scope": "global", "budget": "macs", "round_to": 1},
+        {"scope": "global", "round_to": 1},
+        {"scope": "layer"},
+    ],
+)
+def test_a_norm_over_the_units_keeps_two_of_them(options: dict) -> None:
+    """A 1x1 convolution that standardises its filters cannot run on one channel: one value has no deviation."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(1, 12, 3, padding=1), nn.ReLU(), Standardised(12, 12, 1), nn.ReLU(), nn.Flatten(), nn.Linear(3072, 10)
+    )
+    pruner = Pruner("units", **options)
+    groups, masks = pruned(net, SHAPE, pruner, 0.5, 0.7 if options["scope"] == "global" else 0.9)
+    assert widths_left(groups, masks)["0"] >= 2 and {group.layer: group.units.fewest for group in groups} == {
+        "0": 2,
+        "2": 1,
+    }
+    assert pruner.most(net, groups, SHAPE) < 1
+    assert thinned(net, SHAPE, groups, masks)(torch.randn(2, *SHAPE)).shape == (2, 10)
+    if options["scope"] == "layer":
+        assert widths_left(groups, masks) == {"0": 2, "2": 1}

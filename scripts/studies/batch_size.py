@@ -1,0 +1,277 @@
+"""Batch size: time to converge, test accuracy, sharp and flat minimizers, learning rates, the linear scaling rule.
+
+Keskar et al. 2017 (arXiv:1609.04836); Goyal et al. 2017 (arXiv:1706.02677); Masters & Luschi 2018 (arXiv:1804.07612).
+
+    python scripts/studies/batch_size.py
+"""
+
+import math
+import statistics
+import time
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+from evidence import Claim, Study, Trained, accuracies, by, clearly, draw_seeds, mean, options, spread, verdict
+from plain_nets import PlainStack
+from torch import nn
+
+BATCHES = [16, 64, 256, 1024, 4096]
+RATES = [0.01, 0.04, 0.16, 0.64, 2.56, 10.24]
+"""The batches and the rates have the same step of 4, so that the linear scaling rule stays on the grid."""
+EPOCHS, IMAGES = 20, 4100
+BATCH, RATE = "data.init_args.batch_size", "model.optimizer.init_args.lr"
+EPSILONS = [1e-3, 5e-4]
+Groups = dict[tuple[Any, ...], list[Trained]]
+
+
+def config() -> dict[str, Any]:
+    """A run on 4,100 images of Fashion-MNIST, with plain SGD, so that the batch size is the only source of noise."""
+    sharpness = {
+        "class_path": "project.callbacks.SharpnessProbe",
+        "init_args": {"epsilons": EPSILONS, "num_images": 1024, "mode": "train"},
+    }
+    return {
+        "data": {
+            "class_path": "project.data.FashionMNIST",
+            "init_args": {"batch_size": 16, "val_fraction": 1 - IMAGES / 60_000},
+        },
+        "model": {
+            "net": {"class_path": "plain_nets.PlainStack", "init_args": {"depth": 4, "width": 16}},
+            "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.01}},
+            "schedule": {"class_path": "project.learning.Schedule", "init_args": {"warmup_epochs": 0.0}},
+        },
+        "trainer": {"max_epochs": EPOCHS, "limit_val_batches": 2, "callbacks": [sharpness]},
+    }
+
+
+def best_rate(groups: Groups, batch: int) -> float:
+    """The rate with the best mean validation accuracy, of those that trained with all seeds."""
+
+    def score(rate: float) -> float:
+        values = [run.measured("val_accuracy") for run in groups[batch, rate]]
+        return 0.0 if any(map(math.isnan, values)) else statistics.fmean(values)
+
+    return max(RATES, key=score)
+
+
+def convergence(study: Study, groups: Groups, best: dict[int, float]) -> None:
+    """Claim 1: seconds and epochs until the accuracy that the full batch has at its end."""
+    full = groups[BATCHES[-1], best[BATCHES[-1]]]
+    target = min(run.last("val/accuracy") for run in full)
+    seconds, epochs = {}, {}
+    for batch in BATCHES:
+        runs = groups[batch, best[batch]]
+        epochs[batch] = [epochs_to(run, target) for run in runs]
+        seconds[batch] = [run.seconds / EPOCHS * count for run, count in zip(runs, epochs[batch], strict=True)]
+    fastest = min(BATCHES[:-1], key=lambda batch: mean(seconds[batch]))
+    study.find(
+        Claim("mini-batches converge in less time than full batches", "Masters & Luschi 2018, sec. 1"),
+        verdict([clearly(seconds[BATCHES[-1]], seconds[fastest])]),
+        f"""{100 * target:.1f} % on validation images, which the full batch has at its end, take
+        {spread(seconds[fastest], 1)} s with batches of {fastest} and {spread(seconds[BATCHES[-1]], 1)} s with the full
+        batch of {BATCHES[-1]:,}, each at its best rate""",
+    )
+    study.head("Time to converge")
+    study.say(f"Until {100 * target:.1f} % of 2,000 validation images are right. Each batch size has its best rate.")
+    rows = [[str(each), f"{best[each]:g}", spread(epochs[each], 1), spread(seconds[each], 1)] for each in BATCHES]
+    study.show(["batch size", "learning rate", "epochs", "seconds of training"], rows)
+
+
+def epochs_to(run: Trained, accuracy: float) -> float:
+    """The number of epochs until the validation accuracy is reached; NaN if it never is."""
+    values = run.series("val/accuracy")[1]
+    return next((float(epoch) for epoch, value in enumerate(values, 1) if value >= accuracy), math.nan)
+
+
+def fixed_rate(study: Study, groups: Groups) -> float:
+    """Claims 2 and 3: test accuracy and sharpness by batch size at one rate. Returns the rate."""
+    small, large = BATCHES[0], BATCHES[-2]
+    rate = best_rate(groups, 64)
+    runs = {batch: groups[batch, rate] for batch in BATCHES}
+    study.find(
+        Claim("small batches test better at a fixed rate", "Keskar et al. 2017, table 2"),
+        verdict([clearly(accuracies(runs[small]), accuracies(runs[large]))]),
+        f"""rate {rate:g}: {spread(accuracies(runs[small]), 2, 100)} % with batches of {small} and
+        {spread(accuracies(runs[large]), 2, 100)} with {large:,}""",
+    )
+    sharp = {
+        (batch, eps): [run.last(f"probe/train/sharpness/{eps:g}") for run in runs[batch]]
+        for batch in BATCHES
+        for eps in EPSILONS
+    }
+    study.find(
+        Claim("small batches end in flat, large in sharp minimizers", "Keskar et al. 2017, table 3, metric 2.1"),
+        verdict([clearly(sharp[large, eps], sharp[small, eps]) for eps in EPSILONS]),
+        f"rate {rate:g}, sharpness of {large:,} against {small}: "
+        + "; ".join(
+            f"ε = {eps:g}: {spread(sharp[large, eps])} against {spread(sharp[small, eps])}" for eps in EPSILONS
+        ),
+    )
+    study.head("One rate for all batch sizes")
+    study.say(
+        f"""The rate is {rate:g}, the best one of batches of 64. All runs have {EPOCHS} epochs. Sharpness is metric 2.1
+        of Keskar et al. in the full space, on 1,024 training images, with batch norm in training mode."""
+    )
+    study.show(
+        ["batch size", "test accuracy, %", *(f"sharpness, ε = {eps:g}" for eps in EPSILONS), "training loss"],
+        [
+            [
+                str(batch),
+                spread(accuracies(runs[batch]), 2, 100),
+                *(spread(sharp[batch, eps]) for eps in EPSILONS),
+                spread([run.last("train/loss") for run in runs[batch]], 4),
+            ]
+            for batch in BATCHES
+        ],
+    )
+    for (batch, eps), values in sharp.items():
+        for seed, value in zip(study.args.seeds, values, strict=True):
+            study.table.append(
+                {"part": f"sharpness {eps:g}", "setting": f"{batch}, {rate:g}", "seed": seed, "value": value}
+            )
+    return rate
+
+
+def rates_and_scaling(study: Study, groups: Groups, best: dict[int, float]) -> None:
+    """Claims 4 and 5: the best rate by batch size, and the linear scaling rule with warm-up and without."""
+    order = [best[batch] for batch in BATCHES]
+    signs = [1 if later >= earlier else -1 for earlier, later in pairwise(order)]
+    signs.append(1 if order[-1] > order[0] else -1)
+    study.find(
+        Claim("small batches want small rates, large batches large ones", "Masters & Luschi 2018, sec. 5"),
+        verdict(signs),
+        "; ".join(f"best rate of batches of {batch}: {best[batch]:g}" for batch in BATCHES),
+    )
+    study.head("All rates")
+    rows = [[f"{rate:g}", *(spread(accuracies(groups[batch, rate]), 1, 100) for batch in BATCHES)] for rate in RATES]
+    study.show(["learning rate", *(f"batch {batch:,}" for batch in BATCHES)], rows)
+    small, large = BATCHES[0], BATCHES[3]
+    base = best[small]
+    scaled = base * large / small
+    warm = config()
+    warm["model"]["schedule"]["init_args"]["warmup_epochs"] = 4
+    warm["data"]["init_args"]["batch_size"] = large
+    warmed = study.grid("warm_up", warm, {RATE: [base, scaled]})
+    arms = {
+        f"batch {small}, rate {base:g}": accuracies(groups[small, base]),
+        f"batch {large:,}, rate {base:g}": accuracies(groups[large, base]),
+    }
+    if scaled in RATES:
+        arms[f"batch {large:,}, scaled rate {scaled:g}"] = accuracies(groups[large, scaled])
+    names = list(arms)
+    arms[f"batch {large:,}, scaled rate {scaled:g}, warm-up"] = accuracies(by(warmed, RATE)[scaled,])
+    whole, plain, ruled = arms[names[0]], arms[names[1]], list(arms.values())[-1]
+    gap, left = ([100 * (a - b) for a, b in zip(whole, other, strict=True)] for other in (plain, ruled))
+    closed = 1 if mean(left) < mean(gap) / 4 else 0
+    study.find(
+        Claim("the linear scaling rule closes the gap, with warm-up", "Goyal et al. 2017, sec. 2, table 1"),
+        verdict([clearly(gap, left), closed]),
+        f"""from batches of {small} to {large:,}: the gap is {spread(gap)} points at the same rate and {spread(left)}
+        with the rule and a warm-up of 4 epochs""",
+    )
+    study.head("The linear scaling rule")
+    study.say("Test accuracy in percent. The warm-up takes 4 of the 20 epochs.")
+    study.show(["setting", "test accuracy, %"], [[name, spread(values, 2, 100)] for name, values in arms.items()])
+    study.record("warm-up", {f"rate {rate:g}": runs for (rate,), runs in by(warmed, RATE).items()})
+
+
+def throughput(study: Study) -> dict[int, list[list[float]]]:
+    """Claim 6: images a second of a training step by batch size, with one thread and with all, interleaved.
+
+    Returns:
+        For each number of threads, one row a round with the images a second of each batch size.
+    """
+    threads = sorted({1, torch.get_num_threads()})
+    rounds = 2 if study.args.miniature else 7
+    sizes = BATCHES[:4]
+    net = PlainStack(10, (1, 28, 28), depth=4, width=16)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.01)
+    images, labels = torch.randn(max(sizes), 1, 28, 28), torch.randint(0, 10, (max(sizes),))
+    found: dict[int, list[list[float]]] = {count: [] for count in threads}
+    for _ in range(rounds):
+        for count in threads:
+            torch.set_num_threads(count)
+            row = []
+            for size in sizes:
+                steps = max(1, 2048 // size)
+                start = time.perf_counter()
+                for _ in range(steps):
+                    optimizer.zero_grad()
+                    nn.functional.cross_entropy(net(images[:size]), labels[:size]).backward()
+                    optimizer.step()
+                row.append(steps * size / (time.perf_counter() - start))
+            found[count].append(row)
+    torch.set_num_threads(threads[-1])
+    ratios = {count: [row[-1] / row[0] for row in found[count][1:]] for count in threads}
+    most = threads[-1]
+    low = min(ratios[most])
+    study.find(
+        Claim("with the right rate larger batches train faster on parallel hardware", "Goyal et al. 2017, sec. 5.5"),
+        "reproduced" if low > 1.2 else "mixed" if low > 1 else "not reproduced",
+        f"""batches of {sizes[-1]:,} process {spread(ratios[most])} times as many images a second as batches of
+        {sizes[0]} with {most} threads, and {spread(ratios[1])} times with one thread""",
+    )
+    study.head("Images a second")
+    study.say(
+        f"""Training steps of the same net, {rounds - 1} interleaved rounds after one that does not count. ± is over the
+        rounds. A processor of two cores is little parallel: a GPU would show far more."""
+    )
+    rows = []
+    for count in threads:
+        columns = list(zip(*found[count][1:], strict=True))
+        rows.append([str(count), *(spread(column, 0) for column in columns), spread(ratios[count])])
+    study.show(["threads", *(f"batch {size:,}" for size in sizes), "last / first"], rows)
+    return found
+
+
+def draw(figure: Any, study: Study, groups: Groups, rate: float) -> None:
+    """Accuracy against the rate for each batch size; accuracy and sharpness against the batch size at one rate."""
+    axes = figure.subplots(1, 3)
+    numbers = range(len(study.args.seeds))
+    for color, batch in enumerate(BATCHES):
+        rows = [[100 * groups[batch, each][number].measured() for each in RATES] for number in numbers]
+        draw_seeds(axes[0], RATES, rows, f"batch {batch:,}", f"C{color}")
+    axes[0].set(xscale="log", xlabel="learning rate", ylabel="test accuracy (%)")
+    rows = [[100 * groups[batch, rate][number].measured() for batch in BATCHES] for number in numbers]
+    draw_seeds(axes[1], BATCHES, rows, f"rate {rate:g}", "C0")
+    axes[1].set(xscale="log", xlabel="batch size (images)", ylabel="test accuracy (%)")
+    for color, eps in enumerate(EPSILONS):
+        rows = [
+            [groups[batch, rate][number].last(f"probe/train/sharpness/{eps:g}") for batch in BATCHES]
+            for number in numbers
+        ]
+        draw_seeds(axes[2], BATCHES, rows, f"ε = {eps:g}", f"C{color}")
+    axes[2].set(xscale="log", xlabel="batch size (images)", ylabel="sharpness (metric 2.1)")
+    for panel in axes:
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    study = Study("batch_size", "What the batch size does", options(__doc__, arguments), "metrics/probes")
+    groups = by(study.grid("grid", config(), {BATCH: BATCHES, RATE: RATES}), BATCH, RATE)
+    best = {batch: best_rate(groups, batch) for batch in BATCHES}
+    convergence(study, groups, best)
+    rate = fixed_rate(study, groups)
+    rates_and_scaling(study, groups, best)
+    throughput(study)
+    study.record("grid", {f"{batch}, {each:g}": groups[batch, each] for batch in BATCHES for each in RATES})
+    study.head("What was scaled down")
+    study.say(
+        f"""{IMAGES:,} training images of Fashion-MNIST, so that a full batch fits into memory (it is 4,096 of them);
+        a stack of 4 convolutions with 16 channels and batch norm; {EPOCHS} epochs for every batch size, plain SGD,
+        constant rate. Keskar et al. use Adam and train until the loss is flat; Goyal et al. train ResNet-50 on
+        ImageNet."""
+    )
+    study.write(
+        lambda figure: draw(figure, study, groups, rate),
+        f"Left: test accuracy against the learning rate for each batch size. Middle and right: test accuracy and"
+        f" sharpness at the rate {rate:g}. Thin lines are single seeds, strong lines their means.",
+        size=(13.0, 4.0),
+    )
+
+
+if __name__ == "__main__":
+    main()

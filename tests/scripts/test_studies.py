@@ -1,0 +1,203 @@
+"""The studies: verdicts from numbers, grids that continue, the page and the index, each study in miniature."""
+
+import argparse
+import csv
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import batch_norm
+import bottlenecks
+import evidence
+import pytest
+import torch
+from evidence import Claim, Study, Trained, clearly, options, spread, verdict
+from plain_nets import BlockNet, ConvThenLinear, PlainStack
+from torch import nn
+
+ROOT = Path(__file__).parents[2]
+STUDIES = sorted(
+    path.stem for path in (ROOT / "scripts/studies").glob("*.py") if path.stem not in ("evidence", "plain_nets")
+)
+NAN = math.nan
+
+
+@pytest.mark.parametrize(
+    ("larger", "smaller", "sign"),
+    [
+        ([3.0, 4.0, 5.0], [1.0, 2.0, 3.0], 1),
+        ([1.0, 2.0, 3.0], [3.0, 4.0, 5.0], -1),
+        ([1.0, 2.0, 3.0], [1.1, 1.9, 3.0], 0),
+        ([1.0, 5.0], [1.0, 1.0], 0),  # 2 is the mean difference, and its standard error is 2
+        ([2.0, 2.1, NAN], [1.0, 1.0, 1.0], 1),
+        ([2.0], [1.0], 0),  # one seed decides nothing
+        ([2.0, NAN], [1.0, 1.0], 0),
+    ],
+)
+def test_a_difference_is_clear_beyond_two_standard_errors(larger, smaller, sign):
+    assert clearly(larger, smaller) == sign
+
+
+@pytest.mark.parametrize(
+    ("signs", "answer"),
+    [
+        ([1, 1], "reproduced"),
+        ([1, 0], "mixed"),
+        ([1, -1], "mixed"),
+        ([0, 0], "not reproduced"),
+        ([-1], "not reproduced"),
+        ([], "not reproduced"),
+    ],
+)
+def test_a_verdict_needs_all_decisive_settings(signs, answer):
+    assert verdict(signs) == answer
+
+
+def test_runs_that_diverged_are_counted_and_not_averaged():
+    assert spread([0.5, 0.7, NAN], 1, 100) == "60.0 ± 14.1 (1 of 3 diverged)"
+    assert spread([NAN, NAN]) == "diverged"
+    assert spread([2.0]) == "2.00"
+
+
+def test_two_arms_are_apart_at_the_steps_where_their_logarithms_are():
+    higher = [[10.0, 1.0], [11.0, 2.0], [12.0, 0.5]]
+    lower = [[1.0, 1.0], [1.1, 0.5], [1.2, 2.0]]
+    share, factor = batch_norm.separation(higher, lower)
+    assert share == 0.5
+    assert factor == pytest.approx(5.5, rel=0.01)
+
+
+def test_the_arithmetic_of_block_3a_is_that_of_the_paper():
+    """Szegedy et al. 2014, table 1: 159K parameters (163,328 weights) and 128M operations; 387,072 weights without."""
+    study = Study("s", "S", options("", ["--seeds", "0", "1"]))
+    bottlenecks.arithmetic(study)
+    bottlenecks.shapes(study)
+    assert [finding.answer for finding in study.findings] == ["reproduced", "reproduced"]
+    assert "163,328 weights against 387,072 (2.37 times)" in study.findings[0].because
+    assert "12.4 million multiply-accumulates against 120.4 million (9.68 times)" in study.findings[0].because
+    assert "192 to 64" in study.findings[1].because
+
+
+def test_equal_costs_are_equal():
+    from project.metrics import count_macs, count_parameters
+
+    net = bottlenecks.net_of(True, 1.0)
+    for cost in (count_parameters, lambda net: count_macs(net, bottlenecks.SHAPE)):
+        other = bottlenecks.net_of(False, bottlenecks.equal_width(cost, cost(net)))
+        assert cost(other) == pytest.approx(cost(net), rel=0.04)
+
+
+@pytest.mark.parametrize(
+    "net",
+    [
+        PlainStack(10, (1, 28, 28), depth=5, width=8),
+        PlainStack(10, (3, 16, 16), depth=2, width=4, activation=nn.Sigmoid),
+        ConvThenLinear(10, (1, 28, 28), conv_dropout=0.1, fc_dropout=0.2),
+        BlockNet(10, (1, 28, 28), bottleneck=True, width=0.5),
+        BlockNet(10, (1, 28, 28), bottleneck=False, width=0.3),
+    ],
+)
+def test_the_nets_of_studies_give_logits(net):
+    shape = (3, 16, 16) if net.state_dict()[next(iter(net.state_dict()))].shape[1] == 3 else (1, 28, 28)
+    assert net.eval()(torch.randn(2, *shape)).shape == (2, 10)
+
+
+def made_up(folder: Path, number: int) -> Study:
+    study = Study(f"study_{number}", f"Study {number}", options("", ["--seeds", "0", "1", "--output", str(folder)]))
+    study.find(Claim("water is wet", "Nobody 1900, sec. 1"), "reproduced", "it is\n   wet: 1.00")
+    study.find(Claim("fire is cold", "Nobody 1900, sec. 2"), "not reproduced", "it is hot: 0.00")
+    study.head("Numbers")
+    study.say("A sentence.")
+    study.show(["a", "b"], [["1", "2"]])
+    study.table.append({"part": "p", "seed": 0, "test_accuracy": 0.987654321})
+    study.write(lambda figure: figure.subplots().plot([1, 2]), "A line.")
+    return study
+
+
+def test_a_page_has_verdicts_picture_and_numbers_and_the_index_has_all_studies(tmp_path):
+    for number in (2, 1, 2):  # one is written twice
+        made_up(tmp_path, number)
+    page = (tmp_path / "study_1.md").read_text()
+    assert "| 1 | water is wet | **reproduced** | it is wet: 1.00 | Nobody 1900, sec. 1 |" in page
+    assert "`python scripts/studies/study_1.py` made this page: 2 seeds (0, 1)" in page
+    assert "![A line.](study_1.png)" in page and (tmp_path / "study_1.png").stat().st_size < 50_000
+    assert (tmp_path / "study_1.csv").read_text() == "part,seed,test_accuracy\np,0,0.987654\n"
+    index = (tmp_path / "README.md").read_text()
+    assert index.count("| 2 | fire is cold | **not reproduced** | it is hot: 0.00 |") == 2
+    assert index.index("[Study 1](study_1.md)") < index.index("[Study 2](study_2.md)")
+
+
+def of(runs: list[Trained]) -> list[tuple[dict[str, Any], int, float]]:
+    return [(dict(run.params), run.seed, run.measured()) for run in runs]
+
+
+DIGITS = {
+    "data": {"class_path": "project.data.Digits"},
+    "model": {"net": {"class_path": "plain_nets.PlainStack", "init_args": {"depth": 2, "width": 4}}},
+    "trainer": {"observe": False},
+}
+
+
+@pytest.mark.slow
+def test_a_grid_has_every_point_and_seed_names_its_values_and_is_not_run_twice(tmp_path, monkeypatch):
+    monkeypatch.setenv("PROJECT_LOGS_DIR", str(tmp_path))
+    study = Study("s", "S", options("", ["--seeds", "0", "3", "--miniature", "--workers", "1"]))
+    nets = {
+        f"depth {depth}": {"class_path": "plain_nets.PlainStack", "init_args": {"depth": depth, "width": 4}}
+        for depth in (2, 3)
+    }
+    space = {"model.net": nets, "model.optimizer.init_args.lr": [0.1, 1e9]}
+    runs = study.grid("arm", DIGITS, space)
+    assert sorted((run.params["model.net"], run.params["model.optimizer.init_args.lr"], run.seed) for run in runs) == [
+        (f"depth {depth}", lr, seed) for depth in (2, 3) for lr in (0.1, 1e9) for seed in (0, 3)
+    ]
+    good = [run for run in runs if run.params["model.optimizer.init_args.lr"] == 0.1]
+    assert all(0 <= run.measured() <= 1 and run.seconds > 0 and run.series("val/accuracy")[1] for run in good)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: pytest.fail("it trains again"))
+    assert str(of(study.grid("arm", DIGITS, space))) == str(of(runs))
+
+
+@pytest.mark.slow
+def test_a_study_that_was_killed_ends_with_the_same_page(tmp_path):
+    """The study of bottlenecks, without its clock: its widths at equal latency are given."""
+    pages = []
+    for kill in (False, True):
+        logs, output = tmp_path / f"logs_{kill}", tmp_path / f"docs_{kill}"
+        (logs / "studies/bottlenecks").mkdir(parents=True)
+        (logs / "studies/bottlenecks/latency.json").write_text('{"small": 0.7, "large": 1.4}')
+        command = [sys.executable, str(ROOT / "scripts/studies/bottlenecks.py"), "--miniature", "--seeds", "0", "1"]
+        command += ["--output", str(output)]
+        environment = {**os.environ, "PROJECT_LOGS_DIR": str(logs), "OMP_NUM_THREADS": "1"}
+        if kill:
+            process = subprocess.Popen(command, env=environment, start_new_session=True)
+            while not list(logs.glob("studies/bottlenecks/*/version_3/*")):
+                assert process.poll() is None
+                time.sleep(0.05)
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            assert not output.exists()
+        subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+        with (output / "bottlenecks.csv").open() as file:
+            rows = [{k: v for k, v in row.items() if k != "train_seconds"} for row in csv.DictReader(file)]
+        pages.append(((output / "bottlenecks.md").read_text(), (output / "bottlenecks.png").read_bytes(), rows))
+    assert pages[0] == pages[1]
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_every_study_has_its_page_and_its_line_in_the_index(name):
+    page = ROOT / f"docs/studies/{name}.md"
+    assert page.is_file(), f"run python scripts/studies/{name}.py"
+    text = page.read_text(encoding="utf-8")
+    assert f"`python scripts/studies/{name}.py` made this page" in text
+    assert f"]({name}.md)" in (ROOT / "docs/studies/README.md").read_text(encoding="utf-8")
+    assert all((ROOT / f"docs/studies/{name}.{end}").is_file() for end in ("csv", "png"))
+
+
+def test_options_have_seeds_of_the_study():
+    assert options("", [], seeds=(1, 2)).seeds == [1, 2]
+    assert isinstance(options("", []), argparse.Namespace) and options("", []).output == evidence.DOCS
