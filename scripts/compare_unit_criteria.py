@@ -17,20 +17,19 @@ import shlex
 import statistics
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
-from dataclasses import astuple, dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from datetime import date
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
+from unit_training import SHAPE, WRAP, Data, accuracy, append_row, fit_, spread
 
 from project.compression import NormScaleL1, Pruner, plan_thinning, removed_units
 from project.compression.pruning import pruner as pruning
 from project.compression.pruning.saliency import saliency_of_units
-from project.data import FashionMNIST
 from project.deployment.table import markdown_line
 from project.frame.environment import cpu_model
 from project.frame.paths import Paths
@@ -39,7 +38,6 @@ from project.metrics.complexity import count_macs
 from project.models import SmallInception
 
 ROOT = Path(__file__).resolve().parents[1]
-SHAPE = (1, 28, 28)
 
 CRITERIA = {
     "magnitude": "mean of the absolute weights that make or read the unit",
@@ -56,9 +54,6 @@ CRITERIA = {
     "random": "random numbers",
 }
 """The rows of the table, each with its definition."""
-
-
-_WRAP: dict[str, Any] = {"width": 120, "break_long_words": False, "break_on_hyphens": False}
 
 
 @dataclass(frozen=True)
@@ -84,60 +79,11 @@ class Row:
     after: float
 
 
-class Data:
-    """Training and test images of Fashion-MNIST in memory, normalised.
-
-    Args:
-        num_images: number of training images, 1 or more, the same share of each class.
-    """
-
-    def __init__(self, num_images: int) -> None:
-        data = FashionMNIST()
-        self.test = _normalised(data, *data.load(train=False))
-        images, labels = data.load(train=True)
-        chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:num_images]
-        self.train = _normalised(data, images[chosen], labels[chosen])
-
-
-def _normalised(data: FashionMNIST, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    return data.normalize(images.float().div(255)), labels
-
-
 def train_(net: nn.Module, data: Data, epochs: int, lr: float, seed: int, penalty: nn.Module | None = None) -> None:
-    """Train a net in place, with horizontal flips and a rate that rises in the first fifth and then falls to 0."""
-    images, labels = data.train
-    generator, batch = torch.Generator().manual_seed(seed), 128
+    """Train a net in place with Muon."""
     weights, others = ([each for each in net.parameters() if (each.dim() > 1) is wide] for wide in (True, False))
     optimizer = Muon([{"params": weights}, {"params": others, "weight_decay": 0.0}], lr=lr, weight_decay=0.05)
-    steps = epochs * (len(images) // batch)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / (0.2 * steps), (steps - step) / (0.8 * steps))
-    )
-    net.train()
-    for _ in range(epochs):
-        for chosen in torch.randperm(len(images), generator=generator)[: steps // epochs * batch].split(batch):
-            flipped = (torch.rand(batch, generator=generator) < 0.5)[:, None, None, None]
-            taken = images[chosen]
-            logits = net(torch.where(flipped, taken.flip(3), taken))
-            loss = nn.functional.cross_entropy(logits, labels[chosen], label_smoothing=0.05)
-            if penalty is not None:
-                loss = loss + penalty(net)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-
-
-@torch.no_grad()
-def accuracy(net: nn.Module, data: Data) -> float:
-    """Share of the test images whose class a net finds."""
-    net.eval()
-    hits = [(net(images).argmax(1) == labels).sum() for images, labels in _chunks(*data.test)]
-    return float(sum(hits)) / len(data.test[1])
-
-
-def _chunks(images: Tensor, labels: Tensor) -> Iterable[tuple[Tensor, Tensor]]:
-    return zip(images.split(500), labels.split(500), strict=True)
+    fit_(net, data, epochs, optimizer, seed, penalty)
 
 
 def dense_net(args: argparse.Namespace, data: Data, seed: int, slimmed: bool) -> nn.Module:
@@ -195,12 +141,7 @@ def measure(args: argparse.Namespace, path: Path) -> None:
         macs = count_macs(thin, SHAPE) / count_macs(net, SHAPE)
         row = Row(setting_of(args), criterion, seed, share, macs, whole, before, accuracy(thin, data))
         print(row, flush=True)  # noqa: T201
-        is_new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            if is_new:
-                writer.writerow([each.name for each in fields(Row)])
-            writer.writerow([round(value, 4) if isinstance(value, float) else value for value in astuple(row)])
+        append_row(row, path)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -243,7 +184,7 @@ def to_markdown(rows: Sequence[Row], args: argparse.Namespace, command: str) -> 
         *textwrap.wrap(
             f"`{command}`, {date.today()}, {cpu}, one thread, torch {version}. The numbers of each seed are in"
             " [unit_criteria.csv](unit_criteria.csv).",
-            **_WRAP,
+            **WRAP,
         ),
         "",
         *textwrap.wrap(
@@ -254,12 +195,12 @@ def to_markdown(rows: Sequence[Row], args: argparse.Namespace, command: str) -> 
             " see the same batches, but for the slimmed net, which was trained with `NormScaleL1` (strength"
             f" {args.strength:g}). Gradients are those of {args.gradient_images} images. ± is the standard deviation"
             " over the seeds.",
-            **_WRAP,
+            **WRAP,
         ),
     ]
     for share in sorted({row.share for row in rows}):
         lines += ["", f"## {100 * share:g} % fewer multiply-accumulates", "", *_table(rows, share), ""]
-        lines += textwrap.wrap(_winner(rows, share), **_WRAP)
+        lines += textwrap.wrap(_winner(rows, share), **WRAP)
     lines += [
         "",
         "## What the table does not say",
@@ -285,15 +226,15 @@ def _table(rows: Sequence[Row], share: float) -> list[str]:
             f"`{name.partition(', ')[0]}`{name[len(name.partition(', ')[0]) :]}",
             CRITERIA[name],
             f"{100 * statistics.mean(row.macs for row in mine):.0f} %",
-            _spread([100 * row.before for row in mine]),
-            _spread([100 * row.after for row in mine]),
-            "" if name == "magnitude" else _spread(difference, sign="+"),
+            spread([100 * row.before for row in mine]),
+            spread([100 * row.after for row in mine]),
+            "" if name == "magnitude" else spread(difference, sign="+"),
             str(len(mine)),
         ]
         lines.append(markdown_line(cells))
     dense = [row.dense for row in rows if row.criterion == "magnitude" and row.share == share]
     lines.append(
-        markdown_line(["dense net", "", "100 %", "", _spread([100 * each for each in dense]), "", f"{len(dense)}"])
+        markdown_line(["dense net", "", "100 %", "", spread([100 * each for each in dense]), "", f"{len(dense)}"])
     )
     return lines
 
@@ -326,14 +267,6 @@ def _differences(rows: Sequence[Row], share: float, name: str, other: str) -> li
     """The difference of two criteria's accuracies after the training, in points, for each seed that has both."""
     after = {(row.criterion, row.seed): 100 * row.after for row in rows if row.share == share}
     return [after[name, seed] - after[other, seed] for key, seed in after if key == name and (other, seed) in after]
-
-
-def _spread(values: Sequence[float], sign: str = "") -> str:
-    """Mean and standard deviation."""
-    if not values:
-        return ""
-    deviation = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):{sign}.2f}{deviation}"
 
 
 def main() -> None:

@@ -46,6 +46,7 @@ PARSED = {
     "compare_quantization.py": "needs NNCF",
     "compare_techniques.py": "tests/scripts/test_compare_techniques.py runs it",
     "compare_unit_criteria.py": "tests/scripts/test_compare_unit_criteria.py runs it",
+    "compare_unit_pruners.py": "tests/scripts/test_compare_unit_pruners.py runs it",
     "kill_and_resume.py": "tests/scripts/test_kill_and_resume.py runs it",
     "lottery_ticket.py": "25 runs",
     "rename.py": "tests/scripts/test_rename.py runs it, in a copy",
