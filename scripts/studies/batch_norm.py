@@ -89,8 +89,8 @@ def landscape(study: Study, rate: float) -> dict[tuple[str, str, str], list[list
         for net in NETS:
             share, factor = separation(found[net, "NoNorm", measure], found[net, "BatchNorm", measure])
             signs.append(1 if share > 0.5 else 0)
-            texts.append(f"{net}: lower by two sd at {100 * share:.0f} % of the steps, median factor {factor:.2g}")
-            rows.append([MEASURES[measure], net, f"{100 * share:.0f} %", f"{factor:.2g}"])
+            texts.append(f"{net}: lower by two sd at {100 * share:.0f} % of the steps, median factor {factor:.3g}")
+            rows.append([MEASURES[measure], net, f"{100 * share:.0f} %", f"{factor:.3g}"])
         study.find(claim, verdict(signs), "; ".join(texts))
     study.show(["measure", "net", "steps at which batch norm is lower by two sd", "median factor"], rows)
     for (net, norm, measure), series in found.items():
@@ -231,7 +231,8 @@ def decay_dropout_l2(study: Study, rates: dict[str, float]) -> None:
     study.head("Decay of the learning rate")
     study.say(
         """300 steps. The rate falls after every 25 steps, to 0.85 of its value or six times as fast (0.85 to the power
-        of 6 is 0.377). The numbers are test accuracies in percent. The cost is the first minus the second."""
+        of 6 is 0.377). The numbers are test accuracies in percent. The cost is the first minus the second. The claim is
+        reproduced if it is clearly smaller with batch norm than without."""
     )
     decaying = config(epochs=12)
     decaying["model"]["schedule"] = {
@@ -253,7 +254,7 @@ def decay_dropout_l2(study: Study, rates: dict[str, float]) -> None:
     study.head("Dropout and L2")
     study.say(
         """3,000 training images, 16 epochs, the rate falls linearly to 0. Dropout is before the linear layer. Weight
-        decay of SGD is L2."""
+        decay of SGD is L2. Each claim is reproduced if the change costs clearly less with batch norm than without."""
     )
     compare_gain(
         study,
@@ -277,10 +278,10 @@ def decay_dropout_l2(study: Study, rates: dict[str, float]) -> None:
 
 
 def deep_gradients(study: Study) -> dict[tuple[str, str, int], list[float]]:
-    """Claims 8 and 9: how the gradient grows or falls from the last convolution to the first, before training.
+    """Claims 8 and 9: how the gradient of the first convolution grows or falls with depth, before training.
 
     Returns:
-        For each case, norm and depth: the decimal logarithm of the ratio, one number a seed.
+        For each case, norm and depth: the decimal logarithm of the norm of this gradient, one number a seed.
     """
     data = FashionMNIST()
     data.setup("fit")
@@ -299,33 +300,40 @@ def deep_gradients(study: Study) -> dict[tuple[str, str, int], list[float]]:
             net = PlainStack(10, (1, 28, 28), depth=depth, width=32, norm=norms[norm], **cases[case])
             nn.functional.cross_entropy(net(batch), labels[:256]).backward()
             convs = [value for name, value in gradient_norms(net).items() if name.endswith("conv")]
-            ratio = math.log10(max(convs[0], 1e-30) / max(convs[-1], 1e-30))
-            found.setdefault((case, norm, depth), []).append(ratio)
+            size = math.log10(max(convs[0], 1e-37))
+            found.setdefault((case, norm, depth), []).append(size)
             study.table.append(
-                {"part": f"gradients, {case}", "setting": f"{norm}, depth {depth}", "seed": seed, "value": ratio}
+                {"part": f"gradients, {case}", "setting": f"{norm}, depth {depth}", "seed": seed, "value": size}
             )
     study.head("Gradients of deep nets")
     study.say(
-        """Decimal logarithm of the ratio of two gradient norms, of the first convolution and of the last one, on 256
-        images before training. -3 means that the gradient of the first convolution is a thousand times smaller. A case
-        vanishes or explodes if the net without norm has less than -2 or more than 2 at depth 20."""
+        """Decimal logarithm of the norm of the first convolution's gradient, on 256 images before training. A case
+        vanishes or explodes if, without norm, the norm is less than a hundredth of that at depth 5, or more than a
+        hundred times as large, at depth 20. The claim is reproduced if it changes clearly less with batch norm."""
     )
     rows = [
         [case, NORMS[norm], *(spread(found[case, norm, depth], 1) for depth in DEPTHS)]
         for case, norm in product(cases, NORMS)
     ]
     study.show(["case", "norm", *(f"depth {depth}" for depth in DEPTHS)], rows)
+
+    def growth(case: str, norm: str, depth: int) -> list[float]:
+        return [deep - flat for deep, flat in zip(found[case, norm, depth], found[case, norm, 5], strict=True)]
+
     for name, sign in (("vanish", -1), ("explode", 1)):
-        decisive = [case for case in cases if sign * mean(found[case, "NoNorm", 20]) > 2]
         signs, texts = [], []
-        for case in decisive:
-            plain, normed = (found[case, norm, 20] for norm in ("NoNorm", "BatchNorm"))
-            signs.append(clearly([sign * value for value in plain], [abs(value) for value in normed]))
-            texts.append(f"{case}, depth 20: 10^{mean(normed):.1f} with batch norm and 10^{mean(plain):.1f} without")
-        worst = max((sign * mean(found[case, "BatchNorm", 40]), case) for case in cases)
+        for case in cases:
+            plain, normed = growth(case, "NoNorm", 20), growth(case, "BatchNorm", 20)
+            if sign * mean(plain) > 2:
+                signs.append(clearly([abs(value) for value in plain], [abs(value) for value in normed]))
+                texts.append(
+                    f"{case}: from depth 5 to 20 times 10^{mean(normed):.1f} with batch norm and 10^{mean(plain):.1f}"
+                    " without"
+                )
+        worst = max((sign * mean(growth(case, "BatchNorm", 40)), case) for case in cases)
         if worst[0] > 2:
             signs.append(-1)
-            texts.append(f"but {worst[1]}, depth 40, with batch norm: 10^{sign * worst[0]:.1f}")
+            texts.append(f"but {worst[1]} with batch norm, from depth 5 to 40: times 10^{sign * worst[0]:.1f}")
         study.find(
             Claim(f"gradients do not {name} with depth", IOFFE.format("1, 3.3")),
             verdict(signs),
@@ -353,7 +361,7 @@ def draw(figure: Any, study: Study, found: dict[Any, Any], rates: dict[Any, Any]
         for color, norm in zip(("C0", "C1"), NORMS, strict=True):
             rows = list(zip(*(deep[case, norm, depth] for depth in DEPTHS), strict=True))
             draw_seeds(panel, DEPTHS, rows, NORMS[norm], color)
-        panel.set(xlabel="number of convolutions", ylabel="log10 of gradient, first / last", title=case)
+        panel.set(xlabel="number of convolutions", ylabel="log10 of the first layer's gradient norm", title=case)
     for panel in axes:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
@@ -377,7 +385,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study.write(
         lambda figure: draw(figure, study, found, groups, deep),
         "Above: the three measures of the landscape of the plain stack. Below: test accuracy against the learning rate,"
-        " and gradients of deep stacks before training. Thin lines are single seeds, strong lines their means.",
+        " and the first layer's gradient in deep stacks before training. Thin lines are single seeds, strong lines"
+        " their means.",
         size=(12.0, 7.0),
     )
 

@@ -185,10 +185,16 @@ class Study:
         plain = {key: [*values.values()] if isinstance(values, Mapping) else [*values] for key, values in space.items()}
         seeds = list(self.args.seeds)
         runs = self.tune(arm, base, {"space": {**plain, "seed_everything": seeds}, "sampler": "grid"})
+        order = {}
         for key, values in space.items():
+            labels = [_value(str(label)) for label in read_dimension(key, plain[key]).choices]
+            order[key] = {label: number for number, label in enumerate(labels)}
             if isinstance(values, Mapping):
-                names = dict(zip(map(str, read_dimension(key, plain[key]).choices), values, strict=True))
-                runs = [replace(run, params={**run.params, key: names[str(run.params[key])]}) for run in runs]
+                names = dict(zip(labels, values, strict=True))
+                runs = [replace(run, params={**run.params, key: names[run.params[key]]}) for run in runs]
+                order[key] = {name: number for number, name in enumerate(values)}
+        # a run that was killed has got a later number, so that the numbers are not the order of the grid
+        runs.sort(key=lambda run: ([order[key][run.params[key]] for key in space], seeds.index(run.seed)))
         return runs
 
     def tune(

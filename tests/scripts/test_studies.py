@@ -1,7 +1,6 @@
 """The studies: verdicts from numbers, grids that continue, the page and the index, each study in miniature."""
 
 import argparse
-import csv
 import math
 import os
 import signal
@@ -162,29 +161,40 @@ def test_a_grid_has_every_point_and_seed_names_its_values_and_is_not_run_twice(t
     assert str(of(study.grid("arm", DIGITS, space))) == str(of(runs))
 
 
+STUDY = """
+from evidence import Claim, Study, accuracies, by, clearly, options, spread, verdict
+
+RATE = "model.optimizer.init_args.lr"
+study = Study("tiny", "A tiny study", options("", None))
+runs = study.grid("rates", {config!r}, {{RATE: [0.01, 0.1, 0.3]}})
+groups = by(runs, RATE)
+signs = [clearly(accuracies(groups[0.1,]), accuracies(groups[0.01,]))]
+study.find(Claim("0.1 is better than 0.01", "nobody"), verdict(signs), spread(accuracies(groups[0.1,])))
+study.show(["rate", "accuracy"], [[f"{{rate}}", spread(accuracies(each), 4)] for (rate,), each in groups.items()])
+study.write(lambda figure: figure.subplots().plot([run.measured() for run in runs]), "Accuracies.")
+"""
+
+
 @pytest.mark.slow
 def test_a_study_that_was_killed_ends_with_the_same_page(tmp_path):
-    """The study of bottlenecks, without its clock: its widths at equal latency are given."""
+    script = tmp_path / "tiny.py"
+    script.write_text(STUDY.format(config=DIGITS))
     pages = []
     for kill in (False, True):
         logs, output = tmp_path / f"logs_{kill}", tmp_path / f"docs_{kill}"
-        (logs / "studies/bottlenecks").mkdir(parents=True)
-        (logs / "studies/bottlenecks/latency.json").write_text('{"small": 0.7, "large": 1.4}')
-        command = [sys.executable, str(ROOT / "scripts/studies/bottlenecks.py"), "--miniature", "--seeds", "0", "1"]
-        command += ["--output", str(output)]
-        environment = {**os.environ, "PROJECT_LOGS_DIR": str(logs), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, str(script), "--miniature", "--seeds", "0", "1", "--output", str(output)]
+        paths = os.pathsep.join([str(ROOT / "scripts/studies"), os.environ.get("PYTHONPATH", "")])
+        environment = {**os.environ, "PROJECT_LOGS_DIR": str(logs), "OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         if kill:
             process = subprocess.Popen(command, env=environment, start_new_session=True)
-            while not list(logs.glob("studies/bottlenecks/*/version_3/*")):
+            while not list(logs.glob("studies/tiny/*/version_2/*")):
                 assert process.poll() is None
                 time.sleep(0.05)
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             assert not output.exists()
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
-        with (output / "bottlenecks.csv").open() as file:
-            rows = [{k: v for k, v in row.items() if k != "train_seconds"} for row in csv.DictReader(file)]
-        pages.append(((output / "bottlenecks.md").read_text(), (output / "bottlenecks.png").read_bytes(), rows))
+        pages.append(((output / "tiny.md").read_text(), (output / "tiny.png").read_bytes()))
     assert pages[0] == pages[1]
 
 
