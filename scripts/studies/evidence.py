@@ -328,13 +328,8 @@ class Study:
             page.append("<!-- /room -->")
         scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"evidence", "plain_nets"}
         if waiting := sorted(scripts - {row["study"] for row in rows}):
-            commands = ", ".join(f"`python scripts/studies/{name}.py`" for name in waiting)
-            page += [
-                "",
-                "## Without a page",
-                "",
-                *textwrap.wrap(f"Not run for these pages yet: {commands}.", width=120),
-            ]
+            page += ["", "## Without a page", "", "These studies were not run for a page yet:", ""]
+            page += [f"- `python scripts/studies/{name}.py`" for name in waiting]
         write_whole(folder / "README.md", lambda part: part.write_text("\n".join(page) + "\n", encoding="utf-8"))
 
 
