@@ -248,19 +248,17 @@ class Pruner:
         elif self.structure == "units":
             cost = self._macs(net, groups, image_shape)
             round_to = self._round_to(groups)
-            must = {group.layer: group.units.fewest for group in groups if group.units is not None}
+            must = _fewest(groups)
             kept = take_cheapest(
                 scores, left, amount, keep=self.keep, round_to=round_to, cost=cost, widths=widths, fewest=must
             )
         else:
             kept = self._prune_global(scores, left, amount)
         if self.structure == "units":
+            for layer, fewest in _fewest(groups).items():
+                if 0 < kept[layer].sum() < fewest <= left[layer].sum():
+                    kept[layer][scores[layer].masked_fill(~left[layer], -torch.inf).topk(fewest).indices] = True
             for group in groups:
-                assert group.units is not None
-                fewest = min(group.units.fewest, int(left[group.layer].sum()))
-                if 0 < kept[group.layer].sum() < fewest:
-                    best = scores[group.layer].masked_fill(~left[group.layer], -torch.inf).topk(fewest).indices
-                    kept[group.layer][best] = True
                 if not kept[group.layer].any():
                     raise ValueError(
                         f"the amount {amount:g} would take all units of {group.layer}, so that nothing could pass "
@@ -317,7 +315,7 @@ class Pruner:
             return 1 - sum(max(round(self.keep * size), 1) for size in sizes) / sum(sizes)
         widths = {group.layer: group.units.num for group in groups if group.units is not None}
         round_to = self._round_to(groups)
-        fewest = {group.layer: group.units.fewest for group in groups if group.units is not None}
+        fewest = _fewest(groups)
         least = {
             layer: min(least_units(width, self.keep, round_to[layer], fewest[layer]), width)
             for layer, width in widths.items()
@@ -406,6 +404,11 @@ def _left(net: nn.Module, group: Group, masks: Mapping[str, Tensor], structure: 
     if structure == "units":
         return units_left(group, masks).to(weight.device)
     return torch.ones_like(weight, dtype=torch.bool) if name not in masks else masks[name] != 0
+
+
+def _fewest(groups: list[Group]) -> dict[str, int]:
+    """The number of units that each group must keep."""
+    return {group.layer: group.units.fewest for group in groups if group.units is not None}
 
 
 def _without_least(scores: Tensor, left: Tensor, amount: float) -> Tensor:
