@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -184,17 +185,20 @@ _ENGINES = ["eager", "onnxruntime"]
 
 
 @torch.inference_mode()
-def accuracy(logits_of: Callable[[Tensor], Tensor], data: ImageDataModule, split: str) -> float | None:
+def accuracy(
+    logits_of: Callable[[Tensor], Tensor], data: ImageDataModule, split: str, limit_batches: int | None = None
+) -> float | None:
     """The accuracy, 0 to 1, on the ``val`` or ``test`` images; None if there are no such images.
 
     Args:
         logits_of: function of normalised images ``[N, C, H, W]`` that returns logits ``[N, K]``.
         data: data module with the images.
         split: set of images, ``val`` or ``test``.
+        limit_batches: number of batches to measure on, the first ones, 1 or more; ``None`` takes all.
     """
     data.setup("test" if split == "test" else "validate")
     right, count = 0, 0
-    for pixels, labels, _ in data.measured_images(split):
+    for pixels, labels, _ in islice(data.measured_images(split), limit_batches):
         images = data.normalize(pixels.float().div_(255))
         right += int((logits_of(images).argmax(1) == labels).sum())
         count += len(labels)
