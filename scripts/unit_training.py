@@ -22,7 +22,7 @@ class Data:
     """Training and test images of Fashion-MNIST in memory, normalised.
 
     Args:
-        num_images: number of training images, 1 or more, the same share of each class.
+        num_images: number of training images, 1 or more, drawn at random but always the same ones.
         num_test: number of test images, 1 or more; ``None`` takes all.
     """
 
