@@ -6,14 +6,13 @@ Keskar et al. 2017 (arXiv:1609.04836); Goyal et al. 2017 (arXiv:1706.02677); Mas
 """
 
 import math
-import statistics
 import time
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import torch
-from evidence import Claim, Study, Trained, accuracies, by, clearly, draw_seeds, mean, options, spread, verdict
+from evidence import Claim, Study, Trained, accuracies, best_of, by, clearly, draw_seeds, mean, options, spread, verdict
 from plain_nets import PlainStack
 from torch import nn
 
@@ -46,16 +45,6 @@ def config() -> dict[str, Any]:
     }
 
 
-def best_rate(groups: Groups, batch: int) -> float:
-    """The rate with the best mean validation accuracy, of those that trained with all seeds."""
-
-    def score(rate: float) -> float:
-        values = [run.measured("val_accuracy") for run in groups[batch, rate]]
-        return 0.0 if any(map(math.isnan, values)) else statistics.fmean(values)
-
-    return max(RATES, key=score)
-
-
 def convergence(study: Study, groups: Groups, best: dict[int, float]) -> None:
     """Claim 1: seconds and epochs until the accuracy that the full batch has at its end."""
     full = groups[BATCHES[-1], best[BATCHES[-1]]]
@@ -85,10 +74,10 @@ def epochs_to(run: Trained, accuracy: float) -> float:
     return next((float(epoch) for epoch, value in enumerate(values, 1) if value >= accuracy), math.nan)
 
 
-def fixed_rate(study: Study, groups: Groups) -> float:
+def fixed_rate(study: Study, groups: Groups, best: dict[int, float]) -> float:
     """Claims 2 and 3: test accuracy and sharpness by batch size at one rate. Returns the rate."""
     small, large = BATCHES[0], BATCHES[-2]
-    rate = best_rate(groups, 64)
+    rate = best[64]
     runs = {batch: groups[batch, rate] for batch in BATCHES}
     study.find(
         Claim("small batches test better at a fixed rate", "Keskar et al. 2017, table 2"),
@@ -127,10 +116,7 @@ def fixed_rate(study: Study, groups: Groups) -> float:
         ],
     )
     for (batch, eps), values in sharp.items():
-        for seed, value in zip(study.args.seeds, values, strict=True):
-            study.table.append(
-                {"part": f"sharpness {eps:g}", "setting": f"{batch}, {rate:g}", "seed": seed, "value": value}
-            )
+        study.note(f"sharpness {eps:g}", f"{batch}, {rate:g}", values)
     return rate
 
 
@@ -252,9 +238,9 @@ def draw(figure: Any, study: Study, groups: Groups, rate: float) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     study = Study("batch_size", "What the batch size does", options(__doc__, arguments), "metrics/probes")
     groups = by(study.grid("grid", config(), {BATCH: BATCHES, RATE: RATES}), BATCH, RATE)
-    best = {batch: best_rate(groups, batch) for batch in BATCHES}
+    best = {batch: best_of({rate: groups[batch, rate] for rate in RATES}) for batch in BATCHES}
     convergence(study, groups, best)
-    rate = fixed_rate(study, groups)
+    rate = fixed_rate(study, groups, best)
     rates_and_scaling(study, groups, best)
     throughput(study)
     study.record("grid", {f"{batch}, {each:g}": groups[batch, each] for batch in BATCHES for each in RATES})

@@ -8,6 +8,7 @@ many parameters, or the same latency as the first.
 """
 
 import json
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -92,11 +93,9 @@ def arithmetic(study: Study) -> None:
 def equal_width(cost: Callable[[nn.Module], float], target: float) -> float:
     """The width of the net without bottlenecks that comes nearest to a cost, in steps of a hundredth."""
     widths = [number / 100 for number in range(10, 301)]
-    low, high = 0, len(widths) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if cost(net_of(False, widths[middle])) < target else (low, middle)
-    return min((widths[low], widths[high]), key=lambda width: abs(cost(net_of(False, width)) - target))
+    above = bisect_left(widths, target, key=lambda width: cost(net_of(False, width)))
+    nearest = widths[max(above - 1, 0) : above + 1]
+    return min(nearest, key=lambda width: abs(cost(net_of(False, width)) - target))
 
 
 def net_of(bottleneck: bool, width: float) -> nn.Module:

@@ -48,9 +48,10 @@ Answer = Literal["reproduced", "mixed", "not reproduced"]
 
 
 class MeasureAtEnd(Callback):
-    """Writes the accuracy of the last net on the test images and the validation images into ``measured.json``.
+    """Writes the accuracy of the last net on test and validation images into ``measured.json``.
 
-    Only the last net is measured, and no choice is made by these numbers.
+    Of the validation images it takes the first five batches: a study that trains on few images leaves 57,000 of them.
+    Studies choose by the validation accuracy, and report the test accuracy.
     """
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -61,8 +62,9 @@ class MeasureAtEnd(Callback):
         was_training = net.training
         net.eval()
         with torch.no_grad():
-            measured = {"test_accuracy": accuracy(net, data, "test"), "val_accuracy": accuracy(net, data, "val")}
+            test, val = accuracy(net, data, "test"), accuracy(net, data, "val", limit_batches=5)
         net.train(was_training)
+        measured = {"test_accuracy": test, "val_accuracy": val}
         write_whole(run.folder / "measured.json", lambda part: part.write_text(json.dumps(measured)))
 
 
@@ -79,11 +81,6 @@ class Trained:
     params: Mapping[str, Any]
     seed: int
     folder: Path | None
-
-    @property
-    def diverged(self) -> bool:
-        """Whether the run ended without a result, because its loss became NaN or infinite."""
-        return self.folder is None
 
     @cached_property
     def rows(self) -> list[dict[str, str]]:
@@ -245,6 +242,17 @@ class Study:
                 row = {"part": part, "setting": name, "seed": run.seed, "test_accuracy": run.measured()}
                 self.table.append({**row, "train_seconds": run.seconds})
 
+    def note(self, part: str, setting: str, values: Sequence[float]) -> None:
+        """Add numbers to the rows of the CSV file.
+
+        Args:
+            part: name of the part of the study.
+            setting: name of the setting.
+            values: one number a seed.
+        """
+        for seed, value in zip(self.args.seeds, values, strict=True):
+            self.table.append({"part": part, "setting": setting, "seed": seed, "value": value})
+
     def say(self, text: str) -> None:
         """Add a paragraph to the page."""
         self.lines += ["", *textwrap.wrap(" ".join(text.split()), width=120, break_long_words=False)]
@@ -274,9 +282,7 @@ class Study:
         _write_picture(draw, folder / f"{self.name}.png", size)
         columns = list(dict.fromkeys(key for row in self.table for key in row))
         _write_csv(folder / f"{self.name}.csv", columns, self.table)
-        words = ["python", f"scripts/studies/{self.name}.py"]
-        if self.args.miniature:
-            words.append("--miniature")
+        words = ["python", f"scripts/studies/{self.name}.py", *self.args.changes]
         cpu, version = cpu_model() or "unknown processor", torch.__version__.partition("+")[0]
         seeds = f"{len(self.args.seeds)} seeds ({', '.join(map(str, self.args.seeds))})"
         about = (
@@ -333,10 +339,10 @@ class Study:
         write_whole(folder / "README.md", lambda part: part.write_text("\n".join(page) + "\n", encoding="utf-8"))
 
 
-_INDEX = """Each study is one command, and its page is made by its code alone. A claim is *reproduced* if the difference
-is in the claimed direction by more than two standard errors over the seeds, in each setting that the study calls
-decisive; *mixed* if that holds in some of them; else *not reproduced*. All nets and data are small: a verdict is about
-these settings, and each page says what was scaled down."""
+_INDEX = """Each study is one command, and its page is made by its code alone. A claim is *reproduced* if what it says
+holds in each setting that decides, *mixed* if it holds in some of them, else *not reproduced*. A difference holds if it
+is in the claimed direction by more than two standard errors over the seeds; where a page has another rule, it says so.
+All nets and data are small: a verdict is about these settings, and each page says what was scaled down."""
 
 _SHARED: dict[str, Any] = {"trainer": {"callbacks": [{"class_path": "evidence.MeasureAtEnd"}]}}
 """The part of the configuration that is the same in all runs of all studies."""
@@ -355,11 +361,20 @@ def options(
         seeds: seeds if the command line gives none.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="seeds, one run each")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="two or more seeds, one run each")
     parser.add_argument("--workers", type=int, default=2, help="runs at the same time, one thread each")
     parser.add_argument("--output", type=Path, default=DOCS, help="folder of the pages")
     parser.add_argument("--miniature", action="store_true", help="a few steps a run, to try the study itself")
-    return parser.parse_args(arguments)
+    args = parser.parse_args(arguments)
+    if len(set(args.seeds)) < max(len(args.seeds), 2):
+        given = " ".join(map(str, args.seeds))
+        parser.error(f"--seeds is {given}: give two or more different ones, because a verdict needs their spread.")
+    if args.workers < 1:
+        parser.error(f"--workers is {args.workers}: give 1 or more.")
+    # the options that change the page, for the command that it shows
+    args.changes = [] if args.seeds == list(seeds) else ["--seeds", *map(str, args.seeds)]
+    args.changes += ["--miniature"] if args.miniature else []
+    return args
 
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
@@ -417,10 +432,20 @@ def accuracies(runs: Iterable[Trained]) -> list[float]:
     return [run.measured() for run in runs]
 
 
+def best_of(groups: Mapping[Any, Sequence[Trained]]) -> Any:
+    """The key of the group with the best mean validation accuracy, of those in which every run has a result."""
+
+    def score(key: Any) -> float:
+        values = [run.measured("val_accuracy") for run in groups[key]]
+        return 0.0 if any(map(math.isnan, values)) else statistics.fmean(values)
+
+    return max(groups, key=score)
+
+
 def by(runs: Iterable[Trained], *keys: str) -> dict[tuple[Any, ...], list[Trained]]:
-    """The runs in groups with equal values of some keys; each group has one run a seed, in the order of the seeds."""
+    """The runs of a grid in groups with equal values of some keys; each group has one run a seed, in their order."""
     groups: dict[tuple[Any, ...], list[Trained]] = {}
-    for run in sorted(runs, key=lambda run: run.seed):
+    for run in runs:
         groups.setdefault(tuple(run.params.get(key) for key in keys), []).append(run)
     return groups
 

@@ -7,15 +7,16 @@ layer, in a fully connected net and in the small Inception.
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from evidence import Claim, Study, Trained, clearly, draw_seeds, mean, options, spread, verdict
-from torch import Tensor, nn
+from torch import nn
 
 from project.compression import Pruner, plan_thinning, removed_units
 from project.compression.pruning.masks import apply_masks_
+from project.compression.report import accuracy
 from project.compression.report_rows import read_report
 from project.data import FashionMNIST
 from project.frame.paths import Run
@@ -62,18 +63,6 @@ def config(net: str) -> dict[str, Any]:
     }
 
 
-def test_images(limit: int | None) -> tuple[Tensor, Tensor]:
-    data = FashionMNIST()
-    images, labels = data.load(train=False)
-    return ((images.float() / 255 - data.mean[0]) / data.std[0])[:limit], labels[:limit]
-
-
-@torch.no_grad()
-def accuracy(net: nn.Module, images: Tensor, labels: Tensor) -> float:
-    hits = [(net.eval()(x).argmax(1) == y).sum() for x, y in zip(images.split(500), labels.split(500), strict=True)]
-    return float(sum(hits)) / len(labels)
-
-
 def dense_net(net: str, run: Trained) -> nn.Module:
     """The dense net of a run, before its first pruning."""
     assert run.folder is not None
@@ -87,9 +76,9 @@ def dense_net(net: str, run: Trained) -> nn.Module:
     return dense
 
 
-def without_retraining(dense: nn.Module, structure: Any, images: Tensor, labels: Tensor) -> list[float]:
+def without_retraining(dense: nn.Module, structure: Any, measure: Callable[[nn.Module], float]) -> list[float]:
     """The accuracy of the dense net and, for each share, of a copy that is pruned in one step."""
-    found = [accuracy(dense, images, labels)]
+    found = [measure(dense)]
     pruner = Pruner(structure, **PRUNER)
     groups = pruner.groups(dense, SHAPE)
     for share in SHARES:
@@ -99,20 +88,24 @@ def without_retraining(dense: nn.Module, structure: Any, images: Tensor, labels:
             plan_thinning(net, removed_units(groups, masks), SHAPE).apply_(net)
         else:
             apply_masks_(net, masks)
-        found.append(accuracy(net, images, labels))
+        found.append(measure(net))
     return found
 
 
 def measure(study: Study) -> Curves:
     """The accuracies by net, structure and treatment; one row a seed, first the dense net, then each share."""
     curves: Curves = {}
-    images, labels = test_images(500 if study.args.miniature else None)
+    data = FashionMNIST()
+
+    def accuracy_of(net: nn.Module) -> float:
+        return accuracy(net.eval(), data, "test", limit_batches=1 if study.args.miniature else None) or 0.0
+
     for net in NETS:
         key = "trainer.callbacks.1.init_args.pruner.init_args.structure"
         for run in study.grid(net, config(net), {key: STRUCTURES}):
             structure = run.params[key]
             assert run.folder is not None
-            before = without_retraining(dense_net(net, run), structure, images, labels)
+            before = without_retraining(dense_net(net, run), structure, accuracy_of)
             after = [row.test_accuracy or 0.0 for row in read_report(Run(run.folder).report)]
             for treatment, values in (("at once", before), ("retrained", after)):
                 curves.setdefault((net, structure, treatment), []).append([100 * value for value in values])

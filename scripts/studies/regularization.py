@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from evidence import Claim, Study, Trained, accuracies, by, clearly, mean, options, spread, verdict
+from evidence import Claim, Study, Trained, accuracies, best_of, by, clearly, mean, options, spread, verdict
 
 from project.frame.paths import Run
 
@@ -64,11 +64,6 @@ def keys_of(kind: str) -> tuple[str, str]:
         "dropout": (f"{NET}conv_dropout", f"{NET}fc_dropout"),
         "max-norm": ("model.max_norm.init_args.conv", "model.max_norm.init_args.fc"),
     }[kind]
-
-
-def best_of(groups: dict[Any, list[Trained]]) -> Any:
-    """The key of the group with the best mean accuracy on validation images."""
-    return max(groups, key=lambda key: mean([run.measured("val_accuracy") for run in groups[key]]))
 
 
 def weights_of(run: Trained) -> dict[str, torch.Tensor]:
@@ -177,8 +172,7 @@ def effects(study: Study, found: dict[str, list[Trained]]) -> None:
         ],
     )
     for (kind, name), numbers in values.items():
-        for seed, value in zip(study.args.seeds, numbers, strict=True):
-            study.table.append({"part": f"effect on {name}", "setting": kind, "seed": seed, "value": value})
+        study.note(f"effect on {name}", kind, numbers)
 
 
 def apart(study: Study) -> dict[str, dict[Any, list[Trained]]]:

@@ -15,7 +15,7 @@ import bottlenecks
 import evidence
 import pytest
 import torch
-from evidence import Claim, Study, Trained, clearly, options, spread, verdict
+from evidence import Claim, Study, Trained, best_of, by, clearly, options, spread, verdict
 from plain_nets import BlockNet, ConvThenLinear, PlainStack
 from torch import nn
 
@@ -123,7 +123,7 @@ def test_a_page_has_verdicts_picture_and_numbers_and_the_index_has_all_studies(t
         made_up(tmp_path, number)
     page = (tmp_path / "study_1.md").read_text()
     assert "| 1 | water is wet | **reproduced** | it is wet: 1.00 | Nobody 1900, sec. 1 |" in page
-    assert "`python scripts/studies/study_1.py` made this page: 2 seeds (0, 1)" in page
+    assert "`python scripts/studies/study_1.py --seeds 0 1` made this page: 2 seeds (0, 1)" in page
     assert "![A line.](study_1.png)" in page and (tmp_path / "study_1.png").stat().st_size < 50_000
     assert (tmp_path / "study_1.csv").read_text() == "part,seed,test_accuracy\np,0,0.987654\n"
     index = (tmp_path / "README.md").read_text()
@@ -209,6 +209,42 @@ def test_every_study_has_its_page_and_its_line_in_the_index(name):
     assert f"`python scripts/studies/{name}.py` made this page" in text
     assert f"]({name}.md)" in index
     assert all((ROOT / f"docs/studies/{name}.{end}").is_file() for end in ("csv", "png"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--seeds", "0"], "--seeds is 0: give two or more different ones"),
+        (["--seeds", "1", "1"], "--seeds is 1 1: give two or more different ones"),
+        (["--workers", "0"], "--workers is 0: give 1 or more."),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_in_a_sentence(words, sentence, capsys):
+    with pytest.raises(SystemExit):
+        options("", words)
+    assert sentence in capsys.readouterr().err
+
+
+def trained(folder: Path, seed: int, rate: float, val_accuracy: float | None) -> Trained:
+    if val_accuracy is None:
+        return Trained({"rate": rate}, seed, None)
+    folder = folder / f"{rate}_{seed}"
+    folder.mkdir()
+    (folder / "measured.json").write_text(f'{{"val_accuracy": {val_accuracy}, "test_accuracy": 0.5}}')
+    return Trained({"rate": rate}, seed, folder)
+
+
+def test_groups_keep_the_order_of_the_seeds_and_the_best_has_a_result_of_every_seed(tmp_path):
+    found = {(0.1, 2): 0.6, (0.1, 0): 0.7, (0.2, 2): 0.99, (0.2, 0): None, (0.3, 2): 0.4, (0.3, 0): 0.8}
+    groups = by([trained(tmp_path, seed, rate, value) for (rate, seed), value in found.items()], "rate")
+    assert [run.seed for run in groups[0.1,]] == [2, 0]
+    assert best_of(groups) == (0.1,)
+
+
+def test_the_page_shows_the_options_that_changed_it():
+    assert options("", []).changes == []
+    words = ["--seeds", "3", "1", "--miniature"]
+    assert options("", ["--workers", "1", *words]).changes == words
 
 
 def test_options_have_seeds_of_the_study():
