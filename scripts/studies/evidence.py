@@ -475,7 +475,8 @@ def _write_picture(draw: Callable[[Any], None], path: Path, size: tuple[float, f
 
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
-    image = Image.fromarray(figure_to_image(figure, dpi=110)).quantize(64)  # a small file
+    dpi = min(110, int(1200 / size[0]))  # as wide as a page shows it
+    image = Image.fromarray(figure_to_image(figure, dpi=dpi)).quantize(64)  # a small file
     write_whole(path, lambda part: image.save(part, format="PNG", optimize=True))
 
 
