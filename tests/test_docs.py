@@ -43,12 +43,10 @@ PARSED = {
     "any_net.py": "tests/test_any_net_table.py runs it",
     "benchmark_training.py": "a ratio of speeds needs long runs",
     "benchmark_winograd.py": "minutes; it has a kernel's layers at full size",
-    "compare_quantization.py": "needs NNCF",
     "compare_techniques.py": "tests/scripts/test_compare_techniques.py runs it",
     "compare_unit_criteria.py": "tests/scripts/test_compare_unit_criteria.py runs it",
     "compare_unit_pruners.py": "tests/scripts/test_compare_unit_pruners.py runs it",
     "kill_and_resume.py": "tests/scripts/test_kill_and_resume.py runs it",
-    "lottery_ticket.py": "25 runs",
     "rename.py": "tests/scripts/test_rename.py runs it, in a copy",
 }
 """Scripts whose options are parsed and no more, and why; those in scripts/studies take up to an hour each."""
@@ -371,7 +369,7 @@ def test_every_command_runs(path, command, folder, logs, brief_timing, kept_runs
         "project fit --config configs/digit.yaml",
         "project fit --config configs/digits.yaml --config configs/compression/prunning.yaml",
         "project exports --run logs/digits",
-        "python scripts/lottery_ticket.py --seads 0",
+        "python scripts/studies/lottery_ticket.py --seads 0",
         "python scripts/run_seed.py --config configs/digits.yaml",
         "make checks",
         "pip install -e '.[opnvino]'",

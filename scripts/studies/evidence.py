@@ -332,12 +332,31 @@ class Study:
                 markdown_line([row["number"], row["claim"], f"**{row['verdict']}**", row["because"]]) for row in mine
             ]
             page.append("<!-- /room -->")
-        scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {"evidence", "plain_nets"}
+        scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {*HELPERS, *FURTHER}
         if waiting := sorted(scripts - {row["study"] for row in rows}):
             page += ["", "## Without a page", "", "These studies were not run for a page yet:", ""]
             page += [f"- `python scripts/studies/{name}.py`" for name in waiting]
+        page += ["", "## Further studies", "", "These have pages of their own kind:", ""]
+        page += [
+            f"- [{title}](../{name}.md): `python scripts/studies/{name}.py` <!-- room: {rooms} -->"
+            for name, (title, rooms) in FURTHER.items()
+        ]
         write_whole(folder / "README.md", lambda part: part.write_text("\n".join(page) + "\n", encoding="utf-8"))
 
+
+HELPERS = ("evidence", "foreign_nets", "plain_nets")
+"""Files beside the studies that are no studies."""
+FURTHER = {
+    "lottery_ticket": (
+        "Lottery tickets: what to do after pruning, level by level",
+        "compression/pruning, models/zoo",
+    ),
+    "quantization": (
+        "Int8 beside ONNX Runtime's quantizer and NNCF",
+        "deployment/int8, deployment/benchmark, compression/pruning, compression/distillation, compression/qat",
+    ),
+}
+"""Studies whose pages people write: the name, which is that of the page, the title, and the rooms that it needs."""
 
 _INDEX = """Each study is one command, and its page is made by its code alone. A claim is *reproduced* if what it says
 holds in each setting that decides, *mixed* if it holds in some of them, else *not reproduced*. A difference holds if it

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from project.models import BatchNorm, Inception, MaxPool, NaiveInception, ReLU
+from project.models import BatchNorm, Inception, MaxPool, NaiveInception, NoNorm, ReLU
 from project.models.layers import ConvNormAct, GlobalAvgPool, NormFactory, WeightInit, conv_factory, init_weights_
 
 
@@ -69,6 +69,7 @@ class ConvThenLinear(nn.Module):
         image_shape: shape (C, H, W) of the images.
         conv_dropout: dropout rate after each convolution, in [0, 1).
         fc_dropout: dropout rate before each linear layer, in [0, 1).
+        norm: factory of the norm after each convolution and after the hidden layer, which takes the number of channels.
     """
 
     def __init__(
@@ -78,23 +79,27 @@ class ConvThenLinear(nn.Module):
         *,
         conv_dropout: float = 0.0,
         fc_dropout: float = 0.0,
+        norm: NormFactory = NoNorm,
     ) -> None:
         super().__init__()
         channels, height, width = image_shape
         self.features = nn.Sequential()
         for out_channels in (16, 32):
             self.features.append(nn.Conv2d(channels, out_channels, 3, padding=1))
-            self.features.append(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2, ceil_mode=True), nn.Dropout(conv_dropout)))
+            pool = nn.MaxPool2d(2, ceil_mode=True)
+            self.features.append(nn.Sequential(norm(out_channels), nn.ReLU(), pool, nn.Dropout(conv_dropout)))
             channels, height, width = out_channels, -(-height // 2), -(-width // 2)
         self.hidden = nn.Linear(channels * height * width, 128)
+        self.norm = norm(128)
         self.act = nn.ReLU()
         self.dropouts = nn.ModuleList([nn.Dropout(fc_dropout), nn.Dropout(fc_dropout)])
         self.fc = nn.Linear(128, num_classes)
         init_weights_(self, nn.init.kaiming_normal_)
 
     def forward(self, images: Tensor) -> Tensor:
-        features = self.features(images).flatten(1)
-        return self.fc(self.dropouts[1](self.act(self.hidden(self.dropouts[0](features)))))
+        hidden = self.hidden(self.dropouts[0](self.features(images).flatten(1)))
+        normed = self.norm(hidden[..., None, None]).flatten(1)
+        return self.fc(self.dropouts[1](self.act(normed)))
 
 
 class BlockNet(nn.Module):

@@ -20,9 +20,8 @@ from plain_nets import BlockNet, ConvThenLinear, PlainStack
 from torch import nn
 
 ROOT = Path(__file__).parents[2]
-STUDIES = sorted(
-    path.stem for path in (ROOT / "scripts/studies").glob("*.py") if path.stem not in ("evidence", "plain_nets")
-)
+SCRIPTS = {path.stem for path in (ROOT / "scripts/studies").glob("*.py")} - {*evidence.HELPERS}
+STUDIES = sorted(SCRIPTS - {*evidence.FURTHER})
 NAN = math.nan
 
 
@@ -209,6 +208,13 @@ def test_every_study_has_its_page_and_its_line_in_the_index(name):
     assert f"`python scripts/studies/{name}.py` made this page" in text
     assert f"]({name}.md)" in index
     assert all((ROOT / f"docs/studies/{name}.{end}").is_file() for end in ("csv", "png"))
+
+
+@pytest.mark.parametrize("name", evidence.FURTHER)
+def test_the_index_has_the_further_studies(name):
+    index = (ROOT / "docs/studies/README.md").read_text(encoding="utf-8")
+    assert f"](../{name}.md): `python scripts/studies/{name}.py`" in index
+    assert f"python scripts/studies/{name}.py" in (ROOT / f"docs/{name}.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,18 @@ file runs in ONNX Runtime and, if it is installed, in OpenVINO. Times are median
 keeps the files, for example for a measurement on another machine.
 
     pip install -e '.[openvino]' nncf
-    python scripts/compare_quantization.py --runs logs/fashion_mnist/version_0 logs/fashion_mnist/version_1
+    python scripts/studies/quantization.py --runs logs/fashion_mnist/version_0 logs/fashion_mnist/version_1
 
 ``--nets`` takes narrow nets of torchvision and timm in place of runs, trains them for some seconds each on digits in
 colour, and prints a table by net, with means over the seeds. A net whose fp32 file lies in ``--keep`` is not trained
 again. The test images are there nine times, moved by up to one pixel. Times are processor time:
 
-    python scripts/compare_quantization.py --nets
+    python scripts/studies/quantization.py --nets
 
 With the following variable OpenVINO computes as on a processor without VNNI instructions. Its times are not those of
 such a processor:
 
-    ONEDNN_MAX_CPU_ISA=AVX512_CORE python scripts/compare_quantization.py --runs … --rounds 0
+    ONEDNN_MAX_CPU_ISA=AVX512_CORE python scripts/studies/quantization.py --runs … --rounds 0
 """
 
 import argparse
@@ -255,7 +255,7 @@ def load(run: Run) -> tuple[torch.nn.Module, ImageDataModule]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", nargs="+", help="folders of trained runs")
-    parser.add_argument("--nets", nargs="*", help="nets of scripts/foreign_nets.py to train and compare; none: all")
+    parser.add_argument("--nets", nargs="*", help="nets of foreign_nets.py to train and compare; none: all")
     parser.add_argument("--epochs", type=int, default=8, help="epochs of --nets; transformers take three times as many")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="seeds of the training of --nets")
     parser.add_argument("--also", nargs="+", choices=list(ALSO), default=[], help="more files for --nets")

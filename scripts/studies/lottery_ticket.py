@@ -3,7 +3,7 @@
 Frankle & Carbin 2019 (arXiv:1803.03635, fig. 4 and 5) for winning tickets, random reinitialisation and random masks;
 Renda et al. 2020 (arXiv:2003.02389) for rewinding the rate; Han et al. 2015 (arXiv:1506.02626) for fine-tuning.
 
-    python scripts/lottery_ticket.py --seeds 0 1 2 3 4 --jobs 2
+    python scripts/studies/lottery_ticket.py --seeds 0 1 2 3 4 --jobs 2
 
 Runs land in the logs folder, one experiment an arm; what is finished is not run again.
 Writes lottery_ticket.csv, .png and a table of the papers' levels into the output folder.
@@ -22,7 +22,6 @@ from pathlib import Path
 from project.compression.report_rows import read_report
 from project.frame.paths import Paths, Run
 
-ROOT = Path(__file__).resolve().parent.parent
 CALLBACK = "--trainer.callbacks"
 ARMS = {
     "winning ticket": [],
