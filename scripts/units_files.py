@@ -1,0 +1,189 @@
+"""The checks of scripts/units_of_nets.py: what a net without half of its units must still do, and the laws that hold.
+
+Each check is a method of :class:`Thinned`. It returns its numbers, raises :class:`any_net_cells.Wrong` if a law does
+not hold, or lets the package's own refusal pass. :func:`any_net_cells.judge` tells these apart.
+"""
+
+import math
+from collections.abc import Callable
+from copy import deepcopy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from any_net_cells import difference, must, short
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from project.compression import to_plain
+from project.compression.thinning.masked import MaskedNet
+from project.compression.thinning.thin import Thin, sliced
+from project.compression.thinning.units import masked_net, plan_thinning
+from project.deployment.export import TOLERANCE as FILE_TOLERANCE
+from project.deployment.export import Format, export
+from project.deployment.metadata import Metadata
+from project.deployment.model_file import ModelFile
+from project.deployment.recipe import Recipe
+from project.models.surgery import replay_
+
+TOLERANCE = 1e-5
+"""Largest difference between the masked and the thinned net in float32, as a share of the largest logit or gradient."""
+EXACT = 1e-9
+"""The same in double precision."""
+NUM_IMAGES = 16
+"""Images that calibrate an int8 file, and on which files and nets are compared."""
+
+Shape = tuple[int, int, int]
+Removed = dict[str, list[int]]
+
+
+class SameDropout(TorchFunctionMode):
+    """Dropout with one draw for each image instead of one for each value.
+
+    The thinned net has fewer values than the masked one, so torch would draw other numbers for it.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is not F.dropout:
+            return function(*args, **(kwargs or {}))
+        return _dropout(*args, **(kwargs or {}))
+
+
+def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    if not training or not p:
+        return input
+    return input * input.new_empty(len(input), *[1] * (input.dim() - 1)).bernoulli_(1 - p) / (1 - p)
+
+
+class Thinned:
+    """A net, and the same net without the chosen units.
+
+    Args:
+        recipe: description of the net.
+        fresh: makes the net with its first values, in eval mode.
+        choose: the numbers of the units to remove from a net, by the layer's name.
+        shape: shape (C, H, W) of an image.
+        folder: an existing folder for files.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        fresh: Callable[[], nn.Module],
+        choose: Callable[[nn.Module], Removed],
+        shape: Shape,
+        folder: Path,
+    ) -> None:
+        self.fresh, self.choose, self.shape, self.folder = fresh, choose, shape, folder
+        self.net = fresh()
+        removed = choose(self.net)
+        self.plan: Thin = plan_thinning(self.net, removed, shape)
+        self.masked: MaskedNet = masked_net(self.net, removed, shape)
+        self.thinned = deepcopy(self.net)
+        self.plan.apply_(self.thinned)
+        self.recipe = Recipe(recipe.net, [to_plain(self.plan)])
+        self.metadata = Metadata(tuple("abcdefghij"), shape, (0.5,) * 3, (0.5,) * 3)
+        self.model = SimpleNamespace(net=self.net)  # judge looks for the names of layers here
+
+    def images(self, num: int) -> Tensor:
+        """Random images ``[num, C, H, W]``."""
+        return torch.randn(num, *self.shape, generator=torch.Generator().manual_seed(2))
+
+    # -- the net ------------------------------------------------------------------------------------------------------
+
+    def reloads(self) -> str:
+        fresh, images = self.fresh(), self.images(2)
+        replay_(fresh, self.recipe.surgeries)
+        fresh.load_state_dict(self.thinned.state_dict())
+        with torch.no_grad():
+            must(torch.equal(fresh(images), self.thinned(images)), "the net that takes its weights has other logits")
+        return "same bits"
+
+    def trains(self) -> str:
+        net = deepcopy(self.thinned).train()
+        net(self.images(2)).square().mean().backward()
+        bad = [key for key, each in net.named_parameters() if each.grad is not None and not each.grad.isfinite().all()]
+        must(not bad, f"the gradient of {bad[:1]} is not finite")
+        return "finite"
+
+    def gradients(self) -> str:
+        error = self._gradient_error(torch.float32)
+        if error <= TOLERANCE:
+            return short(error)
+        exact = self._gradient_error(torch.float64)
+        must(exact <= EXACT, f"they differ by {exact:.1e} of the largest in double precision, {error:.1e} in float32")
+        return f"{short(exact)} in double precision, {short(error)} in float32"
+
+    def _gradient_error(self, dtype: torch.dtype) -> float:
+        """The largest difference of a gradient between masked and thinned net, as a share of the largest gradient."""
+        masked, thinned = (deepcopy(net).to(dtype).train() for net in (self.masked, self.thinned))
+        images, labels = self.images(8).to(dtype), torch.arange(8)
+        images *= 1.5 ** torch.arange(8).view(-1, 1, 1, 1)  # so that their logits differ
+        for net in (masked, thinned):
+            torch.manual_seed(3)
+            with SameDropout():
+                F.cross_entropy(net(images), labels).backward()
+        whole = {key: parameter.grad for key, parameter in masked.net.named_parameters()}
+        largest = max(float(grad.abs().max()) for grad in whole.values() if grad is not None)
+        error = 0.0
+        for key, parameter in thinned.named_parameters():
+            must((parameter.grad is None) == (whole[key] is None), f"one of the nets has no gradient of {key}")
+            if parameter.grad is not None:
+                expected = sliced(whole[key], self.plan.slices.get(key, []))
+                error = max(error, float((parameter.grad - expected).abs().max()) / largest)
+        return error
+
+    def second_round(self) -> str:
+        removed, twice, images = self.choose(self.thinned), deepcopy(self.thinned), self.images(2)
+        plan_thinning(self.thinned, removed, self.shape).apply_(twice)
+        with torch.no_grad():
+            error = difference(twice(images), masked_net(self.thinned, removed, self.shape)(images))
+        must(error <= TOLERANCE, f"its logits differ by {error:.1e} of the largest")
+        return short(error)
+
+    # -- its files ----------------------------------------------------------------------------------------------------
+
+    def onnx(self) -> str:
+        return self._exported("onnx", self.folder / "model.onnx")
+
+    def int8(self) -> str:
+        fp32 = self.folder / "model.onnx"
+        return self._exported("onnx-int8", self.folder / "int8.onnx", fp32=fp32 if fp32.is_file() else None)
+
+    def _exported(self, format: Format, path: Path, **options: Any) -> str:
+        """Write a file and compare its logits with the net's, as a share of the largest logit."""
+        images = self.images(NUM_IMAGES)
+        found = export(
+            self.thinned, path, self.metadata, images, format=format, calibration=images, tolerance=math.inf, **options
+        )
+        limit = FILE_TOLERANCE[format]
+        must(found.difference <= limit, f"its logits differ by {found.difference:.1e} of the largest, not {limit:g}")
+        return short(found.difference)
+
+    def packed(self) -> str:
+        path, images = self.folder / "model.packed", self.images(NUM_IMAGES)
+        options: dict[str, Any] = {"format": "packed", "tolerance": math.inf, "recipe": self.recipe}
+        export(self.thinned, path, self.metadata, images, **options)
+        net = ModelFile(path, self.recipe.modules).net
+        assert net is not None
+        found, wanted = net.state_dict(), self.thinned.state_dict()
+        same = found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        must(same, "the file holds other weights than the net")
+        net.to(memory_format=torch.contiguous_format)
+        with torch.no_grad():
+            must(torch.equal(net(images), self.thinned(images)), "the file's net gives other logits")
+        return f"{path.stat().st_size} bytes, exact"
+
+
+CHECKS = {
+    "reloads": "reloads",
+    "trains": "trains",
+    "gradients": "gradients",
+    "second_round": "second round",
+    "onnx": "ONNX",
+    "int8": "int8",
+    "packed": "packed",
+}
+"""The methods of :class:`Thinned` that check a law, each with its name on the page."""
