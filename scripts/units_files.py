@@ -32,6 +32,8 @@ TOLERANCE = 1e-5
 """Largest difference between the masked and the thinned net in float32, as a share of the largest logit or gradient."""
 EXACT = 1e-9
 """The same in double precision."""
+SPREAD = 0.01
+"""Smallest difference of a logit between images, as a share of the largest logit."""
 NUM_IMAGES = 16
 """Images that calibrate an int8 file, and on which files and nets are compared."""
 
@@ -55,6 +57,12 @@ def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool
     if not training or not p:
         return input
     return input * input.new_empty(len(input), *[1] * (input.dim() - 1)).bernoulli_(1 - p) / (1 - p)
+
+
+def judged(error: float, exact: float) -> str:
+    """A difference that is too large in float32, and what it is in double precision."""
+    must(exact <= EXACT, f"{exact:.1e} of the largest in double precision, {error:.1e} in float32")
+    return f"{short(exact)} in double precision, {short(error)} in float32"
 
 
 class Thinned:
@@ -93,6 +101,23 @@ class Thinned:
 
     # -- the net ------------------------------------------------------------------------------------------------------
 
+    def same(self) -> str:
+        """Whether the thinned net gives the logits of the masked net, which depend on the image."""
+        with torch.no_grad():
+            logits = self.masked(self.images(NUM_IMAGES))
+        spread = difference(logits, logits.mean(0))
+        must(spread >= SPREAD, f"its logits differ between images by {spread:.1e} of the largest: any net would pass")
+        return self._compared(self.masked, self.thinned)
+
+    @torch.no_grad()
+    def _compared(self, masked: nn.Module, thinned: nn.Module) -> str:
+        images = self.images(NUM_IMAGES)
+        error = difference(thinned(images), masked(images))
+        if error <= TOLERANCE:
+            return short(error)
+        exact = difference(*(deepcopy(net).double()(images.double()) for net in (thinned, masked)))
+        return judged(error, exact)
+
     def reloads(self) -> str:
         fresh, images = self.fresh(), self.images(2)
         replay_(fresh, self.recipe.surgeries)
@@ -112,13 +137,11 @@ class Thinned:
         error = self._gradient_error(torch.float32)
         if error <= TOLERANCE:
             return short(error)
-        exact = self._gradient_error(torch.float64)
-        must(exact <= EXACT, f"they differ by {exact:.1e} of the largest in double precision, {error:.1e} in float32")
-        return f"{short(exact)} in double precision, {short(error)} in float32"
+        return judged(error, self._gradient_error(torch.float64))
 
     def _gradient_error(self, dtype: torch.dtype) -> float:
         """The largest difference of a gradient between masked and thinned net, as a share of the largest gradient."""
-        masked, thinned = (deepcopy(net).to(dtype).train() for net in (self.masked, self.thinned))
+        masked, thinned = deepcopy(self.masked).to(dtype).train(), deepcopy(self.thinned).to(dtype).train()
         images, labels = self.images(8).to(dtype), torch.arange(8)
         images *= 1.5 ** torch.arange(8).view(-1, 1, 1, 1)  # so that their logits differ
         for net in (masked, thinned):
@@ -130,18 +153,15 @@ class Thinned:
         error = 0.0
         for key, parameter in thinned.named_parameters():
             must((parameter.grad is None) == (whole[key] is None), f"one of the nets has no gradient of {key}")
-            if parameter.grad is not None:
-                expected = sliced(whole[key], self.plan.slices.get(key, []))
+            if parameter.grad is not None and (grad := whole[key]) is not None:
+                expected = sliced(grad, self.plan.slices.get(key, []))
                 error = max(error, float((parameter.grad - expected).abs().max()) / largest)
         return error
 
     def second_round(self) -> str:
-        removed, twice, images = self.choose(self.thinned), deepcopy(self.thinned), self.images(2)
+        removed, twice = self.choose(self.thinned), deepcopy(self.thinned)
         plan_thinning(self.thinned, removed, self.shape).apply_(twice)
-        with torch.no_grad():
-            error = difference(twice(images), masked_net(self.thinned, removed, self.shape)(images))
-        must(error <= TOLERANCE, f"its logits differ by {error:.1e} of the largest")
-        return short(error)
+        return self._compared(masked_net(self.thinned, removed, self.shape), twice)
 
     # -- its files ----------------------------------------------------------------------------------------------------
 
@@ -178,6 +198,7 @@ class Thinned:
 
 
 CHECKS = {
+    "same": "masked = thinned",
     "reloads": "reloads",
     "trains": "trains",
     "gradients": "gradients",
