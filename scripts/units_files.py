@@ -65,6 +65,30 @@ def judged(error: float, exact: float) -> str:
     return f"{short(exact)} in double precision, {short(error)} in float32"
 
 
+def random_images(num: int, shape: Shape, seed: int) -> Tensor:
+    return torch.randn(num, *shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(net: nn.Module, removed: Removed, shape: Shape) -> tuple[Thin, MaskedNet, nn.Module]:
+    """The plan that removes units from a net, the masked net and the thinned net.
+
+    The running statistics of both are those of the masked net on eight images. With others the logits would hardly
+    depend on the image.
+    """
+    plan, masked = plan_thinning(net, removed, shape), masked_net(net, removed, shape)
+    norms = [module for module in masked.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1
+    with torch.no_grad():
+        masked(random_images(8, shape, seed=1))
+    for norm, norm.momentum in zip(norms, momenta, strict=True):
+        norm.eval()
+    thinned = deepcopy(masked.net)
+    plan.apply_(thinned)
+    return plan, masked, thinned
+
+
 class Thinned:
     """A net, and the same net without the chosen units.
 
@@ -86,37 +110,29 @@ class Thinned:
     ) -> None:
         self.fresh, self.choose, self.shape, self.folder = fresh, choose, shape, folder
         self.net = fresh()
-        removed = choose(self.net)
-        self.plan: Thin = plan_thinning(self.net, removed, shape)
-        self.masked: MaskedNet = masked_net(self.net, removed, shape)
-        self.thinned = deepcopy(self.net)
-        self.plan.apply_(self.thinned)
+        self.plan, self.masked, self.thinned = pair(self.net, choose(self.net), shape)
         self.recipe = Recipe(recipe.net, [to_plain(self.plan)])
         self.metadata = Metadata(tuple("abcdefghij"), shape, (0.5,) * 3, (0.5,) * 3)
         self.model = SimpleNamespace(net=self.net)  # judge looks for the names of layers here
 
     def images(self, num: int) -> Tensor:
         """Random images ``[num, C, H, W]``."""
-        return torch.randn(num, *self.shape, generator=torch.Generator().manual_seed(2))
+        return random_images(num, self.shape, seed=2)
 
     # -- the net ------------------------------------------------------------------------------------------------------
 
     def same(self) -> str:
-        """Whether the thinned net gives the logits of the masked net, which depend on the image."""
-        with torch.no_grad():
-            logits = self.masked(self.images(NUM_IMAGES))
-        spread = difference(logits, logits.mean(0))
-        must(spread >= SPREAD, f"its logits differ between images by {spread:.1e} of the largest: any net would pass")
         return self._compared(self.masked, self.thinned)
 
     @torch.no_grad()
     def _compared(self, masked: nn.Module, thinned: nn.Module) -> str:
         images = self.images(NUM_IMAGES)
-        error = difference(thinned(images), masked(images))
+        logits, found = masked(images), thinned(images)
+        spread, error = difference(logits, logits.mean(0)), difference(found, logits)
+        must(spread >= SPREAD, f"its logits differ between images by {spread:.1e} of the largest: any net would pass")
         if error <= TOLERANCE:
             return short(error)
-        exact = difference(*(deepcopy(net).double()(images.double()) for net in (thinned, masked)))
-        return judged(error, exact)
+        return judged(error, difference(*(deepcopy(net).double()(images.double()) for net in (thinned, masked))))
 
     def reloads(self) -> str:
         fresh, images = self.fresh(), self.images(2)
@@ -159,9 +175,8 @@ class Thinned:
         return error
 
     def second_round(self) -> str:
-        removed, twice = self.choose(self.thinned), deepcopy(self.thinned)
-        plan_thinning(self.thinned, removed, self.shape).apply_(twice)
-        return self._compared(masked_net(self.thinned, removed, self.shape), twice)
+        _, masked, twice = pair(self.thinned, self.choose(self.thinned), self.shape)
+        return self._compared(masked, twice)
 
     # -- its files ----------------------------------------------------------------------------------------------------
 

@@ -1,9 +1,9 @@
 """What is left of nets of torchvision and timm when half of all units that can go are removed: docs/unit_removal.md.
 
-Each net has random weights, scales and shifts, the running statistics of eight random images, and ten classes. So its
-logits depend on the image, which is checked. Its last layer keeps its units. Of every group of coupled units the half
-goes whose weights have the smallest squares. Beside it stands Torch-Pruning, if it is installed: its magnitude pruner
-with the same share, with the numbers of heads where it asks for them.
+Each net has random weights, scales and shifts, and ten classes. Its running statistics are those of the masked net on
+eight random images. So its logits depend on the image, which is checked. Its last layer keeps its units. Of every group
+of coupled units the half goes whose weights have the smallest squares. Beside it stands Torch-Pruning, if it is
+installed: its magnitude pruner with the same share, with the numbers of heads where it asks for them.
 
     python scripts/units_of_nets.py --workers 2
 
@@ -175,19 +175,7 @@ def build(name: str) -> nn.Module:
             if parameter.dim() <= 1 or (parameter == parameter.flatten()[0]).all():
                 parameter.add_(0.2 + 0.3 * torch.rand(parameter.shape, generator=generator))
         last_layer(net).weight.normal_(0, 0.05, generator=generator)
-        settle_(net, torch.randn(8, *shape_of(name), generator=generator))
     return net
-
-
-def settle_(net: nn.Module, images: Tensor) -> None:
-    """Batch norms take the statistics of these images. With others the logits would hardly depend on the image."""
-    norms = [module for module in net.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [norm.momentum for norm in norms]
-    for norm in norms:
-        norm.train().momentum = 1
-    net(images)
-    for norm, norm.momentum in zip(norms, momenta, strict=True):
-        norm.eval()
 
 
 def last_layer(net: nn.Module) -> Any:
