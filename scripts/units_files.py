@@ -25,6 +25,7 @@ from project.deployment.export import TOLERANCE as FILE_TOLERANCE
 from project.deployment.export import Format, export
 from project.deployment.metadata import Metadata
 from project.deployment.model_file import ModelFile
+from project.deployment.packed.file import write_packed
 from project.deployment.recipe import Recipe
 from project.models.surgery import replay_
 
@@ -199,8 +200,7 @@ class Thinned:
 
     def packed(self) -> str:
         path, images = self.folder / "model.packed", self.images(NUM_IMAGES)
-        options: dict[str, Any] = {"format": "packed", "tolerance": math.inf, "recipe": self.recipe}
-        export(self.thinned, path, self.metadata, images, **options)
+        write_packed(self.thinned, self.metadata, self.recipe, path)
         net = ModelFile(path, self.recipe.modules).net
         assert net is not None
         found, wanted = net.state_dict(), self.thinned.state_dict()
