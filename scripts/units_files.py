@@ -33,8 +33,8 @@ TOLERANCE = 1e-5
 """Largest difference between the masked and the thinned net in float32, as a share of the largest logit or gradient."""
 EXACT = 1e-9
 """The same in double precision."""
-SPREAD = 0.01
-"""Smallest difference of a logit between images, as a share of the largest logit."""
+SHARE = 0.01
+"""Largest difference of a logit between the nets, as a share of its difference between images: else any net passes."""
 NUM_IMAGES = 16
 """Images that calibrate an int8 file, and on which files and nets are compared."""
 
@@ -130,10 +130,11 @@ class Thinned:
         images = self.images(NUM_IMAGES)
         logits, found = masked(images), thinned(images)
         spread, error = difference(logits, logits.mean(0)), difference(found, logits)
-        must(spread >= SPREAD, f"its logits differ between images by {spread:.1e} of the largest: any net would pass")
-        if error <= TOLERANCE:
+        if error <= min(TOLERANCE, SHARE * spread):
             return short(error)
-        return judged(error, difference(*(deepcopy(net).double()(images.double()) for net in (thinned, masked))))
+        exact = difference(*(deepcopy(net).double()(images.double()) for net in (thinned, masked)))
+        must(exact <= SHARE * spread, f"it differs by {exact:.1e} between nets, but by {spread:.1e} between images")
+        return judged(error, exact)
 
     def reloads(self) -> str:
         fresh, images = self.fresh(), self.images(2)

@@ -1,15 +1,16 @@
 """What is left of nets of torchvision and timm when half of all units that can go are removed: docs/unit_removal.md.
 
 Each net has random weights, scales and shifts, and ten classes. Its running statistics are those of the masked net on
-eight random images. So its logits depend on the image, which is checked. Its last layer keeps its units. Of every group
-of coupled units the half goes whose weights have the smallest squares. Beside it stands Torch-Pruning, if it is
-installed: its magnitude pruner with the same share, with the numbers of heads where it asks for them.
+eight random images, so that its logits depend on the image. Its last layer keeps its units. Of every group of coupled
+units the half goes whose weights have the smallest squares. Beside it stands Torch-Pruning, if it is installed: its
+magnitude pruner with the same share, with the numbers of heads where it asks for them.
 
     python scripts/units_of_nets.py --workers 2
 
 Columns: what is left of the multiply-accumulates and of the parameters; the largest difference between the logits of
-the thinned and of the masked net, as a share of the largest logit, at most 1e-5, or 1e-9 in double precision where the
-rounding of float32 alone is larger; what holds; and what stays, with the reason.
+the thinned and of the masked net, as a share of the largest logit; what holds; and what stays, with the reason. The
+difference is at most 1e-5, and at most a hundredth of how much a logit differs between images. Where the rounding of
+float32 alone is larger, it is at most 1e-9 in double precision.
 
 - reloads: a fresh net with the same surgery takes the weights and gives the same logits, to the bit.
 - trains: a training step gives finite gradients.
