@@ -437,9 +437,23 @@ REMEDY = re.compile(
 
 
 def run_cell(work: Any, name: str) -> Cell:
-    """Run one cell, and judge what it ends with."""
-    start, steps = time.process_time(), Steps.num
+    """Run one cell, and judge what it ends with and what it needs."""
     signal.setitimer(signal.ITIMER_PROF, MAX_SECONDS)  # ends the process; it counts processor time
+    cell = judge(work, name)
+    signal.setitimer(signal.ITIMER_PROF, 0)
+    if cell.peak_mb > MAX_MEMORY_MB:
+        cell = Cell(name, "failed", f"the process needs {cell.peak_mb:.0f} MB", cell.seconds, cell.peak_mb)
+    return cell
+
+
+def judge(work: Any, name: str) -> Cell:
+    """Run one cell, and judge what it ends with.
+
+    Args:
+        work: object whose method ``name`` returns the numbers, and whose ``model.net`` is the net.
+        name: name of the method.
+    """
+    start, steps = time.process_time(), Steps.num
     try:
         cell = Cell(name, "works", getattr(work, name)())
     except Wrong as error:
@@ -453,11 +467,8 @@ def run_cell(work: Any, name: str) -> Cell:
             cell = Cell(name, "refused", text)
             if fault := fault_of(text, work, Steps.num - steps):
                 cell = Cell(name, "failed", f"refused {fault}: {text}")
-    signal.setitimer(signal.ITIMER_PROF, 0)
     cell.seconds = time.process_time() - start
     cell.peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    if cell.peak_mb > MAX_MEMORY_MB:
-        cell = Cell(name, "failed", f"the process needs {cell.peak_mb:.0f} MB", cell.seconds, cell.peak_mb)
     return cell
 
 

@@ -48,6 +48,7 @@ PARSED = {
     "compare_unit_pruners.py": "tests/scripts/test_compare_unit_pruners.py runs it",
     "kill_and_resume.py": "tests/scripts/test_kill_and_resume.py runs it",
     "rename.py": "tests/scripts/test_rename.py runs it, in a copy",
+    "units_of_nets.py": "tests/compression/thinning/test_common_nets.py looks at some of its nets",
 }
 """Scripts whose options are parsed and no more, and why; those in scripts/studies take up to an hour each."""
 SHORTER = {

@@ -152,7 +152,7 @@ class EMA(Callback):
         self._swap(pl_module, averages_in=False)
         checkpoint[_RAW] = {name: tensor.detach().clone() for name, tensor in _tensors(pl_module).items()}
         self._swap(pl_module, averages_in=True)
-        checkpoint["state_dict"] = {name: value.clone() for name, value in pl_module.state_dict().items()}
+        checkpoint["state_dict"].update({name: value.clone() for name, value in pl_module.state_dict().items()})
         self._swap(pl_module, averages_in=swapped)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -8,10 +8,12 @@ from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from project.frame.paths import write_whole
 
@@ -54,6 +56,22 @@ def to_onnx(net: nn.Module, image_shape: tuple[int, int, int]) -> "ModelProto":
     images = torch.zeros(2, *image_shape)  # two images: the exporter would treat a batch size of 1 as a constant
     with torch.no_grad():
         net(images)  # if the net refuses the images, its own error is clearer than the exporter's
+    try:
+        program = _program_of(net, images)
+    except torch.onnx.errors.OnnxExporterError:
+        with PlainAttention():
+            program = _program_of(net, images)
+    fold_constants(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
+    remove_unused_nodes(program.model)
+    model = program.model_proto
+    _name_weights_(model.graph)
+    model.ClearField("doc_string")
+    model.ClearField("metadata_props")
+    _strip_(model.graph)
+    return model
+
+
+def _program_of(net: nn.Module, images: Tensor) -> torch.onnx.ONNXProgram:
     program = torch.onnx.export(
         net,
         (images,),
@@ -64,14 +82,42 @@ def to_onnx(net: nn.Module, image_shape: tuple[int, int, int]) -> "ModelProto":
         dynamic_shapes=({0: torch.export.Dim("batch")},),
     )
     assert program is not None
-    fold_constants(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
-    remove_unused_nodes(program.model)
-    model = program.model_proto
-    _name_weights_(model.graph)
-    model.ClearField("doc_string")
-    model.ClearField("metadata_props")
-    _strip_(model.graph)
-    return model
+    return program
+
+
+class PlainAttention(TorchFunctionMode):
+    """Attention is two products and a softmax.
+
+    The exporter of PyTorch 2.14 knows no ``scaled_dot_product_attention`` with five dimensions, and mistakes the memory
+    layout of its result if there is a mask.
+    """
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        plain = _attention if function is F.scaled_dot_product_attention else function
+        return plain(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """PyTorch's ``scaled_dot_product_attention`` in eval mode, by its definition."""
+    if enable_gqa:
+        key, value = (each.repeat_interleave(query.shape[-3] // each.shape[-3], -3) for each in (key, value))
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if is_causal:
+        attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attn_mask, -torch.inf)
+    elif attn_mask is not None:
+        scores = scores + attn_mask
+    return scores.softmax(-1) @ value
 
 
 def _name_weights_(graph: "GraphProto") -> None:

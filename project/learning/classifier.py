@@ -9,7 +9,7 @@ import math
 import os
 import warnings
 from collections.abc import Mapping, MutableMapping
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -455,8 +455,8 @@ class Classifier(LightningModule):
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """PyTorch's method. Weights from a process that has changed the net bring the ``surgeries`` with them."""
         if "surgeries" in state_dict:
-            self._follow_surgeries(state_dict["surgeries"])
-            state_dict = {name: value for name, value in state_dict.items() if name != "surgeries"}
+            state_dict = copy(state_dict)  # with the versions of its modules
+            self._follow_surgeries(state_dict.pop("surgeries"))  # type: ignore[attr-defined]
         return super().load_state_dict(state_dict, *args, **kwargs)
 
     @classmethod

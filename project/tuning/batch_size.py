@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
@@ -186,7 +187,7 @@ def borrowed(model: Any) -> Iterator[None]:
         model: classifier that is trained inside the context.
     """
     schedule, training = model.schedule, model.training
-    state = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    state = deepcopy(model.state_dict())
     model.schedule = Schedule()
     try:
         yield

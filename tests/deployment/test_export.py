@@ -1,5 +1,6 @@
 import random
 from pathlib import Path
+from typing import Any
 
 import onnx
 import onnxruntime
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from project.data import Digits
 from project.deployment.export import export_onnx
 from project.deployment.latency import Latency
+from project.deployment.onnx_file import PlainAttention, onnx_engine
 from project.models import Classifier, SmallInception
 
 SHAPE = (1, 8, 8)
@@ -163,3 +165,45 @@ def test_int8_exports_the_net_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     options = {"format": "onnx-int8", "num_images": 4, "tolerance": 10.0}
     export.export_checkpoint(module, Digits(), tmp_path / "best.ckpt", target, **options)  # type: ignore[arg-type]
     assert len(calls) == 1 and target.is_file()
+
+
+class WindowAttention(nn.Module):
+    """Attention within four groups of rows: its queries have five dimensions, which torch's exporter cannot write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.fc = nn.Conv2d(1, 12, 1), nn.Linear(4, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        windows = self.qkv(images).flatten(2).unflatten(2, (4, 16)).unflatten(1, (3, 2, 2))  # [N, 3, 2, 2, 4, 16]
+        query, key, value = windows.permute(1, 0, 4, 2, 5, 3).unbind(0)  # [N, 4 windows, 2 heads, 16 pixels, 2]
+        attended = nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.fc(attended.transpose(2, 3).flatten(3).mean((1, 2)))
+
+
+def test_attention_with_five_dimensions_is_written(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, images = WindowAttention().eval(), torch.randn(3, 1, 8, 8)
+    export_onnx(net, tmp_path / "net.onnx", (1, 8, 8))
+    with torch.no_grad():
+        torch.testing.assert_close(onnx_engine(tmp_path / "net.onnx")(images), net(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"attn_mask": torch.randn(4, 5, 6)},
+        {"attn_mask": torch.randn(5, 6) > -1},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"enable_gqa": True},
+    ],
+)
+def test_plain_attention_is_torchs(options: dict[str, Any]) -> None:
+    heads = 2 if options.get("enable_gqa") else 4
+    query, key, value = torch.randn(2, 4, 5, 8), torch.randn(2, heads, 6, 8), torch.randn(2, heads, 6, 7)
+    expected = nn.functional.scaled_dot_product_attention(query, key, value, **options)
+    with PlainAttention():
+        found = nn.functional.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(found, expected)

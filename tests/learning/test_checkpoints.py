@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.versioned_net import Versioned
 
 from project.learning import Classifier
 from project.learning.checkpoints import check_checkpoint, load_net, one_object_each
@@ -107,3 +108,11 @@ def test_the_bytes_of_a_checkpoint_do_not_tell_which_texts_are_one_object():
     assert pickle.dumps(first) != pickle.dumps(second)
     found = [one_object_each(each) for each in (first, second)]
     assert found[0] == first and pickle.dumps(found[0]) == pickle.dumps(found[1])
+
+
+def test_weights_from_another_process_keep_the_versions_of_their_modules() -> None:
+    module = Classifier(net=Versioned(), num_classes=10, image_shape=(1, 8, 8))
+    state = module.state_dict()
+    state["surgeries"] = []
+    module.load_state_dict(state)
+    assert "surgeries" in state  # the caller's dict is as it was

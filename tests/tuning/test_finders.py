@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.versioned_net import Versioned
 from torch import nn
 
 from project.learning import Linear, Plateau
@@ -247,3 +248,12 @@ def test_the_range_test_takes_all_its_steps(tiny, tmp_path, max_epochs, batch_si
     proposed = find_lr(trainer, model, data, tmp_path, min_lr=1e-5, max_lr=0.5, num_steps=60)
     assert len(seen[0]) >= 59 and 1e-5 < proposed < 0.5
     assert isinstance(model.schedule, Plateau)
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_net_that_asks_for_the_version_of_its_weights_gets_them_back(tiny):
+    data, model = tiny.data(), Classifier(Versioned(), 10, (1, 8, 8))
+    data.train_data = range(96)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    assert find_batch_size(tiny.trainer(max_epochs=1), model, data, mode="power", first=16, largest=32) == 32
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

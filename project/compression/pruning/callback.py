@@ -284,7 +284,9 @@ class IterativeMagnitudePruning(Callback):
         self._prune(trainer, module, amount)
         self.round += 1
         if self.after == "rewind":
-            module.net.load_state_dict(self.rewound)
+            state = module.net.state_dict()  # with the versions of its modules
+            state.update(self.rewound)
+            module.net.load_state_dict(state)
         elif self.after == "reinit":
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(_seed(trainer) * 1_000_003 + self.round)  # each round of each seed is different

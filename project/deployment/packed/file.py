@@ -138,7 +138,9 @@ def _build(packed: Packed, metadata: Metadata, recipe: Recipe, trust: Sequence[s
         raise ValueError("its net has a layer without weights")
     with Bounds(_MAX_ACTIVATIONS, _MAX_ACTIVATIONS if real else None), torch.no_grad():
         _check_logits(net(torch.zeros(2, *metadata.image_shape, device=device)), 2, metadata)
-    net.load_state_dict(packed.unpack(net.state_dict()), assign=True)
+    state = net.state_dict()  # it has the version of each module, which some modules ask for
+    state.update(packed.unpack(state))
+    net.load_state_dict(state, assign=True)
     for name, tensor in (*net.named_parameters(), *net.named_buffers()):
         if tensor.is_meta:
             raise _NoValuesError(f"its net's {name} is not in its state dict")

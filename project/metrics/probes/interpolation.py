@@ -11,6 +11,7 @@ them alone (Jordan et al. 2023, arXiv:2211.08403, sec. 3). To see it, measure a 
 batch: ``loss_and_accuracy(…, batch_statistics=True)``. A variance that is extrapolated below 0 becomes 0.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
@@ -92,7 +93,9 @@ def loss_and_accuracy(
     @torch.no_grad()
     def measure(state: State) -> tuple[float, float]:
         with unchanged(net):
-            net.load_state_dict(dict(state))
+            values = OrderedDict(state)
+            values._metadata = net.state_dict()._metadata  # type: ignore[attr-defined]  # the versions of its modules
+            net.load_state_dict(values)
             net.eval()
             for module in net.modules():
                 if batch_statistics and isinstance(module, _NormBase):

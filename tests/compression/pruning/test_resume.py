@@ -29,6 +29,7 @@ from helpers.pruning_run import (
     vision_transformer,
 )
 from helpers.stop_after import StopAfter
+from helpers.versioned_net import Versioned
 from lightning.pytorch import Callback, Trainer
 
 from project.callbacks import EMA
@@ -272,3 +273,16 @@ def test_killed_at_any_moment_and_resumed_is_never_killed(name, tmp_path, logs, 
     assert same(*ends) and bool(ends[0]["masks"]) == ("units" not in name)  # units leave the net
     rows, expected = (run.metrics.read_text().splitlines() for run in (killed, whole))
     assert rows == expected
+
+
+@pytest.mark.parametrize("structure", ["weights", "units"])
+def test_a_net_that_asks_for_the_version_of_its_weights_is_rewound_and_resumed(tmp_path, structure):
+    def make() -> list[Any]:
+        pruner = Pruner(structure, "magnitude", round_to=1)
+        return [EMA(0.8), pruning(schedule=Iterative(0.3, 2), pruner=pruner, after="rewind", rewind_to="5it")]
+
+    whole = fit(tmp_path / "whole", *make(), net=Versioned)
+    stopped = fit(tmp_path / "resumed", *make(), StopAfter(3), net=Versioned)
+    outcome = fit(tmp_path / "resumed", *make(), net=Versioned, seed=1, resume=stopped.run)
+    assert not differences(state_of(outcome.model.net), state_of(whole.model.net))
+    assert len(outcome.model.surgeries) == (2 if structure == "units" else 0)

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.nets import ALL, NETS, OTHERS, build, images_for, masked_and_thinned, recipe_of
+from helpers.versioned_net import Versioned
 from PIL import Image
 from torch import Tensor, nn
 
@@ -337,3 +338,11 @@ def test_a_bomb_is_not_unpacked(tmp_path: Path) -> None:
         (tmp_path / "bomb.packed").write_bytes(framed(compressed(text), b"", 0))
         with pytest.raises(ValueError, match="damaged or no model"):
             ModelFile(tmp_path / "bomb.packed")
+
+
+def test_a_net_that_asks_for_the_version_of_its_weights_is_built_again(tmp_path: Path) -> None:
+    net = share_(Versioned()).eval()
+    metadata = Metadata(tuple("abcdefghij"), (1, 8, 8), (0.3,), (0.4,))
+    write_packed(net, metadata, Recipe({"class_path": "helpers.versioned_net.Versioned"}), tmp_path / "model.packed")
+    found = open_packed(tmp_path / "model.packed", trust=["helpers"])[0]
+    assert all(torch.equal(value, net.state_dict()[key]) for key, value in found.state_dict().items())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.versioned_net import Versioned
 from torch import nn
 from torch.func import functional_call, hessian
 
@@ -151,6 +152,13 @@ def test_the_ends_of_the_line_are_the_checkpoints():
     of_batch = interpolate(loss_and_accuracy(shared, images, labels, batch_statistics=True), first, last, [1])
     assert of_batch[0][0] == pytest.approx(nn.functional.cross_entropy(nets[1].train()(images), labels).item())
     assert all(torch.equal(value, before[name]) for name, value in shared.state_dict().items()) and shared.training
+
+
+def test_a_net_that_asks_for_the_version_of_its_weights_is_measured():
+    net = Versioned()
+    state, images, labels = net.state_dict(), torch.randn(4, 1, 8, 8), torch.arange(4)
+    found = interpolate(loss_and_accuracy(net, images, labels), state, state, [0.5])
+    assert found[0][0] == pytest.approx(nn.functional.cross_entropy(net.eval()(images), labels).item())
 
 
 @pytest.mark.parametrize("end", [{"y": torch.zeros(2)}, {"x": torch.zeros(3)}])
