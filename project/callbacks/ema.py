@@ -162,8 +162,7 @@ class EMA(Callback):
         tensors = _tensors(pl_module)
         self.averages = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         with torch.no_grad():
-            for name, tensor in tensors.items():
-                tensor.copy_(checkpoint[_RAW][name])
+            torch._foreach_copy_(list(tensors.values()), [checkpoint[_RAW][name] for name in tensors])
 
     @torch.no_grad()
     def _update(self, module: LightningModule) -> None:

@@ -21,6 +21,7 @@ from project.deployment.report_plots import plot_report
 from project.frame.paths import Run
 from project.learning.checkpoints import load_net
 from project.learning.classifier import Classifier
+from project.models.net_check import channels_last_
 
 log = logging.getLogger(__name__)
 
@@ -207,5 +208,5 @@ def accuracy(
 
 def _accuracy(net: nn.Module, data: ImageDataModule, split: str) -> float | None:
     """The accuracy of a PyTorch net, computed in the memory format channels-last, which is fast on CPUs."""
-    net.to(memory_format=torch.channels_last)
+    channels_last_(net)
     return accuracy(lambda images: net(images.contiguous(memory_format=torch.channels_last)), data, split)

@@ -40,6 +40,7 @@ import torch
 from torch import Tensor, nn
 
 from project.deployment.onnx_file import Engine, check_one_and_one, export_onnx, onnx_engine, unreadable
+from project.models.net_check import channels_last_
 
 FP32 = ("eager", "contiguous", "compiled", "onnxruntime", "openvino")
 """Engines that compute in fp32 on the CPU. The fastest of them is the baseline of all speedups."""
@@ -231,7 +232,8 @@ def _compile(forward: FunctionType) -> Engine:
 def _copy(
     net: nn.Module, memory_format: torch.memory_format, device: str = "cpu", dtype: torch.dtype = torch.float32
 ) -> nn.Module:
-    return copy.deepcopy(net).eval().to(device, dtype).to(memory_format=memory_format)
+    net = copy.deepcopy(net).eval().to(device, dtype)
+    return channels_last_(net) if memory_format == torch.channels_last else net.to(memory_format=memory_format)
 
 
 @cache

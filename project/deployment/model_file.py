@@ -23,6 +23,7 @@ from project.deployment.recipe import UntrustedError
 from project.frame.paths import write_whole
 from project.frame.prediction import image_loader, mark_unreadable_, write_predictions
 from project.frame.rooms import MissingRoomError, needed
+from project.models.net_check import channels_last_
 
 log = logging.getLogger(__name__)
 
@@ -133,7 +134,7 @@ class ModelFile:
 
     def _open_packed(self, path: Path) -> "Opened":
         net, metadata = needed(PACKED, "a .packed file").open_packed(path, self.trust)
-        self.net = net.to(memory_format=torch.channels_last)
+        self.net = channels_last_(net)
 
         def run(images: Tensor) -> Tensor:
             with torch.inference_mode():

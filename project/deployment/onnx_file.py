@@ -59,16 +59,34 @@ def to_onnx(net: nn.Module, image_shape: tuple[int, int, int]) -> "ModelProto":
     try:
         program = _program_of(net, images)
     except torch.onnx.errors.OnnxExporterError:
-        with PlainAttention():
-            program = _program_of(net, images)
+        try:
+            with PlainAttention():
+                program = _program_of(net, images)
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise ValueError(_why_not(net, error)) from error
     fold_constants(program.model, input_size_limit=sys.maxsize, output_size_limit=sys.maxsize)
     remove_unused_nodes(program.model)
+    if isinstance(program.model.graph.inputs[0].shape[0], int):  # type: ignore[index]
+        raise ValueError(
+            f"net is a {type(net).__name__}, which makes a number of the batch size, as len(images) does, so that its "
+            "file would take this number of images only: write images.shape[0] in its forward."
+        )
     model = program.model_proto
     _name_weights_(model.graph)
     model.ClearField("doc_string")
     model.ClearField("metadata_props")
     _strip_(model.graph)
     return model
+
+
+def _why_not(net: nn.Module, error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200].rstrip(" .")
+    return (
+        f"net is a {type(net).__name__}, which PyTorch's exporter cannot write as ONNX ({reason}): change this part of "
+        "its forward, or export with --format pt2 or packed."
+    )
 
 
 def _program_of(net: nn.Module, images: Tensor) -> torch.onnx.ONNXProgram:

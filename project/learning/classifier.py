@@ -29,7 +29,7 @@ from project.learning.checkpoints import check_checkpoint, mismatch, one_object_
 from project.learning.schedules import Schedule
 from project.learning.whole_batch import gather
 from project.losses import CrossEntropy, MaxNorm, Penalties
-from project.models.net_check import build_lazy_, check_loss, check_net, check_on_net
+from project.models.net_check import build_lazy_, channels_last_, check_loss, check_net, check_on_net
 from project.models.surgery import Surgery, replay_, to_plain
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ class Classifier(LightningModule):
 
     def setup(self, stage: str) -> None:
         if self.channels_last:
-            self.net.to(memory_format=torch.channels_last)
+            channels_last_(self.net)
         if self.compile_net and stage == "fit":
             self.net.compile()
 

@@ -26,6 +26,11 @@ timm's functions take ``**kwargs``, so their signatures do not show the name.
 """
 
 
+def channels_last_(net: nn.Module) -> nn.Module:
+    """Store the 4-d parameters and buffers of a net channels-last, in place; ``net.to`` refuses a net with 5-d ones."""
+    return net._apply(lambda each: each.to(memory_format=torch.channels_last) if each.dim() == 4 else each)
+
+
 def build_lazy_(net: nn.Module, image_shape: tuple[int, int, int]) -> None:
     """Run the net once if it has lazy layers, which get their shapes from the first images.
 

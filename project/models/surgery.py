@@ -81,8 +81,7 @@ def from_plain(plain: Mapping[str, Any]) -> Surgery:
     Raises:
         ValueError: if no class of this type is registered, or if it does not have these fields.
     """
-    values = dict(plain)
-    name = values.pop("type", None)
+    name, values = plain.get("type"), {key: value for key, value in plain.items() if key != "type"}
     if name not in _CLASSES:
         getattr(optional("compression"), str(name), None)  # imports the technique that has such a surgery
     if name not in _CLASSES:

@@ -1,4 +1,5 @@
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -207,3 +208,34 @@ def test_plain_attention_is_torchs(options: dict[str, Any]) -> None:
     with PlainAttention():
         found = nn.functional.scaled_dot_product_attention(query, key, value, **options)
     torch.testing.assert_close(found, expected)
+
+
+class Counts(nn.Module):
+    """Makes a number of the batch size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(64, 10)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.fc(images.reshape(len(images), 64))
+
+
+class Reads(Counts):
+    """Goes another way for dark images."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return super().forward(images if float(images.max()) > 0 else -images)
+
+
+@pytest.mark.parametrize(
+    ("net", "sentence"),
+    [
+        (Counts, "net is a Counts, which makes a number of the batch size, as len(images) does"),
+        (Reads, "net is a Reads, which PyTorch's exporter cannot write as ONNX (Could not guard on data-dependent"),
+    ],
+)
+def test_a_net_that_no_file_can_hold_is_refused_in_a_sentence(net: type, sentence: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(sentence)}") as caught:
+        export_onnx(net(), tmp_path / "net.onnx", SHAPE)
+    assert "\n" not in str(caught.value) and not list(tmp_path.iterdir())

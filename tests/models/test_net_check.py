@@ -7,7 +7,7 @@ from torch import nn
 
 from project.losses import CrossEntropy
 from project.models import Classifier
-from project.models.net_check import check_loss, check_net
+from project.models.net_check import channels_last_, check_loss, check_net
 from project.models.signature import find
 
 
@@ -101,3 +101,12 @@ def test_auxiliary_heads_are_refused_with_the_argument_that_leaves_them_out(path
     net = find(path)(num_classes=10, init_weights=False)
     with pytest.raises(ValueError, match=rf"{path}, and {problem}.*aux_logits: false"):
         check_net(net, (3, side, side), 10, {"class_path": path})
+
+
+def test_a_net_with_3d_convolutions_is_stored_channels_last_where_that_exists():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv3d(4, 2, 3), nn.Linear(2, 2))
+    assert channels_last_(net) is net
+    assert net[0].weight.is_contiguous(memory_format=torch.channels_last) and not net[0].weight.is_contiguous()
+    assert net[1].weight.is_contiguous()
+    model = Classifier(net, 10, (3, 8, 8))
+    model.setup("fit")

@@ -18,6 +18,7 @@ from project.compression.distillation.loss import Distillation, check_distillati
 from project.frame.paths import Run
 from project.learning.checkpoints import load_net
 from project.learning.classifier import Classifier
+from project.models.net_check import channels_last_
 
 log = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ class DistillFrom(Callback):
 
     def _teach(self, module: Classifier, net: nn.Module) -> None:
         if module.channels_last:
-            net.to(memory_format=torch.channels_last)
+            channels_last_(net)
         assert isinstance(module.dtype, torch.dtype)
         self._has_teacher = True
         module.distillation = Distillation(net.to(module.device, module.dtype), self.temperature, self.weight)

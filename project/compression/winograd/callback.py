@@ -21,6 +21,7 @@ from project.frame.paths import Run, write_whole
 from project.learning.checkpoints import fresh_checkpoint, save_checkpoint, with_weights
 from project.learning.classifier import Classifier
 from project.models.kernels.build import library
+from project.models.net_check import channels_last_
 
 log = logging.getLogger(__name__)
 
@@ -126,7 +127,8 @@ class WinogradConvolutions(AfterFit):
 def _plan(chooser: WinogradChooser, module: Classifier, images: torch.Tensor) -> WinogradPlan:
     """Choose the layers in the memory format that the net runs in, and log the result."""
     order = torch.channels_last if module.channels_last else torch.contiguous_format
-    plan = chooser.plan(module.net.to(memory_format=order), images.contiguous(memory_format=order))
+    net = channels_last_(module.net) if module.channels_last else module.net.to(memory_format=order)
+    plan = chooser.plan(net, images.contiguous(memory_format=order))
     log.info(
         "winograd: lower quartile of the times; speedup, of the factor of saved multiplications; error relative to "
         "direct convolution"
