@@ -479,10 +479,11 @@ def show(study: Study, found: Mapping[str, Measured]) -> None:
     study.say(
         f"""Fashion-MNIST, SmallInception of width {WIDTH:g}. Each setting trains for {EPOCHS} epochs of {STEPS} steps
         of 128 images, {EPOCHS * STEPS} steps in all, with the optimizer, schedule and loss of
-        `configs/fashion_mnist.yaml`. Weights and units are pruned gradually within these epochs. The last {SHARED_EPOCHS} epochs have shared weights, the last
-        {LOW_RANK_EPOCHS} epochs low-rank layers. Ternary, binary and XNOR nets train with rounded weights from the
-        first step on. Int8 and Winograd change the dense net, or the net of the chain, after its last step. The narrow
-        net has width {NARROW:g}; units are pruned until as many multiply-accumulates (MACs) are left as it has."""
+        `configs/fashion_mnist.yaml`. Weights and units are pruned gradually within these epochs. The last
+        {SHARED_EPOCHS} epochs have shared weights, the last {LOW_RANK_EPOCHS} epochs low-rank layers. Ternary, binary
+        and XNOR nets train with rounded weights from the first step on. Int8 and Winograd change the dense net, or the
+        net of the chain, after its last step. The narrow net has width {NARROW:g}; units are pruned until as many
+        multiply-accumulates (MACs) are left as it has."""
     )
     study.say(
         """The file is what is deployed, and its accuracy is measured in its runtime: an ONNX file in fp32, an int8 ONNX
@@ -557,9 +558,9 @@ def rules(study: Study) -> None:
     study.head("What was scaled down")
     study.say(
         f"""One small net, one data set, {EPOCHS * STEPS} steps. [Recipes](../recipes.md) has the results of the same
-        methods on a net of twice the width after 10 to 24 epochs of all images. The papers compress nets that are many times larger, and
-        retrain them for as long as they were trained. Han et al. keep 32 shared values in fully connected layers and
-        256 in convolutions. Rastegari et al. count operations of a kernel for bits."""
+        methods on a net of twice the width after 10 to 24 epochs of all images. The papers compress nets that are many
+        times larger, and retrain them for as long as they were trained. Han et al. keep 32 shared values in fully
+        connected layers and 256 in convolutions. Rastegari et al. count the operations of a kernel for bits."""
     )
 
 
