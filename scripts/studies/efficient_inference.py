@@ -21,22 +21,22 @@ from evidence import ROOT, Answer, Claim, Study, Trained, by, clearly, mean, opt
 from lightning.pytorch import Trainer
 from torch import nn
 
-from project.callbacks import (
-    IterativeMagnitudePruning,
-    LowRank,
-    PostTrainingQuantization,
-    TernaryWeights,
-    WeightSharing,
-)
-from project.compression import WinogradChooser
 from project.compression.after_fit import AfterFit
 from project.compression.company import check_company
+from project.compression.low_bit.ternary_callback import TernaryWeights
+from project.compression.low_rank.callback import LowRank
+from project.compression.pruning.callback import IterativeMagnitudePruning
 from project.compression.report import accuracy
+from project.compression.weight_sharing.callback import WeightSharing
+from project.compression.winograd.choice import WinogradChooser
+from project.compression.winograd.convolution import WinogradConv2d
 from project.data import FashionMNIST
 from project.deployment import ModelFile
 from project.deployment.engines import Engine, engine, onnx_engine
 from project.deployment.export import Format, export_checkpoint
+from project.deployment.int8.callback import PostTrainingQuantization
 from project.deployment.latency import Latency, best, measure
+from project.deployment.packed.file import open_packed
 from project.deployment.table import write_latency
 from project.frame.paths import Run, write_whole
 from project.learning.classifier import Classifier
@@ -198,7 +198,9 @@ def train(study: Study) -> dict[str, list[Trained]]:
     miniature = study.args.miniature
     plain = by(study.grid("dense", config(miniature), {width: [WIDTH, NARROW]}), width)
     runs = {DENSE: plain[WIDTH,], "narrow dense": plain[NARROW,]}
-    compressed = by(study.grid("methods", config(miniature), {"trainer": methods(miniature)}), "trainer")
+    wanted = {setting.run for setting in SETTINGS.values()}
+    chosen = {name: value for name, value in methods(miniature).items() if name in wanted}
+    compressed = by(study.grid("methods", config(miniature), {"trainer": chosen}), "trainer")
     return runs | {str(name): group for (name,), group in compressed.items()}
 
 
@@ -232,9 +234,8 @@ class Measured:
 
 
 def packed_net(run: Run) -> nn.Module:
-    net = ModelFile(run.model_file("packed")).net
-    assert net is not None
-    return net.eval()
+    """The net of a run, from its packed file."""
+    return open_packed(run.model_file("packed"))[0].eval()
 
 
 def with_winograd(net: nn.Module, data: FashionMNIST) -> nn.Module:
@@ -271,7 +272,7 @@ def measure_once(study: Study, runs: Mapping[str, Sequence[Trained]]) -> dict[st
             direct, own = net(images), fast(images)
         found["accuracy"].append(accuracy(fast, data, "test", 1 if study.args.miniature else None))
         found["difference"].append(float((own - direct).abs().max() / direct.abs().max()))
-        found["layers"].append(sum(type(layer).__name__ == "WinogradConv2d" for layer in fast.modules()))
+        found["layers"].append(sum(type(layer) is WinogradConv2d for layer in fast.modules()))
     timed: dict[str, Engine] = {}
     for name, setting in SETTINGS.items():
         run = run_of(runs[setting.run][0])
