@@ -572,7 +572,7 @@ def draw(figure: Any, found: Mapping[str, Measured]) -> None:
 
     from project.frame.plots import round_ticks
 
-    kinds = {"dense": "C7", "one method": "C0", "chain": "C1"}
+    kinds = {"dense": "#5A5A5A", "one method": "#0067A0", "chain": "#C04F00"}
     panels = figure.subplots(1, 2, sharey=True)
     costs = {
         "kB of the file": lambda each: mean(each.bytes) / 1e3,
@@ -584,8 +584,9 @@ def draw(figure: Any, found: Mapping[str, Measured]) -> None:
             kind = "dense" if "dense" in name else "chain" if SETTINGS[name].parts else "one method"
             x, values = cost(each), [100 * value for value in each.accuracies]
             panel.plot([x] * len(values), values, "o", color=kinds[kind], alpha=0.3, markersize=3)
-            panel.plot(x, mean(values), "s" if kind == "dense" else "o", color=kinds[kind], markersize=6)
-            labels.append(Label(name, x, mean(values), kinds[kind], 3))
+            look: dict[str, Any] = {"marker": "s", "markersize": 9, "markerfacecolor": "none"}
+            panel.plot(x, mean(values), color=kinds[kind], **(look if kind == "dense" else {"marker": "o"}))
+            labels.append(Label(name, x, mean(values), kinds[kind], 4.5 if kind == "dense" else 3))
             seeds += [(x, value) for value in values]
         panel.set_xscale("log")
         panel.margins(0.08)
@@ -622,7 +623,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     study.write(
         lambda figure: draw(figure, found),
         "Test accuracy against the bytes of the file, and against the latency. Left and up is better. A faint point is"
-        " a seed, a strong one the mean; squares are dense nets, orange points are chains.",
+        " a seed, a strong one the mean; hollow squares are dense nets, orange points are chains.",
         size=(12.0, 5.6),
     )
 
