@@ -24,10 +24,10 @@ NUMBERS: dict[str, tuple[float, float, float]] = {
     "binary": (0.908, 21.0, 8.1),
     "XNOR": (0.88, 24.0, 10.5),
     WINOGRAD: (0.920, 420.0, 8.3),
-    "weights pruned, shared": (0.9194, 16.0, 8.0),
-    "units pruned, shared": (0.9105, 19.0, 3.9),
-    "units pruned, int8": (0.9115, 48.0, 2.2),
-    "low rank, int8": (0.9135, 60.0, 2.6),
+    "weights pruned + shared": (0.9194, 16.0, 8.0),
+    "units pruned + shared": (0.9105, 19.0, 3.9),
+    "units pruned + int8": (0.9115, 48.0, 2.2),
+    "low rank + int8": (0.9135, 60.0, 2.6),
 }
 """Accuracy, kilobytes, and milliseconds for 64 images."""
 ONCE = {"winograd": {"accuracy": [0.92, 0.921], "difference": [1e-5, 2e-5], "layers": [7, 7]}}
@@ -135,7 +135,7 @@ def test_every_name_in_the_picture_can_be_read(found):
 @pytest.mark.slow
 def test_files_are_written_measured_and_timed_once(study, tmp_path, monkeypatch):
     monkeypatch.setenv("PROJECT_LOGS_DIR", str(tmp_path / "logs"))
-    names = [DENSE, "narrow dense", "units pruned", "int8", WINOGRAD, "units pruned, int8"]
+    names = [DENSE, "narrow dense", "units pruned", "int8", WINOGRAD, "units pruned + int8"]
     monkeypatch.setattr(efficient_inference, "SETTINGS", {name: SETTINGS[name] for name in names})
     runs = efficient_inference.train(study)
     once = efficient_inference.measure_once(study, runs)
