@@ -445,8 +445,8 @@ def decide(study: Study, found: Mapping[str, Measured], once: Mapping[str, Any])
         [int(max(map(abs, winograd.loss(dense))) <= NO_LOSS), int(gain >= ANY_FASTER and layers[0] > 0)],
         f"largest difference of a logit {max(once['winograd']['difference']):.1e} of the largest logit",
         loses(WINOGRAD),
-        f"F(4x4, 3x3) in {layers[0]} layers; times faster in PyTorch with 64 images: {gain:.2f}, beside the fastest engine"
-        f" {winograd.faster(dense):.2f}",
+        f"F(4x4, 3x3) in {layers[0]} layers; times faster in PyTorch with 64 images: {gain:.2f}, beside the dense net"
+        f" in its fastest engine {winograd.faster(dense):.2f}",
     )
     chains = {name: setting.parts for name, setting in SETTINGS.items() if setting.parts}
 
@@ -483,8 +483,9 @@ def show(study: Study, found: Mapping[str, Measured]) -> None:
         `configs/fashion_mnist.yaml`. Weights and units are pruned gradually within these epochs. The last
         {SHARED_EPOCHS} epochs have shared weights, the last {LOW_RANK_EPOCHS} epochs low-rank layers. Ternary, binary
         and XNOR nets train with rounded weights from the first step on. Int8 and Winograd change the dense net, or the
-        net of the chain, after its last step: Winograd is F(4x4, 3x3) in each layer whose rounding error allows it. The narrow net has width {NARROW:g}; units are pruned until as many
-        multiply-accumulates (MACs) are left as it has."""
+        net of the chain, after its last step: Winograd is F(4x4, 3x3) in each layer whose rounding error allows it. The
+        narrow net has width {NARROW:g}; units are pruned until as many multiply-accumulates (MACs) are left as it has.
+        """
     )
     study.say(
         """The file is what is deployed, and its accuracy is measured in its runtime: an ONNX file in fp32, an int8 ONNX
