@@ -389,7 +389,7 @@ def decide(study: Study, found: Mapping[str, Measured], once: Mapping[str, Any])
     )
     chain, parts = "weights pruned + shared", ("weights pruned", "weights shared")
     find(
-        "pruning, sharing and Huffman coding together make a smaller file than each alone, without loss",
+        "pruning, sharing and coding (here not Huffman's code) make a smaller file than each alone, without loss",
         "Han et al. 2016, abstract",
         [*(clearly(found[part].bytes, found[chain].bytes) for part in parts), no_loss(dense, found[chain])],
         smaller(*parts, chain),
@@ -489,7 +489,7 @@ def show(study: Study, found: Mapping[str, Measured]) -> None:
     )
     study.say(
         """The file is what is deployed, and its accuracy is measured in its runtime: an ONNX file in fp32, an int8 ONNX
-        file, or the project's packed file, which codes values, zeros and codebooks with Huffman or arithmetic codes.
+        file, or the project's packed file, whose range coder takes the place of Huffman's code.
         "Times smaller" is the dense net's ONNX file over this file. Latencies are medians (5th to 95th percentile) of
         one interleaved run with one thread on the nets of the first seed, in PyTorch or ONNX Runtime, whichever is
         faster. "Times faster" is over the dense net in its fastest engine. MACs count products with zeros and signs,
