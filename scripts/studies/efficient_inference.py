@@ -189,6 +189,7 @@ def methods(miniature: bool) -> dict[str, dict[str, Any]]:
             callbacks, epochs - shared if sharing in callbacks else epochs, miniature, SETTINGS[name].file == "ONNX"
         )
         for name, callbacks in given.items()
+        if name in SETTINGS
     }
 
 
@@ -198,9 +199,7 @@ def train(study: Study) -> dict[str, list[Trained]]:
     miniature = study.args.miniature
     plain = by(study.grid("dense", config(miniature), {width: [WIDTH, NARROW]}), width)
     runs = {DENSE: plain[WIDTH,], "narrow dense": plain[NARROW,]}
-    wanted = {setting.run for setting in SETTINGS.values()}
-    chosen = {name: value for name, value in methods(miniature).items() if name in wanted}
-    compressed = by(study.grid("methods", config(miniature), {"trainer": chosen}), "trainer")
+    compressed = by(study.grid("methods", config(miniature), {"trainer": methods(miniature)}), "trainer")
     return runs | {str(name): group for (name,), group in compressed.items()}
 
 
