@@ -48,6 +48,8 @@ WIDTH, NARROW = 0.5, 0.3
 """Widths of the net, and of the narrow net that trains as long."""
 STEPS, EPOCHS, SHARED_EPOCHS, LOW_RANK_EPOCHS = 125, 8, 2, 3
 """Steps of an epoch; epochs of each setting; those of them with shared weights, and those with low-rank layers."""
+TINY_EPOCHS = 4
+"""Epochs of each setting in a miniature."""
 NO_LOSS, LITTLE = 0.1, 1.0
 """Points of accuracy: what counts as no loss and as a little one."""
 SMALLER, FASTER, ANY_FASTER, MULTIPLIES = 4.0, 1.5, 1.1, 0.8
@@ -117,18 +119,16 @@ class Deploy(AfterFit):
 # -- runs -------------------------------------------------------------------------------------------------------------
 
 
-def config(miniature: bool) -> dict[str, Any]:
-    """The run of the fast recipe in small, without compression."""
-    return {
-        "data": {"class_path": "project.data.FashionMNIST", "init_args": {"batch_size": 128}},
-        "model": {
-            "net": {"class_path": "project.models.SmallInception", "init_args": {"width": WIDTH}},
-            "loss": {"class_path": "project.losses.CrossEntropy", "init_args": {"label_smoothing": 0.05}},
-            "optimizer": {"class_path": "project.learning.Muon", "init_args": {"lr": 0.05, "weight_decay": 0.05}},
-            "schedule": {"class_path": "project.learning.Linear", "init_args": {"warmup_epochs": 1}},
-        },
-        "trainer": trainer([], EPOCHS, miniature, onnx=True),
-    }
+CONFIG = {
+    "data": {"class_path": "project.data.FashionMNIST", "init_args": {"batch_size": 128}},
+    "model": {
+        "net": {"class_path": "project.models.SmallInception", "init_args": {"width": WIDTH}},
+        "loss": {"class_path": "project.losses.CrossEntropy", "init_args": {"label_smoothing": 0.05}},
+        "optimizer": {"class_path": "project.learning.Muon", "init_args": {"lr": 0.05, "weight_decay": 0.05}},
+        "schedule": {"class_path": "project.learning.Linear", "init_args": {"warmup_epochs": 1}},
+    },
+}
+"""Data and model of the fast recipe in small, without a trainer."""
 
 
 def trainer(callbacks: Sequence[Any], epochs: int, miniature: bool, onnx: bool = False) -> dict[str, Any]:
@@ -141,6 +141,11 @@ def trainer(callbacks: Sequence[Any], epochs: int, miniature: bool, onnx: bool =
         "observe": False,
         "callbacks": [*callbacks, {"class_path": "efficient_inference.Deploy", "init_args": deploy}],
     }
+
+
+def dense(miniature: bool) -> dict[str, Any]:
+    """The trainer of a run without compression."""
+    return trainer([], TINY_EPOCHS if miniature else EPOCHS, miniature, onnx=True)
 
 
 def callback(name: str, **arguments: Any) -> dict[str, Any]:
@@ -164,7 +169,7 @@ def pruning(structure: str, end_epoch: int) -> dict[str, Any]:
 
 def methods(miniature: bool) -> dict[str, dict[str, Any]]:
     """The trainer of each run that compresses while it trains, by its name."""
-    epochs, shared, thin = (4, 1, 1) if miniature else (EPOCHS, SHARED_EPOCHS, LOW_RANK_EPOCHS)
+    epochs, shared, thin = (TINY_EPOCHS, 1, 1) if miniature else (EPOCHS, SHARED_EPOCHS, LOW_RANK_EPOCHS)
     end = epochs // 2 + 1
     sharer = {"class_path": "project.compression.Sharer", "init_args": {"bits": 4, "start": "optimal"}}
     sharing = callback("WeightSharing", sharer=sharer, epochs=shared, latency=False, report=False)
@@ -197,9 +202,9 @@ def train(study: Study) -> dict[str, list[Trained]]:
     """The runs of each name, one a seed."""
     width = "model.net.init_args.width"
     miniature = study.args.miniature
-    plain = by(study.grid("dense", config(miniature), {width: [WIDTH, NARROW]}), width)
+    plain = by(study.grid("dense", CONFIG, {width: [WIDTH, NARROW], "trainer": [dense(miniature)]}), width)
     runs = {DENSE: plain[WIDTH,], "narrow dense": plain[NARROW,]}
-    compressed = by(study.grid("methods", config(miniature), {"trainer": methods(miniature)}), "trainer")
+    compressed = by(study.grid("methods", CONFIG, {"trainer": methods(miniature)}), "trainer")
     return runs | {str(name): group for (name,), group in compressed.items()}
 
 
