@@ -46,7 +46,7 @@ from project.models import SmallInception
 SHAPE = (1, 28, 28)
 WIDTH, NARROW = 0.5, 0.3
 """Widths of the net, and of the narrow net that trains as long."""
-STEPS, EPOCHS, SHARED_EPOCHS, LOW_RANK_EPOCHS = 125, 8, 2, 3
+STEPS, EPOCHS, SHARED_EPOCHS, LOW_RANK_EPOCHS = 100, 8, 2, 3
 """Steps of an epoch; epochs of each setting; those of them with shared weights, and those with low-rank layers."""
 TINY_EPOCHS = 4
 """Epochs of each setting in a miniature."""
