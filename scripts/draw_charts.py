@@ -1,10 +1,9 @@
-"""Draw the charts of the README and of docs/ from the numbers in docs/: nothing is trained or measured.
+"""Draw the chart of docs/recipes.md from the numbers in docs/: nothing is trained or measured.
 
     python scripts/draw_charts.py
 
-It reads docs/techniques.csv, which ``scripts/compare_techniques.py`` wrote, and
-docs/pictures/accuracy_against_bytes.csv, which repeats numbers of the documents and names their sources. It writes
-docs/techniques_bytes.png, docs/techniques_latency.png and docs/pictures/accuracy_against_bytes.png.
+It reads docs/pictures/accuracy_against_bytes.csv, which repeats numbers of the documents and names their sources, and
+writes docs/pictures/accuracy_against_bytes.png.
 """
 
 import argparse
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from point_labels import Label, label_points
-from technique_report import TechniqueRow, draw_techniques, read_rows
 
 from project.frame.plots import figure_to_image, round_ticks
 
@@ -25,8 +23,6 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 COLOURS = ("#0067A0", "#C04F00", "#007D5B", "#5A5A5A", "#A8508A")
 """Different for any colour vision: darker shades of Okabe and Ito 2008 (https://jfly.uni-koeln.de/color), and grey."""
-NOT_SMALLER = ("dense", "Winograd")
-"""Techniques that leave the fp32 file as it is: they are drawn with the size of that file."""
 
 
 @dataclass(frozen=True)
@@ -64,21 +60,6 @@ def read_results(path: Path) -> list[Result]:
             )
             for row in csv.DictReader(file)
         ]
-
-
-def results_of(rows: Sequence[TechniqueRow], net: str) -> list[Result]:
-    """The points of techniques that were compared on one net, with one seed."""
-    return [
-        Result(
-            row.technique,
-            net,
-            row.technique == "dense",
-            row.onnx_bytes if row.technique in NOT_SMALLER else row.bytes,
-            100 * row.test_accuracy,
-        )
-        for row in rows
-        if row.seed == rows[0].seed
-    ]
 
 
 def plot_results(results: Sequence[Result]) -> "Figure":
@@ -122,11 +103,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="the folder that is read and written")
     docs: Path = parser.parse_args().docs
-    rows = read_rows(docs / "techniques.csv")
-    draw_techniques(rows, docs)
     file = docs / "pictures/accuracy_against_bytes.csv"
-    listed = read_results(file)
-    image = figure_to_image(plot_results([*results_of(rows, listed[0].net), *listed]), dpi=110)
+    image = figure_to_image(plot_results(read_results(file)), dpi=110)
     Image.fromarray(image).save(file.with_suffix(".png"), optimize=True)
 
 

@@ -43,7 +43,6 @@ PARSED = {
     "any_net.py": "tests/test_any_net_table.py runs it",
     "benchmark_training.py": "a ratio of speeds needs long runs",
     "benchmark_winograd.py": "minutes; it has a kernel's layers at full size",
-    "compare_techniques.py": "tests/scripts/test_compare_techniques.py runs it",
     "compare_unit_criteria.py": "tests/scripts/test_compare_unit_criteria.py runs it",
     "compare_unit_pruners.py": "tests/scripts/test_compare_unit_pruners.py runs it",
     "kill_and_resume.py": "tests/scripts/test_kill_and_resume.py runs it",
