@@ -38,6 +38,7 @@ from project.deployment.int8.callback import PostTrainingQuantization
 from project.deployment.latency import Latency, best, measure
 from project.deployment.packed.file import open_packed
 from project.deployment.table import write_latency
+from project.frame.environment import cpu_abilities
 from project.frame.paths import Run, write_whole
 from project.learning.classifier import Classifier
 from project.metrics import count_macs, count_nonzero
@@ -406,6 +407,7 @@ def decide(study: Study, found: Mapping[str, Measured], once: Mapping[str, Any])
         loses("int8"),
         smaller("int8"),
         faster("int8"),
+        f"the processor has {cpu_abilities()}",
     )
     find(
         "layers of low rank are faster at a loss below one point",
@@ -472,6 +474,7 @@ def decide(study: Study, found: Mapping[str, Measured], once: Mapping[str, Any])
         [is_faster(name, MULTIPLIES * product(name, 64)) for name in quick],
         "times faster with 64 images, and the product of the parts: "
         + ", ".join(f"{name} {found[name].faster(dense):.2f} ({product(name, 64):.2f})" for name in quick),
+        f"the processor has {cpu_abilities()}",
     )
 
 

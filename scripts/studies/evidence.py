@@ -31,7 +31,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from project.callbacks.places import run_of
 from project.compression.report import accuracy
 from project.deployment.table import markdown_line
-from project.frame.environment import cpu_model
+from project.frame.environment import cpu_abilities, cpu_model
 from project.frame.paths import Paths, Run, write_whole
 from project.frame.plots import figure_to_image
 from project.tuning.dimension import read_dimension
@@ -283,7 +283,7 @@ class Study:
         columns = list(dict.fromkeys(key for row in self.table for key in row))
         _write_csv(folder / f"{self.name}.csv", columns, self.table)
         words = ["python", f"scripts/studies/{self.name}.py", *self.args.changes]
-        cpu, version = cpu_model() or "unknown processor", torch.__version__.partition("+")[0]
+        cpu, version = f"{cpu_model() or 'unknown processor'} ({cpu_abilities()})", torch.__version__.partition("+")[0]
         seeds = f"{len(self.args.seeds)} seeds ({', '.join(map(str, self.args.seeds))})"
         about = (
             f"`{shlex.join(words)}` made this page: {seeds}, {cpu}, one thread for each run, torch {version}. ± is the"
