@@ -58,8 +58,7 @@ class Units:
     @property
     def fewest(self) -> int:
         """Number of units that must stay, 1 or 2. A norm that takes its statistics over one value gives a constant."""
-        values = next(iter(self.slices.values())).shape[1]
-        return min(2, self.num) if self.mixed and values == 1 else 1
+        return min(2, self.num) if self.mixed else 1
 
     @property
     def coupled(self) -> tuple[str, ...]:

@@ -279,13 +279,3 @@ def test_a_norm_over_the_units_keeps_two_of_them(options: dict) -> None:
     assert thinned(net, SHAPE, groups, masks)(torch.randn(2, *SHAPE)).shape == (2, 10)
     if options["scope"] == "layer":
         assert widths_left(groups, masks) == {"0": 2, "2": 1}
-
-
-def test_one_unit_of_several_channels_is_enough_for_a_norm() -> None:
-    """A unit is a channel of each of the four groups."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(4, 8), nn.ReLU(), nn.Flatten(), nn.Linear(2048, 10))
-    groups, masks = pruned(net, SHAPE, Pruner("units", scope="layer"), 0.5)
-    assert groups[0].units is not None and (groups[0].units.num, groups[0].units.fewest) == (2, 1)
-    assert widths_left(groups, masks) == {"0": 1}
-    assert thinned(net, SHAPE, groups, masks)(torch.randn(2, *SHAPE)).shape == (2, 10)
