@@ -14,8 +14,8 @@ float32 alone is larger, it is at most 1e-9 in double precision.
 
 - reloads: a fresh net with the same surgery takes the weights and gives the same logits, to the bit.
 - trains: a training step gives finite gradients.
-- gradients: a training step gives the gradients of the masked net, up to 1e-5 of the largest; up to 1e-9 in double
-  precision, too. Dropout draws one number for each image, the same in both nets.
+- gradients: a training step gives the gradients of the masked net, up to 1e-5 of the largest. Where the rounding of
+  float32 alone is larger, up to 1e-9 in double precision. Dropout draws one number for each image, the same in both.
 - second round: half of the units that are left are removed, and the logits are again those of the masked net.
 - ONNX: ONNX Runtime gives the logits of the fp32 file, up to 1e-4 of the largest. Where the rounding of float32 alone
   is larger, they differ from those in double precision at most twice as much as the net's own.

@@ -1,8 +1,8 @@
 """What batch norm makes unnecessary: slow decay of the learning rate, dropout and L2.
 
 Ioffe & Szegedy 2015 (arXiv:1502.03167, sec. 4.2.1) take them away from Inception as soon as it has batch norm. The same
-claims stand in the study of batch norm, where a deep stack does not show them. Here the net is a small one with hidden
-linear layer, few images, and many epochs, so that it needs all three without batch norm.
+claims stand in the study of batch norm, where a deep stack does not show them. This study looks for them in another
+setting: a small net with a hidden linear layer, few images, and many epochs.
 
     python scripts/studies/batch_norm_savings.py
 """
