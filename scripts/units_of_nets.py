@@ -339,6 +339,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=PAGE, help="Markdown file to write")
     args = parser.parse_args()
     names = args.nets or [*TORCHVISION, *TIMM]
+    if unknown := [name for name in names if name not in {*TORCHVISION, *TIMM}]:
+        parser.error(f"nets has {unknown[0]}, which is none of: {', '.join([*TORCHVISION, *TIMM])}.")
+    if args.workers < 1:
+        parser.error(f"--workers is {args.workers}: give 1 or more.")
     rows, begin = [], time.monotonic()
     with ProcessPoolExecutor(args.workers) as pool:
         for row in pool.map(partial(kept_row, keep=args.keep), names):

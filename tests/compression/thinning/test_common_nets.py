@@ -115,3 +115,16 @@ def test_the_page_is_of_the_script() -> None:
     rows = [line for line in page.read_text().splitlines() if line.startswith("| ")][1:]
     assert [row.split(" | ")[0].strip("| ") for row in rows] == [*units_of_nets.TORCHVISION, *units_of_nets.TIMM]
     assert not [row for row in rows if "**" in row or "fails: " in row]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [(["resnet19"], "nets has resnet19, which is none of: resnet18,"), (["--workers", "0"], "--workers is 0: give 1")],
+)
+def test_a_mistake_is_answered_in_a_sentence(
+    words: list[str], sentence: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["units_of_nets.py", *words])
+    with pytest.raises(SystemExit):
+        units_of_nets.main()
+    assert sentence in capsys.readouterr().err
