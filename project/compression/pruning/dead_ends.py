@@ -9,6 +9,7 @@ its bias still adds a constant to the layers after it. Units that a residual con
 them is read. :mod:`project.compression.thinning.dependency_graph` finds the weights that read a unit.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -53,7 +54,7 @@ def read_units(units: Units, masks: Mapping[str, Tensor]) -> Tensor:
         units: the units of a layer.
         masks: the mask of each pruned weight, by its name; a layer without a mask reads all its inputs.
     """
-    read = torch.full((units.num,), units.mixed)
+    read = torch.full((units.num,), units.values < math.inf)
     for name, dim in units.read:
         if (mask := masks.get(name)) is None:  # this layer is not pruned and reads all its inputs
             return torch.ones(units.num, dtype=torch.bool)

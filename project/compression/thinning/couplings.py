@@ -176,19 +176,20 @@ class Couplings(TorchDispatchMode):
             self.cuts.append((call, Split(names[-1], tuple(parts))))
         return True
 
-    def mix(self, axes: dict[int, Axis], results: Iterable[Tensor] = ()) -> None:
+    def mix(self, axes: dict[int, Axis], values: float, results: Iterable[Tensor] = ()) -> None:
         """Note that statistics are computed over channels.
 
         The channels stay unless this is done by one of the functions in MIXING and REDUCTIONS.
 
         Args:
             axes: axes by the dimension of the function's input.
+            values: number of values that one channel adds to a statistic; infinity if each has its own statistic.
             results: tensors that are computed. If they are given, the channels stay only if one of them is used.
         """
         known = {dim: axis for dim, axis in axes.items() if axis is not None}
         if known and self._call is not None:
             key, function = self._call
-            self.mixing[key] = Mixing(function, known)
+            self.mixing[key] = Mixing(function, known, values)
         else:
             for axis in known.values():
                 self.stay(axis, "a sum or mean", results)
@@ -273,7 +274,7 @@ class _NotedCalls(MixingCalls):
             if name == "rms_norm":
                 c._rules[name](c, result, *args, **kwargs)
             else:
-                c.mix({1: label[1]})
+                c.mix({1: label[1]}, 1)
             c._set(result, label)
             return result
         finally:

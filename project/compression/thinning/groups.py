@@ -4,6 +4,7 @@ DepGraph: towards any structural pruning, Fang et al. 2023 (arXiv:2301.12900), s
 whose sizes depend on each other. Here it is a set of units that have the same slices.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,14 +41,15 @@ class Units:
         slices: indices of every unit in each dimension of a parameter or buffer, ``[num, indices a unit]``. The
             outputs of the first layer come first.
         read: the slices in which a layer reads the units, and does not make them.
-        mixed: whether a norm takes statistics over these units, so that a unit matters even if nothing reads it.
+        values: number of values in a norm's statistic if one unit is left; infinity if no norm takes statistics over
+            these units. If one does, a unit matters even if nothing reads it.
         buffers: names in ``slices`` that are no parameters, such as running statistics.
     """
 
     layers: tuple[str, ...]
     slices: dict[Slice, Tensor]
     read: frozenset[Slice]
-    mixed: bool = False
+    values: float = math.inf
     buffers: frozenset[str] = frozenset()
 
     @property
@@ -58,7 +60,7 @@ class Units:
     @property
     def fewest(self) -> int:
         """Number of units that must stay, 1 or 2. A norm that takes its statistics over one value gives a constant."""
-        return min(2, self.num) if self.mixed else 1
+        return min(2, self.num) if self.values <= 1 else 1
 
     @property
     def coupled(self) -> tuple[str, ...]:
@@ -89,13 +91,14 @@ def groups_of(c: Couplings, parameters: Sequence[str], buffers: Sequence[str]) -
     """Put the sets of slots that can be removed into groups of equal kind."""
     names = (*parameters, *buffers)
     axes = {(name, dim): axis for name in names for dim, axis in enumerate(c.owned[name]) if axis is not None}
-    pairs, mixed = list(axes), np.zeros(c.joined.num, bool)
+    pairs, values = list(axes), np.full(c.joined.num, np.inf)
     names_of: dict[int, list[str]] = defaultdict(list)  # all names of a shared tensor, by its label
     for name, label in c.owned.items():
         names_of[id(label)].append(name)
     for mixing in c.mixing.values():
         for axis in mixing.axes.values():
-            mixed[c.root[axis]] = True
+            roots, counts = np.unique(c.root[axis], return_counts=True)
+            values[roots] = np.minimum(values[roots], counts * mixing.values)
     groups: dict[str, Units] = {}
     for kind, numbers in _kinds(c, list(axes.values())).items():
         slices: dict[Slice, Tensor] = {}
@@ -121,7 +124,7 @@ def groups_of(c: Couplings, parameters: Sequence[str], buffers: Sequence[str]) -
                 key, number = f"{layers[0]} ({number})", number + 1
             named = tuple(dict.fromkeys(layers))
             of_buffers = frozenset(name for name, _ in slices if name in buffers)
-            groups[key] = Units(named, slices, frozenset(read), bool(mixed[c.root[first]]), of_buffers)
+            groups[key] = Units(named, slices, frozenset(read), float(values[c.root[first]]), of_buffers)
     return groups
 
 

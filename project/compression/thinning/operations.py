@@ -10,7 +10,8 @@ treats each channel on its own share a rule::
     RULES["my_activation"] = elementwise
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -212,7 +213,7 @@ def _add_bias(c: Couplings, label: Label, bias: Tensor) -> Label:
 def batch_norm(c: Couplings, result: Any, x: Tensor, *args: Any, **_: Any) -> Label:
     """Statistics over all dimensions but the second. Over channels they are taken if a weight is standardised."""
     label = c.of(x)
-    c.mix({dim: axis for dim, axis in enumerate(label) if dim != 1})
+    _mix(c, x, {0, *range(2, x.dim())})
     for tensor in args[:4]:
         if isinstance(tensor, Tensor):
             c.joined.join(label[1], c.of(tensor)[0], "its norm normalises what is not followed")
@@ -223,7 +224,7 @@ def batch_norm(c: Couplings, result: Any, x: Tensor, *args: Any, **_: Any) -> La
 def layer_norm(c: Couplings, result: Any, x: Tensor, shape: Sequence[int], *args: Any, **kwargs: Any) -> Label:
     """Statistics over the last dimensions."""
     label, first = c.of(x), x.dim() - len(shape)
-    c.mix({dim: label[dim] for dim in range(first, x.dim())})
+    _mix(c, x, range(first, x.dim()))
     for tensor in (*args, *kwargs.values()):
         for axis, own in zip(label[first:], c.of(tensor), strict=True) if isinstance(tensor, Tensor) else ():
             c.joined.join(axis, own, "its norm normalises what is not followed")
@@ -236,7 +237,7 @@ def group_norm(
 ) -> Label:
     """Statistics over the pixels and channels of each group. Each group loses an equal share of its channels."""
     label = c.of(x)
-    c.mix({1: label[1]})
+    c.mix({1: label[1]}, math.inf if channels == groups else hw / groups)
     for tensor in (w, b):
         if isinstance(tensor, Tensor):
             c.joined.join(label[1], c.of(tensor)[0], "its norm normalises what is not followed")
@@ -261,12 +262,17 @@ def reduction(c: Couplings, result: Any, x: Tensor, *args: Any, **kwargs: Any) -
         else set()
     )
     outs = [each for each in flat(result) if isinstance(each, Tensor)]
-    c.mix({dim: label[dim] for dim in dims}, outs)
+    _mix(c, x, dims, outs)
     if outs[0].dim() == x.dim():
         made = tuple(None if dim in dims else axis for dim, axis in enumerate(label))
     else:
         made = tuple(axis for dim, axis in enumerate(label) if dim not in dims)
     return [made] * len(outs)
+
+
+def _mix(c: Couplings, x: Tensor, dims: Iterable[int], results: Iterable[Tensor] = ()) -> None:
+    axes = {dim: c.of(x)[dim] for dim in dims}
+    c.mix(axes, math.prod(x.shape[dim] for dim, axis in axes.items() if axis is None), results)
 
 
 @rule("_softmax", "_log_softmax", "_safe_softmax")

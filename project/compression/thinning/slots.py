@@ -115,10 +115,13 @@ class Mixing:
     Args:
         function: name of the function in ``torch.nn.functional``.
         axes: slots of each dimension of its input over which it computes statistics, by the dimension.
+        values: number of values that one slot adds to a statistic, such as the number of pixels; infinity if each
+            slot has its own statistic.
     """
 
     function: str
     axes: dict[int, Slots]
+    values: float
 
 
 @dataclass(frozen=True)

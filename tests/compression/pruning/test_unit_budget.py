@@ -279,3 +279,27 @@ def test_a_norm_over_the_units_keeps_two_of_them(options: dict) -> None:
     assert thinned(net, SHAPE, groups, masks)(torch.randn(2, *SHAPE)).shape == (2, 10)
     if options["scope"] == "layer":
         assert widths_left(groups, masks) == {"0": 2, "2": 1}
+
+
+@pytest.mark.parametrize(
+    ("layers", "size", "num", "fewest"),
+    [
+        ((nn.Conv2d(1, 8, 3, padding=1), nn.GroupNorm(4, 8)), 4, 2, 1),  # a unit is a channel of each group
+        ((nn.Conv2d(1, 8, 4), nn.GroupNorm(4, 8)), 4, 2, 2),  # one pixel: one channel is one value
+        ((nn.Conv2d(1, 8, 4), nn.GroupNorm(1, 8)), 4, 8, 2),
+        ((nn.Conv2d(1, 8, 3), nn.GroupNorm(1, 8)), 4, 8, 1),  # one channel has four pixels
+        ((nn.Conv2d(1, 8, 3), nn.GroupNorm(8, 8)), 4, 8, 1),  # each channel has its own statistic
+        ((nn.Conv2d(1, 8, 3), nn.ReLU(), Standardised(8, 8, 2)), 4, 8, 1),  # four weights of one channel
+        ((nn.Flatten(), nn.Linear(16, 8), nn.LayerNorm(8)), 4, 8, 2),
+    ],
+)
+def test_units_stay_until_a_norm_has_two_values(layers: tuple[nn.Module, ...], size: int, num: int, fewest: int) -> None:
+    torch.manual_seed(0)
+    shape = (1, size, size)
+    net = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10))
+    net(torch.randn(2, *shape))
+    groups, masks = pruned(net, shape, Pruner("units", scope="layer"), 1 - 1 / num)
+    assert groups[0].units is not None and (groups[0].units.num, groups[0].units.fewest) == (num, fewest)
+    assert widths_left(groups, masks)[groups[0].layer] == fewest
+    images = torch.randn(1, *shape)
+    assert len({*thinned(net, shape, groups, masks).train()(images).flatten().tolist()}) > 1
