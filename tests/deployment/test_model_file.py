@@ -1,5 +1,6 @@
 """Every net in every format: written, read again by its own runtime, equal; and what is answered to a bad file."""
 
+import copy
 import csv
 import shutil
 from functools import cache
@@ -53,6 +54,17 @@ def test_a_file_gives_the_nets_logits_at_every_batch(name: str, thinned: bool, f
     limit = (0.8 if format == "onnx-int8" else 5e-5) * expected.abs().max()
     for batch in (images[:1], images[:3], images):
         assert (file.logits(batch.contiguous()) - expected[: len(batch)]).abs().max() <= limit
+
+
+@pytest.mark.parametrize("order", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("format", ["pt2", "packed"])
+def test_torchs_own_files_give_the_nets_bits(format: Format, order: torch.memory_format, tmp_path: Path) -> None:
+    """In both memory layouts: norms of few values may magnify the rounding of the other one without limit."""
+    (net, recipe), shape = pair_of(QUICK)[0], NETS[QUICK][1]
+    net = copy.deepcopy(net).to(memory_format=order)
+    images = torch.randn(100, *shape)
+    path = tmp_path / MODEL_FILES[format]
+    assert export(net, path, metadata(shape), images, format=format, recipe=recipe).difference == 0.0
 
 
 @pytest.fixture(scope="module")

@@ -293,7 +293,9 @@ def test_a_norm_over_the_units_keeps_two_of_them(options: dict) -> None:
         ((nn.Flatten(), nn.Linear(16, 8), nn.LayerNorm(8)), 4, 8, 2),
     ],
 )
-def test_units_stay_until_a_norm_has_two_values(layers: tuple[nn.Module, ...], size: int, num: int, fewest: int) -> None:
+def test_units_stay_until_a_norm_has_two_values(
+    layers: tuple[nn.Module, ...], size: int, num: int, fewest: int
+) -> None:
     torch.manual_seed(0)
     shape = (1, size, size)
     net = nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10))
