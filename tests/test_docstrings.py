@@ -145,6 +145,7 @@ def test_every_public_class_has_an_example():
 WITH_EXAMPLE = sorted(name for name, cls in CLASSES.items() if section(cls.__doc__, "Example::"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", WITH_EXAMPLE)
 def test_the_example_runs(name, tmp_path, monkeypatch):
     """Python is run as a doctest. YAML is added to the digits run, which must then have an object of this class."""

@@ -176,6 +176,7 @@ def test_tested_as_the_fit_did(run: Run, data: Digits) -> None:
     assert reached > 0.4, "of ten classes, after 120 steps"
 
 
+@pytest.mark.slow
 def test_exported_to_onnx(run: Run, onnx: ModelFile, data: Digits, images: Tensor) -> None:
     with torch.no_grad():
         wanted = net_of(run)(images)

@@ -160,7 +160,7 @@ def test_a_resume_with_nothing_to_do_says_so_and_trains_nothing(name, logs, line
     assert f"Nothing to train: {found}" in lines()
     after = content(run.folder)
     changed = {path for path in after.keys() | before.keys() if after.get(path) != before.get(path)}
-    assert changed == {"summary.json"}
+    assert changed <= {"summary.json"}  # the seconds in it are rounded
     again = json.loads(run.summary.read_text())
     assert {key: value for key, value in again.items() if "seconds" not in key} == {
         key: value for key, value in summary.items() if "seconds" not in key

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.signal_at import SignalAt
+from helpers.slow import fast
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -113,7 +114,7 @@ CASES = {
 
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", fast(CASES, 4))
 def test_the_first_signal_waits_for_the_batch_and_keeps_it(name, logs):
     step, options, kept = CASES[name]
     options = dict(options)

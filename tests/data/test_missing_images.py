@@ -89,6 +89,7 @@ def test_without_test_images_a_fit_ends_well_and_a_test_is_refused(command, digi
     assert status == 2 and "the test set holds no images" in err and len(err.strip().splitlines()) == 1, err
 
 
+@pytest.mark.slow
 def test_a_batch_of_skipped_files_teaches_nothing(command, digits, logs, root):
     for name in ("train/cat", "train/dog", "test/cat", "test/dog"):
         write(root / name, 8)
@@ -125,6 +126,7 @@ def test_a_part_of_skipped_files_is_refused(part, word, command, digits, logs, r
     assert status == 2 and f"every {word} image was skipped" in err, err
 
 
+@pytest.mark.slow
 def test_images_of_nearly_one_colour_are_told_once(command, digits, logs, root):
     """12-bit colours in a file of 16 bits a channel, of which Pillow keeps the upper 8: nearly black."""
     for name in ("cat", "dog"):

@@ -182,6 +182,7 @@ class WindowAttention(nn.Module):
         return self.fc(attended.transpose(2, 3).flatten(3).mean((1, 2)))
 
 
+@pytest.mark.slow
 def test_attention_with_five_dimensions_is_written(tmp_path: Path) -> None:
     torch.manual_seed(0)
     net, images = WindowAttention().eval(), torch.randn(3, 1, 8, 8)

@@ -10,6 +10,7 @@ import onnx
 import pytest
 import torch
 from helpers.nets import NETS, images_for, masked_and_thinned, recipe_of
+from helpers.slow import fast
 from PIL import Image
 
 from project.compression import Quantizer
@@ -35,7 +36,7 @@ def pair_of(name: str) -> tuple[tuple[torch.nn.Module, Recipe], tuple[torch.nn.M
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("thinned", [False, True])
+@pytest.mark.parametrize("thinned", fast([True, False]))
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n == QUICK else [pytest.mark.slow]) for n in NETS])
 def test_a_file_gives_the_nets_logits_at_every_batch(name: str, thinned: bool, format: Format, tmp_path: Path) -> None:
     (net, recipe), shape = pair_of(name)[thinned], NETS[name][1]
@@ -81,6 +82,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_int8_weights_take_a_quarter(folder: Path) -> None:
     net, _ = pair_of(QUICK)[1]
     parameters = sum(p.numel() for p in net.parameters())
@@ -167,6 +169,7 @@ def test_a_negative_tolerance_is_refused(tmp_path: Path) -> None:
         export(net, tmp_path / "model.onnx", metadata((1, 28, 28)), images, tolerance=-1)
 
 
+@pytest.mark.slow
 def test_export_of_a_run(command, digits, logs) -> None:  # type: ignore[no-untyped-def]
     assert command("fit", *digits, "--trainer.max_epochs=1", "--trainer.test_after_fit=false")[0] == 0
     run = Run.find(logs / "digits")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.slow import fast
 from PIL import Image
 
 from project.frame.paths import Run
@@ -165,7 +166,7 @@ def test_the_figures_of_a_read_only_run_are_shown(verb, command, run, make_read_
 
 @pytest.mark.parametrize(
     "words",
-    [["predict"], ["predict", "--images", "photo.png"], ["export", "--format=packed", "--num_images=8"]],
+    fast([["predict", "--images", "photo.png"], ["predict"], ["export", "--format=packed", "--num_images=8"]]),
 )
 def test_the_files_of_a_read_only_run_go_elsewhere(words, command, run, make_read_only, here):
     make_read_only(run.folder)

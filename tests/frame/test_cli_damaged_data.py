@@ -43,6 +43,7 @@ def test_empty_class_folder(command, digits, logs, tmp_path):
     assert "emu" in refusal(command, digits, options)
 
 
+@pytest.mark.slow
 def test_truncated_image(command, digits, logs, tmp_path):
     options = image_folder(tmp_path / "images")
     path = tmp_path / "images" / "cat" / "3.png"

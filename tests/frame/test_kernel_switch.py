@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from helpers.slow import fast
 from lightning.pytorch import Callback
 
 from project.frame.paths import Run
@@ -38,7 +39,9 @@ def kernels_of(run: Run) -> dict:
     return json.loads(run.environment.read_text())["kernels"]
 
 
-@pytest.mark.parametrize("off", [["--trainer.kernels=off"], ["--trainer.kernels", "off"], "off", "'off'", "false"])
+@pytest.mark.parametrize(
+    "off", fast([["--trainer.kernels=off"], "false", ["--trainer.kernels", "off"], "off", "'off'"], 2)
+)
 def test_off_on_the_command_line_and_in_yaml(off, command, digits, logs, tmp_path, kernels):
     if isinstance(off, str):
         (tmp_path / "off.yaml").write_text(f"trainer: {{kernels: {off}}}")
@@ -56,6 +59,7 @@ def test_auto_uses_them_and_says_which(command, digits, logs, kernels):
     assert {"first_layer", "batch_norm_relu"} <= set(found["used"])
 
 
+@pytest.mark.slow
 def test_the_choice_of_a_run_holds_when_it_is_repeated(command, digits, logs, tmp_path, kernels):
     (tmp_path / "off.yaml").write_text("trainer: {kernels: off}")
     assert command("fit", *digits, *TWO_BATCHES, f"--config={tmp_path / 'off.yaml'}")[0] == 0

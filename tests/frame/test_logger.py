@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from project.frame.logger import MetricsCSV
 
 
@@ -38,6 +40,7 @@ def test_a_second_logger_goes_on_and_can_forget(tmp_path):
     assert [row["loss"] for row in rows(path)] == ["0.0", "1.0", "2.0", "9.0"]
 
 
+@pytest.mark.slow
 def test_lines_that_nobody_reads_are_dropped():
     """As after ``project fit … | head -1``."""
     code = (

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from helpers.slow import fast
 from lightning.pytorch import Callback
 
 from project.frame.paths import Run
@@ -61,7 +62,7 @@ def watched(command, monkeypatch, options):
 
 @pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty")
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", OFTEN)
+@pytest.mark.parametrize("name", fast(OFTEN))
 def test_the_rest_of_the_epoch_is_what_it_would_have_been(name, workers, watched, options, logs):
     options = [*options, *OFTEN[name], f"--data.num_workers={workers}"]
     whole = watched(*options, "--trainer.experiment=whole")

@@ -48,6 +48,7 @@ def test_on_the_same_machine_there_is_no_line(command, run):
     assert list(run.folder.glob(".*environment*")) == []
 
 
+@pytest.mark.slow
 def test_kernels_and_precision_are_named(command, run):
     if not json.loads(run.environment.read_text())["kernels"]["on"]:
         pytest.skip("there are no kernels here")
@@ -81,12 +82,14 @@ def test_a_checkpoint_of_a_run_counts_like_the_run(command, digits, run, logs):
     assert "resumes" not in json.loads(run.environment.read_text())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_outside_of_a_run_has_no_environment(command, digits, run, tmp_path):
     shutil.copy(run.last_checkpoint, tmp_path / "some.ckpt")
     status, out, err = command("fit", *digits, "--trainer.max_epochs=2", f"--ckpt_path={tmp_path / 'some.ckpt'}")
     assert status == 0 and lines(out) == [], err
 
 
+@pytest.mark.slow
 def test_an_older_run_gives_no_false_alarm(command, run):
     change(run, kernels=None, precision=None, device=None)
     assert lines(resume(command, run, "--trainer.kernels=off")) == []

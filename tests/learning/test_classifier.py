@@ -5,6 +5,7 @@ from functools import partial
 import lightning.pytorch as pl
 import pytest
 import torch
+from helpers.slow import fast
 from torch import nn
 
 from project.compression import plan_thinning
@@ -62,7 +63,7 @@ def test_a_checkpoint_alone_brings_the_classifier_back(command, digits, logs):
     assert saved.keys() == loaded.state_dict().keys()
 
 
-@pytest.mark.parametrize("described", ["project.models.LeNet300100", "helpers.foreign_nets.build_digits"])
+@pytest.mark.parametrize("described", fast(["project.models.LeNet300100", "helpers.foreign_nets.build_digits"]))
 def test_lightnings_own_class_loads_a_checkpoint_too(described, command, digits, logs, monkeypatch):
     """As in a notebook, also with a function that makes the net, and from a checkpoint of before."""
     options = ["--trainer.max_epochs=1", "--trainer.test_after_fit=false", f"--model.net={described}"]

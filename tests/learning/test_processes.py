@@ -46,6 +46,7 @@ def assert_equal(pair, one, bound=ROUNDING):
         assert all(torch.equal(each["masks"][name], mask) for each in pair), name
 
 
+@pytest.mark.slow
 def test_two_processes_take_the_steps_of_one(tmp_path):
     """With all that looks at a batch: norms, three dropouts, MixUp, clipping; and Muon, max-norm, penalties, EMA."""
     options = {

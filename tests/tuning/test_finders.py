@@ -125,6 +125,7 @@ def test_a_net_that_is_short_of_memory_gets_the_size_that_it_was_trained_with(ti
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 def test_an_error_that_is_not_of_memory_is_told(tiny):
     data, net = tiny.data(), Narrow(limit=0, how="wrong")

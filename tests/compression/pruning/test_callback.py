@@ -25,6 +25,7 @@ from helpers.pruning_run import (
     sgd,
     weights_of,
 )
+from helpers.slow import fast
 from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, Timer
 
@@ -229,7 +230,7 @@ def of_round(weights, model, number):
     return thin_state(weights, from_plain(model.surgeries[number]))
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "fused"])
+@pytest.mark.parametrize("optimizer", fast(["adamw", "sgd", "fused"]))
 @pytest.mark.parametrize("after", ["finetune", "rewind_lr", "rewind"])
 def test_units_leave_the_net_at_the_round_and_all_that_belongs_to_it_follows(tmp_path, optimizer, after):
     ema, watch = EMA(0.8), Watch()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from helpers.nets import build, images_for
 from helpers.pruning_run import NUM_PRUNED, assert_same_runs, fit, num_zeros, pruning, weights_of
+from helpers.slow import fast
 from helpers.stop_after import StopAfter
 from torch import Tensor, nn
 
@@ -116,7 +117,7 @@ RUNS: dict[str, Callable[[], list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("callbacks", RUNS)
+@pytest.mark.parametrize("callbacks", fast(RUNS))
 def test_a_run_ends_well_and_resumes_to_the_same_bits(tmp_path: Path, caplog, callbacks):
     epochs = 6 if callbacks == "gradual" else 2
     with caplog.at_level(logging.WARNING, "project"):

@@ -28,6 +28,7 @@ from helpers.pruning_run import (
     state_of,
     vision_transformer,
 )
+from helpers.slow import fast
 from helpers.stop_after import StopAfter
 from helpers.versioned_net import Versioned
 from lightning.pytorch import Callback, Trainer
@@ -61,7 +62,7 @@ CALLBACKS: dict[str, Callable[[], list[Any]]] = {
 }
 
 
-@pytest.mark.parametrize("stops", [(3,), (2, 4)], ids=["in a round", "between rounds"])
+@pytest.mark.parametrize("stops", fast([(3,), (2, 4)]), ids=["in a round", "between rounds"])
 @pytest.mark.parametrize("callbacks", CALLBACKS)
 def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks, stops):
     make, epochs = CALLBACKS[callbacks], 6 if callbacks == "gradual" else 2
@@ -76,6 +77,7 @@ def test_stopped_and_resumed_is_never_stopped(tmp_path, callbacks, stops):
     assert run.metrics.read_text() == whole.run.metrics.read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stops", [(3,), pytest.param((2, 4), marks=pytest.mark.slow)], ids=["in a round", "between"])
 @pytest.mark.parametrize("net", [depthwise_net, layer_norm_net, vision_transformer])
 def test_units_of_any_net_leave_and_are_rewound_and_a_resumed_run_is_never_stopped(tmp_path, net, stops):

@@ -38,7 +38,7 @@ LARGE = {"InceptionV3-75", "BNGoogLeNet-48"}
 @pytest.mark.parametrize(
     ("name", "sparsity"),
     [
-        pytest.param(name, sparsity, marks=[pytest.mark.slow] if name in LARGE and sparsity != 0.5 else [])
+        pytest.param(name, sparsity, marks=[pytest.mark.slow] if name in LARGE or sparsity != 0.5 else [])
         for name in NETS
         for sparsity in (0.25, 0.5, 0.9)
     ],

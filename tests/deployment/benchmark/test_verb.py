@@ -63,6 +63,7 @@ def rows_of(run: Run, command: Command, *options: str) -> list[dict[str, str]]:
     return read(run)
 
 
+@pytest.mark.slow
 def test_every_engine_is_measured(command: Command, run: Run, tmp_path: Path) -> None:
     rows = rows_of(run, command, "--engines", *NOT_COMPILED)
     on_file = [name for name in ("onnxruntime", "openvino") if name in NOT_COMPILED]

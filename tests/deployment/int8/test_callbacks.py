@@ -84,6 +84,7 @@ def test_the_file_is_of_the_thinned_net_and_the_report_goes_on(tmp_path: Path) -
     ] * 2
 
 
+@pytest.mark.slow
 def test_a_resumed_run_writes_its_row_once(tmp_path: Path) -> None:
     run = fit(tmp_path, int8()).run
     fit(tmp_path, int8(), resume=run)

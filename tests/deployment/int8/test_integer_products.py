@@ -17,6 +17,7 @@ import pytest
 import torch
 from helpers.int8_nets import IMAGE_SHAPE, NETS, small_images, small_net
 from helpers.saturating import run_exactly, run_saturating, saturating_product
+from helpers.slow import fast
 from torch import nn
 
 from project.deployment.engines import onnx_engine, openvino_engine
@@ -67,7 +68,7 @@ def test_the_simulated_instruction_saturates_as_the_real_one_does() -> None:
     assert saturating_product(a, b // 2).item() == int(a[0].astype(int) @ (b // 2).astype(int)[:, 0])
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", fast(EVERY, 2))
 def test_every_engine_gives_the_exact_answer_on_every_processor(name: str, tmp_path: Path) -> None:
     images = small_images(16, seed=2).numpy()
     for kind, quantizer in KINDS.items():
@@ -88,7 +89,7 @@ def test_every_engine_gives_the_exact_answer_on_every_processor(name: str, tmp_p
         assert max(differences.values()) < LIMIT, (kind, differences)
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", fast(EVERY, 2))
 def test_openvino_gives_the_exact_answer(name: str, tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     images = small_images(16, seed=2).numpy()
@@ -100,6 +101,7 @@ def test_openvino_gives_the_exact_answer(name: str, tmp_path: Path) -> None:
         assert difference(answer, run_exactly(model, images)) < LIMIT, kind
 
 
+@pytest.mark.slow
 def test_openvino_without_vnni_gives_the_exact_answer(tmp_path: Path) -> None:
     """Its kernels for AVX-512 without VNNI run on newer processors, too, when the process begins with this limit."""
     pytest.importorskip("openvino")

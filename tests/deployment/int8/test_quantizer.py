@@ -12,6 +12,7 @@ import pytest
 import torch
 from helpers.int8_nets import IMAGE_SHAPE, small_images, small_net
 from helpers.nets import NETS, images_for, masked_and_thinned
+from helpers.slow import fast
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
@@ -53,8 +54,8 @@ def noise(rough: np.ndarray, exact: np.ndarray) -> float:
     return float(((rough - exact) ** 2).mean() / exact.var(axis=0).mean())
 
 
-@pytest.mark.parametrize("thinned", [False, True])
-@pytest.mark.parametrize("name", FAST)
+@pytest.mark.parametrize("thinned", fast([True, False]))
+@pytest.mark.parametrize("name", fast(FAST))
 def test_runtimes_agree_on_a_valid_model(name: str, thinned: bool) -> None:
     model, images = model_of(name, thinned), images_of(name)
     quantized, layers = quantize(model, images, replace(MIN_MAX, weight_observer="mse"))
@@ -71,6 +72,7 @@ def test_runtimes_agree_on_a_valid_model(name: str, thinned: bool) -> None:
     assert noise(reference, fused[:8]) < limit
 
 
+@pytest.mark.slow
 def test_openvino_agrees(tmp_path: Path) -> None:
     pytest.importorskip("openvino")
     model, images = model_of("SmallInception-28"), images_of("SmallInception-28")
@@ -129,7 +131,7 @@ def test_bias_correction_takes_the_mean_error_out() -> None:
     assert after < 0.02 * before
 
 
-@pytest.mark.parametrize("name", ["inception", "relu6", "squeeze and excitation"])
+@pytest.mark.parametrize("name", fast(["inception", "relu6", "squeeze and excitation"]))
 def test_by_default_each_layers_outputs_keep_their_means(name: str) -> None:
     """Also behind branches, activations that compute in floats, and layers that read corrected ones."""
     model, images = small_model(name), small_images(64).numpy()

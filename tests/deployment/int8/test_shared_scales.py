@@ -5,6 +5,7 @@ import onnx
 import onnxruntime
 import pytest
 from helpers.int8_nets import IMAGE_SHAPE, NETS, small_images, small_net
+from helpers.slow import fast
 from onnx import numpy_helper
 
 from project.deployment.int8.qdq import with_outputs
@@ -47,7 +48,7 @@ def test_no_tensor_is_clipped(name: str) -> None:
             assert value.min() >= (-zero_point - 0.51) * scale, tensor
 
 
-@pytest.mark.parametrize("name", sorted(FAST))
+@pytest.mark.parametrize("name", fast(sorted(FAST)))
 def test_eight_bits_suffice_where_branches_meet(name: str) -> None:
     images = small_images(256)
     model = to_onnx(small_net(name, images), IMAGE_SHAPE)

@@ -126,6 +126,7 @@ def test_the_table_has_the_papers_arithmetic(tmp_path: Path) -> None:
 # -- the verbs --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_tested_and_unpacked(command, digits, logs, tmp_path) -> None:  # type: ignore[no-untyped-def]
     assert command("fit", *digits, "--trainer.max_epochs=2")[0] == 0
     run = Run.find(logs / "digits")
