@@ -13,9 +13,11 @@ from itertools import product
 from typing import Any
 
 import torch
-from evidence import Claim, Study, Trained, accuracies, best_of, by, clearly, draw_seeds, mean, options, spread, verdict
+from evidence import Study, Trained, accuracies, best_of, by, options
+from pages import draw_seeds
 from plain_nets import PlainStack, large_normal_
 from torch import nn
+from verdicts import Claim, clearly, mean, spread, verdict
 
 from project.data import FashionMNIST
 from project.metrics.probes import gradient_norms

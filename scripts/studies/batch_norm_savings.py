@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
-from evidence import Claim, Study, Trained, accuracies, best_of, by, clearly, draw_seeds, options, spread, verdict
+from evidence import Study, Trained, accuracies, best_of, by, options
+from pages import draw_seeds
+from verdicts import Claim, clearly, spread, verdict
 
 NETS = {"without norm": "NoNorm", "with batch norm": "BatchNorm"}
 PLAIN, NORMED = NETS

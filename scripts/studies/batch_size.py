@@ -12,9 +12,11 @@ from itertools import pairwise
 from typing import Any
 
 import torch
-from evidence import Claim, Study, Trained, accuracies, best_of, by, clearly, draw_seeds, mean, options, spread, verdict
+from evidence import Study, Trained, accuracies, best_of, by, options
+from pages import draw_seeds
 from plain_nets import PlainStack
 from torch import nn
+from verdicts import Claim, clearly, mean, spread, verdict
 
 BATCHES = [16, 64, 256, 1024, 4096]
 RATES = [0.01, 0.04, 0.16, 0.64, 2.56, 10.24]

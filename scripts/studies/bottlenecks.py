@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from evidence import Claim, Study, accuracies, by, clearly, options, spread, verdict
+from evidence import Study, accuracies, by, options
 from plain_nets import BlockNet
 from torch import nn
+from verdicts import Claim, clearly, spread, verdict
 
 from project.deployment.engines import engines
 from project.deployment.latency import measure

@@ -17,9 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from evidence import ROOT, Answer, Claim, Study, Trained, by, clearly, mean, options, spread, verdict
+from evidence import Study, Trained, by, options
 from lightning.pytorch import Trainer
+from pages import ROOT
 from torch import nn
+from verdicts import Answer, Claim, clearly, mean, spread, verdict
 
 from project.compression.after_fit import AfterFit
 from project.compression.company import check_company

@@ -11,8 +11,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from evidence import Claim, Study, Trained, clearly, draw_seeds, mean, options, spread, verdict
+from evidence import Study, Trained, options
+from pages import draw_seeds
 from torch import nn
+from verdicts import Claim, clearly, mean, spread, verdict
 
 from project.compression import Pruner, plan_thinning, removed_units
 from project.compression.pruning.masks import apply_masks_

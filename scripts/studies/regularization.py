@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from evidence import Claim, Study, Trained, accuracies, best_of, by, clearly, mean, options, spread, verdict
+from evidence import Study, Trained, accuracies, best_of, by, options
+from verdicts import Claim, clearly, mean, spread, verdict
 
 from project.frame.paths import Run
 

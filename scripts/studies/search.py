@@ -12,7 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from typing import Any
 
-from evidence import Claim, Study, Trained, clearly, draw_seeds, mean, options, spread, verdict
+from evidence import Study, Trained, options
+from pages import draw_seeds
+from verdicts import Claim, clearly, mean, spread, verdict
 
 EPOCHS, TRIALS = 9, 24
 RATE, MOMENTUM, DECAY, SMOOTHING = (

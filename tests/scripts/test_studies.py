@@ -12,16 +12,17 @@ from typing import Any
 
 import batch_norm
 import bottlenecks
-import evidence
+import pages
 import pytest
 import torch
-from evidence import Claim, Study, Trained, best_of, by, clearly, options, spread, verdict
+from evidence import Study, Trained, best_of, by, options
 from plain_nets import BlockNet, ConvThenLinear, PlainStack
 from torch import nn
+from verdicts import Claim, clearly, spread, verdict
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {path.stem for path in (ROOT / "scripts/studies").glob("*.py")} - {*evidence.HELPERS}
-STUDIES = sorted(SCRIPTS - {*evidence.FURTHER})
+SCRIPTS = {path.stem for path in (ROOT / "scripts/studies").glob("*.py")} - {*pages.HELPERS}
+STUDIES = sorted(SCRIPTS - {*pages.FURTHER})
 NAN = math.nan
 
 
@@ -210,7 +211,7 @@ def test_every_study_has_its_page_and_its_line_in_the_index(name):
     assert all((ROOT / f"docs/studies/{name}.{end}").is_file() for end in ("csv", "png"))
 
 
-@pytest.mark.parametrize("name", evidence.FURTHER)
+@pytest.mark.parametrize("name", pages.FURTHER)
 def test_the_index_has_the_further_studies(name):
     index = (ROOT / "docs/studies/README.md").read_text(encoding="utf-8")
     assert f"](../{name}.md): `python scripts/studies/{name}.py`" in index
@@ -255,4 +256,4 @@ def test_the_page_shows_the_options_that_changed_it():
 
 def test_options_have_seeds_of_the_study():
     assert options("", [], seeds=(1, 2)).seeds == [1, 2]
-    assert isinstance(options("", []), argparse.Namespace) and options("", []).output == evidence.DOCS
+    assert isinstance(options("", []), argparse.Namespace) and options("", []).output == pages.DOCS
