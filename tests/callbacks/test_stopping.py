@@ -151,8 +151,7 @@ def test_a_signal_at_the_end_of_the_training_need_not_wait(logs):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("steps", [None, 3])
+@pytest.mark.parametrize(("number", "status", "steps"), [(signal.SIGINT, 130, None), (signal.SIGTERM, 143, 3)])
 def test_two_processes_stop_after_the_same_batch(number, status, steps, logs, digits):
     """The signal reaches the first process alone."""
     config = [*digits, "--trainer.max_epochs=2", "--trainer.test_after_fit=false", "--trainer.accelerator=cpu"]

@@ -185,29 +185,32 @@ def test_more_than_can_go_is_refused() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("criterion", ["obd", "gradient"])
-def test_saliency_ranks_units_as_the_loss_does(criterion: str) -> None:
-    """Spearman's correlation with what the loss does when each unit of a trained net is taken: 0.81 for OBD, 0.76
-    for gradients, 0.13 for magnitude.
+def test_saliency_ranks_units_as_the_loss_does() -> None:
+    """Spearman's correlation with what the loss does when each unit of a trained net is taken.
+
+    Over eight seeds it was 0.73 ± 0.04 for OBD, 0.73 ± 0.04 for gradients, 0.10 ± 0.04 for magnitude (mean ± sd). Each
+    processor trains another net, so the bounds are three deviations away.
     """
     net, images, labels = trained_on_digits()
-    pruner = Pruner("units", criterion, exclude=["fc"])
-    groups = pruner.groups(net, (1, 8, 8))
-    scores, state = pruner._scores(net, groups, images, labels, 0), net.state_dict()
+    pruners = {criterion: Pruner("units", criterion, exclude=["fc"]) for criterion in ("obd", "gradient", "magnitude")}
+    groups, state = pruners["obd"].groups(net, (1, 8, 8)), net.state_dict()
     with torch.no_grad():
         before = nn.functional.cross_entropy(net(images), labels)
-        guessed, true = [], []
+        true = []
         for group in groups:
             for unit in range(group.units.num):
                 kept = {name: state[name].clone() for name, _ in group.units.slices}
                 for (name, dim), indices in group.units.slices.items():
                     state[name].index_fill_(dim, indices[unit], 0)
-                guessed.append(float(scores[group.layer][unit]))
                 true.append(float((nn.functional.cross_entropy(net(images), labels) - before).abs()))
                 for name, value in kept.items():
                     state[name].copy_(value)
-    correlation = rank_correlation(torch.tensor(guessed), torch.tensor(true))
-    assert correlation > {"obd": 0.77, "gradient": 0.7}[criterion]
+    found = {}
+    for criterion, pruner in pruners.items():
+        scores = pruner._scores(net, groups, images, labels, 0)
+        guessed = torch.cat([scores[group.layer].flatten() for group in groups])
+        found[criterion] = rank_correlation(guessed, torch.tensor(true))
+    assert found["obd"] > 0.6 and found["gradient"] > 0.6 and found["magnitude"] < 0.25, found
 
 
 def trained_on_digits() -> tuple[nn.Module, Tensor, Tensor]:

@@ -134,9 +134,7 @@ def test_openvino_without_vnni_gives_the_exact_answer(tmp_path: Path) -> None:
         assert max(errors["False"]) > 0.1  # so the limit is obeyed: these kernels do saturate
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n in ("linear", "inception") else pytest.mark.slow) for n in NETS]
-)
+@pytest.mark.parametrize("name", fast(["linear", "inception", *sorted(FAST - {"linear", "inception"})], 2))
 def test_eight_full_bits_are_wrong_without_vnni(name: str) -> None:
     """The control: with all eight bits each of these nets is wrong there, so the tests above do see saturation."""
     images = small_images(16, seed=2).numpy()
