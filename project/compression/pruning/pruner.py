@@ -412,8 +412,12 @@ def _fewest(groups: list[Group]) -> dict[str, int]:
 
 
 def _without_least(scores: Tensor, left: Tensor, amount: float) -> Tensor:
-    """``left`` without its ``round(amount * count)`` entries of least score. Of equal scores the first are removed."""
-    num_gone = round(amount * int(left.sum()))
+    """``left`` without its ``round(amount * count)`` entries of least score. Of equal scores the first are removed.
+
+    An amount below 1 leaves one entry, so that rounding never takes the last one.
+    """
+    count = int(left.sum())
+    num_gone = min(round(amount * count), count if amount == 1 else max(count - 1, 0))
     order = scores.flatten().masked_fill(~left.flatten(), torch.inf).sort(stable=True).indices
     mask = left.flatten().clone()
     mask[order[:num_gone]] = False

@@ -19,6 +19,7 @@ from project.compression import (
     removed_units,
     sparsity,
 )
+from project.compression.pruning.masks import units_left
 from project.compression.pruning.saliency import saliency_of_units, saliency_of_weights
 from project.compression.pruning.schedules import share_to_take
 from project.compression.thinning import units as thinning
@@ -352,6 +353,14 @@ def test_a_branch_that_would_lose_all_units_is_named_and_nothing_has_changed():
         prune(net, pruner, 0.4, masks)
     assert all((mask == 1).all() for mask in masks.values())
     assert all(torch.equal(value, weights[name]) for name, value in net.state_dict().items())
+
+
+@pytest.mark.parametrize("amounts", [(0.9, 0.9, 0.667), (0.99,), (0.75, 0.9999)])
+def test_rounding_never_takes_the_last_unit_of_a_layer(amounts):
+    net, pruner, masks = inception(), Pruner("units", scope="layer"), None
+    for amount in amounts:
+        masks = prune(net, pruner, amount, masks)
+    assert {int(units_left(group, masks).sum()) for group in pruner.groups(net, SHAPE)} == {1}
 
 
 def test_a_ranking_of_all_units_leaves_one_of_each_layer():
