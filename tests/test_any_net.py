@@ -98,7 +98,9 @@ def test_a_run_is_predicted_with_and_packed(net, command, configuration, logs, i
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("net", NETS)
+@pytest.mark.parametrize(
+    "net", ["a function of torchvision", "a function of timm", "untyped, a class as default", "**kwargs", "lazy"]
+)
 def test_every_verb(net, command, configuration, logs, image):
     if "timm" in net:
         pytest.importorskip("timm")

@@ -162,7 +162,8 @@ def test_a_grid_has_every_point_and_seed_names_its_values_and_is_not_run_twice(t
 
 
 STUDY = """
-from evidence import Claim, Study, accuracies, by, clearly, options, spread, verdict
+from evidence import Study, accuracies, by, options
+from verdicts import Claim, clearly, spread, verdict
 
 RATE = "model.optimizer.init_args.lr"
 study = Study("tiny", "A tiny study", options("", None))
