@@ -41,8 +41,8 @@ class Units:
         slices: indices of every unit in each dimension of a parameter or buffer, ``[num, indices a unit]``. The
             outputs of the first layer come first.
         read: the slices in which a layer reads the units, and does not make them.
-        values: number of values in a norm's statistic if one unit is left; infinity if no norm takes statistics over
-            these units. If one does, a unit matters even if nothing reads it.
+        values: number of values in a norm's statistic if one unit is left, above 0; infinity if no norm takes
+            statistics over these units. If one does, a unit matters even if nothing reads it.
         buffers: names in ``slices`` that are no parameters, such as running statistics.
     """
 
