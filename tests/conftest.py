@@ -1,6 +1,7 @@
 """What all tests share: quiet threads, and runs and data in a folder of the test's own."""
 
 import logging
+import os
 import re
 import sys
 import threading
@@ -17,6 +18,10 @@ import project.callbacks
 from project.frame.rooms import MissingRoomError, optional
 
 ROOT = Path(__file__).resolve().parents[1]
+
+# Tests start processes that have a thread for each core, several at the same time. By default OpenMP's threads wait in
+# a loop, which takes the cores from the others: two fits at once took four times as long on two cores.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 TINY = [
     "--model.net.width=0.25",

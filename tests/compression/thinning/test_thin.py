@@ -1,5 +1,6 @@
 """A thinned net computes what the masked one does. What cannot be removed exactly stays, and is named."""
 
+import math
 import re
 from collections.abc import Callable
 from copy import deepcopy
@@ -165,7 +166,7 @@ def test_units_name_their_parameters() -> None:
     assert stem.parameters == ("stem.0.conv.weight", "stem.0.norm.weight", "stem.0.norm.bias")
     assert stem.buffers == {"stem.0.norm.running_mean", "stem.0.norm.running_var"}
     assert stem.outputs([3, 5]) == [3, 5]
-    assert (stem.num, stem.coupled, stem.readers, stem.mixed) == (16, (), {"stem.1.conv": 1}, False)
+    assert (stem.num, stem.coupled, stem.readers, stem.values) == (16, (), {"stem.1.conv": 1}, math.inf)
     assert all(indices.tolist() == [[unit] for unit in range(16)] for indices in stem.slices.values())
     layers = {n for n, m in build("SmallInception-28").named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
     assert units.keys() == layers - {"fc"}
