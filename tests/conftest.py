@@ -37,6 +37,8 @@ OF_RESUMES = ("ignore:The dirpath has changed", "ignore:Checkpoint directory .* 
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Tests of the whole house and of scripts take minutes: they come first, so that no worker ends with one alone.
+    items.sort(key=lambda item: item.path.parent not in (ROOT / "tests", ROOT / "tests/scripts"))
     for item in items:
         if {"callbacks", "compression", "int8", "packed"} & set(item.path.relative_to(ROOT).parts):
             for warning in OF_RESUMES:
@@ -48,6 +50,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """All tests of a file go to one worker, except those of test_docs.py: each of its documents may go to another."""
     if config.getvalue("dist") != "loadfile":
         return None
+    config.option.loadscopereorder = False  # it would put files with few tests last, and these take longest
     from xdist.scheduler import LoadFileScheduling
 
     class Scheduling(LoadFileScheduling):
