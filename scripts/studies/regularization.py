@@ -96,12 +96,13 @@ def zeros_of_hidden(run: Trained) -> float:
 def single(study: Study) -> dict[str, list[Trained]]:
     """Claim 1: each regulariser alone at its best strength. Returns the runs of each, and of none."""
     found = {"none": study.grid("none", config(), {})}
-    rows = []
+    rows, at_an_end = [], []
     for kind in STRENGTHS:
         key, named = choices(kind)
         groups = {str(name): runs for (name,), runs in by(study.grid(kind, config(), {key: named}), key).items()}
         best = best_of(groups)
         found[kind] = groups[best]
+        at_an_end += [kind] if [*groups].index(best) in (0, len(groups) - 1) else []
         rows += [
             [kind, name, spread(accuracies(runs), 2, 100), "best" if name == best else ""]
             for name, runs in groups.items()
@@ -120,6 +121,8 @@ def single(study: Study) -> dict[str, list[Trained]]:
     )
     study.head("One regulariser at a time")
     study.say("Test accuracy. The best strength of each has the best accuracy on 5,000 validation images.")
+    if at_an_end:
+        study.say(f"A better one may lie outside the strengths that were tried: {', '.join(at_an_end)}.")
     study.show(["regulariser", "strength", "test accuracy, %", ""], rows)
     return found
 
@@ -223,15 +226,16 @@ def draw(
     axes[0].grid(alpha=0.3)
     for panel, (kind, strengths) in zip(axes[1:], APART.items(), strict=True):
         table = [[100 * mean(accuracies(groups[kind][a, b])) for b in strengths] for a in strengths]
-        image = panel.imshow(table, origin="lower", cmap="viridis")
+        low, high = min(map(min, table)), max(map(max, table))
+        panel.imshow(table, origin="lower", cmap="viridis", vmin=low, vmax=high + 1e-9)
         for row, line in enumerate(table):
             for column, value in enumerate(line):
-                panel.text(column, row, f"{value:.1f}", ha="center", va="center", color="white", fontsize=8)
+                color = "black" if value > (low + high) / 2 else "white"
+                panel.text(column, row, f"{value:.1f}", ha="center", va="center", color=color, fontsize=9)
         names = [f"{strength:g}" for strength in strengths]
         panel.set_xticks(range(len(names)), names)
         panel.set_yticks(range(len(names)), names)
         panel.set(xlabel=f"{kind} of linear layers", ylabel=f"{kind} of convolutions", title="test accuracy (%)")
-        image.set_clim(min(map(min, table)), max(map(max, table)) + 1e-9)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
