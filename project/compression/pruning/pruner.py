@@ -260,9 +260,10 @@ class Pruner:
                     kept[layer][scores[layer].masked_fill(~left[layer], -torch.inf).topk(fewest).indices] = True
             for group in groups:
                 if not kept[group.layer].any():
+                    other = "set keep, or set scope: layer" if self.scope == "global" else "or give it a lower rate"
                     raise ValueError(
                         f"the amount {amount:g} would take all units of {group.layer}, so that nothing could pass "
-                        "through this layer: prune less, exclude the layer, set keep, or set scope: layer."
+                        f"through this layer: prune less, exclude the layer, {other}."
                     )
             return unit_masks(net, groups, kept)
         kept |= {layer: kept[layer] | best for layer, best in last.items()}
