@@ -158,10 +158,6 @@ class Page:
                 markdown_line([row["number"], row["claim"], f"**{row['verdict']}**", row["because"]]) for row in mine
             ]
             page.append("<!-- /room -->")
-        scripts = {path.stem for path in Path(__file__).parent.glob("*.py")} - {*HELPERS, *FURTHER}
-        if waiting := sorted(scripts - {row["study"] for row in rows}):
-            page += ["", "## Without a page", "", "These studies were not run for a page yet:", ""]
-            page += [f"- `python scripts/studies/{name}.py`" for name in waiting]
         page += ["", "## Further studies", "", "These have pages of their own kind:", ""]
         page += [
             f"- [{title}](../{name}.md): `python scripts/studies/{name}.py` <!-- room: {rooms} -->"

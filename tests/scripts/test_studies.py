@@ -14,6 +14,7 @@ import batch_norm
 import bottlenecks
 import pages
 import pytest
+import search
 import torch
 from evidence import Study, Trained, best_of, by, options
 from plain_nets import BlockNet, ConvThenLinear, PlainStack
@@ -102,7 +103,7 @@ def test_equal_costs_are_equal():
     ],
 )
 def test_the_nets_of_studies_give_logits(net):
-    shape = (3, 16, 16) if net.state_dict()[next(iter(net.state_dict()))].shape[1] == 3 else (1, 28, 28)
+    shape = (3, 16, 16) if next(net.parameters()).shape[1] == 3 else (1, 28, 28)
     assert net.eval()(torch.randn(2, *shape)).shape == (2, 10)
 
 
@@ -201,12 +202,8 @@ def test_a_study_that_was_killed_ends_with_the_same_page(tmp_path):
 
 @pytest.mark.parametrize("name", STUDIES)
 def test_every_study_has_its_page_and_its_line_in_the_index(name):
-    page = ROOT / f"docs/studies/{name}.md"
+    text = (ROOT / f"docs/studies/{name}.md").read_text(encoding="utf-8")
     index = (ROOT / "docs/studies/README.md").read_text(encoding="utf-8")
-    if not page.is_file():
-        assert f"`python scripts/studies/{name}.py`" in index.partition("## Without a page")[2]
-        return
-    text = page.read_text(encoding="utf-8")
     assert f"`python scripts/studies/{name}.py` made this page" in text
     assert f"]({name}.md)" in index
     assert all((ROOT / f"docs/studies/{name}.{end}").is_file() for end in ("csv", "png"))
@@ -247,6 +244,21 @@ def test_groups_keep_the_order_of_the_seeds_and_the_best_has_a_result_of_every_s
     groups = by([trained(tmp_path, seed, rate, value) for (rate, seed), value in found.items()], "rate")
     assert [run.seed for run in groups[0.1,]] == [2, 0]
     assert best_of(groups) == (0.1,)
+
+
+def test_a_search_pays_for_each_epoch_and_chooses_the_best_trial(tmp_path):
+    curves = [[0.5, 0.9], [], [0.95], [0.7, 0.99]]  # the second could not be trained, the third was stopped early
+    trials = []
+    for number, curve in enumerate(curves):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        rows = "".join(f"{step},{value}\n" for step, value in enumerate(curve))
+        (folder / "metrics.csv").write_text(f"step,val/accuracy\n{rows}")
+        if number != 2:
+            (folder / "measured.json").write_text(f'{{"test_accuracy": {number / 10}}}')
+        trials.append(Trained({}, 0, folder if curve else None))
+    assert search.best_so_far(trials, 5) == ([0.5, 0.9, 0.9, 0.95, 0.95], 0.0)
+    assert search.best_so_far(trials, 8) == ([0.5, 0.9, 0.9, 0.95, 0.95, 0.99, 0.99, 0.99], 0.3)
 
 
 def test_the_page_shows_the_options_that_changed_it():
