@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -233,6 +234,7 @@ def test_each_step_stands_once_however_the_run_was_killed(after, number, finishe
         fit(logs, 3, logger=True)
     run = Run(logs / "run/version_0")
     run.config.touch()
+    time.sleep(1)  # TensorBoard orders the files by the second in which they begin; a new process begins later
     fit(logs, 3, logger=True, resume=str(run.folder))
     assert same(run, finished[1])
     assert Counter(map(str, rows(run))) == Counter(map(str, rows(finished[1])))
