@@ -19,13 +19,13 @@ from project.frame.paths import Run
 EPOCHS = 20
 PENALTIES, NET = "model.penalties.init_args.", "model.net.init_args."
 STRENGTHS = {
-    "L1": [1e-5, 3e-5, 1e-4, 3e-4],
-    "L2": [1e-4, 3e-4, 1e-3, 3e-3],
-    "dropout": [0.1, 0.25, 0.4, 0.55],
-    "max-norm": [1.0, 2.0, 4.0],
+    "L1": [1e-4, 3e-4, 1e-3, 3e-3],
+    "L2": [1e-3, 3e-3, 1e-2, 3e-2],
+    "dropout": [0.05, 0.1, 0.2, 0.4],
+    "max-norm": [0.25, 0.5, 1.0, 2.0],
 }
 """Strengths that are tried, each the same for convolutions and linear layers."""
-APART = {"L2": [0.0, 1e-3, 4e-3], "dropout": [0.0, 0.2, 0.45]}
+APART = {"L2": [0.0, 3e-3, 1e-2], "dropout": [0.0, 0.2, 0.45]}
 """Strengths that are combined freely, one for convolutions and one for linear layers."""
 
 
