@@ -33,7 +33,6 @@ _FURTHER = (
     "On a model file alone: project {predict,test,unpack} --model FILE. A function of a file in the working directory: "
     "project FILE.FUNCTION."
 )
-_RUN_OPTIONS = ("--run", "--resume")
 _TRUST = "Packages whose classes a run or checkpoint of somebody else may name, with commas between them."
 _DOTTED = re.compile(r"[^\W\d]\w*(\.\w+)+")
 
@@ -62,10 +61,12 @@ class CLI(LightningCLI):
         for room in ("models.zoo", "data.sets"):  # classes that are loaded can be named without their module
             optional(room)
         self._outside: dict[str, str] = {}
-        if run and isinstance(args, list) and args and _DOTTED.fullmatch(args[0]):
-            verb, trainer_class = with_verb(args[0])
-            self._verbs, self._outside = {**VERBS, verb: False}, {verb: args[0]}
-            args = [verb, *args[1:]]
+        words = args if run and isinstance(args, list) else []
+        if words and _DOTTED.fullmatch(words[0]):
+            verb, trainer_class = with_verb(words[0])
+            self._verbs, self._outside = {**VERBS, verb: False}, {verb: words[0]}
+            args = words = [verb, *words[1:]]
+        self._only = next((word for word in words[:1] if word in self.subcommands()), None)
         super().__init__(
             Classifier,
             ImageDataModule,
@@ -84,6 +85,12 @@ class CLI(LightningCLI):
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
         """The verbs, and for each verb the arguments that the command line fills in itself."""
         return {**LightningCLI.subcommands(), **{verb: {"model", "datamodule"} for verb in self._verbs}}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        """The options of a verb take a tenth of a second: leave out those of the verbs that the user did not name."""
+        if self._only in (None, subcommand):
+            return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        return self.init_parser(**kwargs)
 
     def _add_subcommands(self, parser: LightningArgumentParser, **kwargs: Any) -> None:
         super()._add_subcommands(parser, **kwargs)
@@ -135,8 +142,7 @@ class CLI(LightningCLI):
         self.config_init = self.config
         self.datamodule = None
         self.model = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-        kernels = config.trainer.kernels
-        self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False, kernels=kernels)
+        self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False, kernels=config.trainer.kernels)
 
     def _instantiate_data_first(self, config: Namespace) -> None:
         """Build the data first, which give arguments of the net. Record the configuration before the net is built."""
@@ -168,10 +174,7 @@ class CLI(LightningCLI):
 
     def _instantiate_only(self, part: Namespace) -> Namespace:
         """Build one part of the configuration of the verb."""
-        if not self.subcommand:
-            return self.parser.instantiate_classes(part, instantiate_groups=False)
-        whole = Namespace({"subcommand": self.subcommand, self.subcommand: part})
-        return self.parser.instantiate_classes(whole, instantiate_groups=False)[self.subcommand]
+        return self._parser(self.subcommand).instantiate_classes(part, instantiate_groups=False)
 
     def _run_subcommand(self, subcommand: str) -> None:
         assert isinstance(self.trainer, Trainer)
@@ -248,7 +251,7 @@ def _with_config_of_run(args: list[str]) -> list[str]:
     trust.trusted[:] = ",".join(value for option, value in given if option == "--trust").split(",")
     alone = args[:1] != ["fit"] and not any(word.startswith("--config") for word in args)
     for option, value in given[1:]:
-        if option in _RUN_OPTIONS:
+        if option in ("--run", "--resume"):
             return [args[0], "--config", trust.configuration(Run.find(value)), *args[1:]]
         if option == "--ckpt_path" and alone:
             check_checkpoint(value)

@@ -121,8 +121,7 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         if not self.exit_on_error:
             super().error(message, ex)
-        near = self._nearest(message)
-        hint = f" Did you mean {near!r}?" if near else ""
+        hint = f" Did you mean {near!r}?" if (near := self._nearest(message)) else ""
         if (absent := _NO_MODULE.search(message)) is not None:
             hint = f" Run the command in the folder that holds {absent[1]}.py, or install {absent[1]}."
         if "does not correspond to a subclass of Module" in message:

@@ -228,3 +228,11 @@ def test_a_wrong_value_deep_in_a_fragment_is_named(command, digits):
     status, _, err = command("fit", *digits, *fragment, "--trainer.callbacks.pruner.init_args.round_to=0")
     assert status == 2
     assert "round_to is 0" in err and "Union" not in err and err.count("\n") == 1
+
+
+def test_a_configuration_before_the_verb_gives_the_same_run(command, tmp_path):
+    """Then the options of all verbs are known; behind a verb only its own are."""
+    whole = tmp_path / "whole.yaml"
+    whole.write_text(yaml.safe_dump({"fit": yaml.safe_load((ROOT / "configs/digits.yaml").read_text())}))
+    one = command("fit", "--config", ROOT / "configs/digits.yaml", "--print_config")
+    assert command("--config", whole, "fit", "--print_config") == one and one[0] == 0 and "max_epochs: " in one[1]
