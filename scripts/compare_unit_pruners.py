@@ -242,11 +242,15 @@ def onnx_path(args: argparse.Namespace, name: str, share: float = 0.0, arm: str 
     return folder_of(args) / f"{name}_{100 * share:g}_{arm}.onnx"
 
 
-def measure(args: argparse.Namespace, name: str, seed: int, path: Path) -> None:
-    """Add the rows of a net and a seed that the file does not have yet."""
+def begin_process() -> None:
+    """Settings of a process that measures."""
     torch.set_num_threads(1)
     torch.backends.mha.set_fastpath_enabled(False)  # it would use sizes of attention from before the removal
     warnings.filterwarnings("ignore", module="torch_pruning")
+
+
+def measure(args: argparse.Namespace, name: str, seed: int, path: Path) -> None:
+    """Add the rows of a net and a seed that the file does not have yet."""
     points = (args.net_shares, args.arms)
     done = {(row.share, row.arm) for row in rows_of(args, path) if (row.net, row.seed) == (name, seed)}
     if not set(product(*points)) - done:
@@ -499,7 +503,7 @@ def main() -> None:
     args = parser().parse_args()
     path = args.output.with_suffix(".csv")
     times = args.output.with_name(f"{args.output.stem}_latency.csv")
-    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn"), begin_process) as pool:
         jobs = [pool.submit(measure, args, name, seed, path) for seed, name in product(args.seeds, args.nets)]
         for job in jobs:
             job.result()

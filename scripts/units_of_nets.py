@@ -253,6 +253,13 @@ def torch_pruning(net: nn.Module, x: Tensor) -> str:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
 
+def begin_process() -> None:
+    """Settings of a process that looks at nets."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.backends.mha.set_fastpath_enabled(False)
+
+
 def look(name: str, peer: bool = True) -> Row:
     """Thin a net, and check it.
 
@@ -260,9 +267,6 @@ def look(name: str, peer: bool = True) -> Row:
         name: one of the nets.
         peer: whether Torch-Pruning tries it, too.
     """
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    torch.backends.mha.set_fastpath_enabled(False)
     row, start = Row(name), time.process_time()
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -344,7 +348,7 @@ def main() -> None:
     if args.workers < 1:
         parser.error(f"--workers is {args.workers}: give 1 or more.")
     rows, begin = [], time.monotonic()
-    with ProcessPoolExecutor(args.workers) as pool:
+    with ProcessPoolExecutor(args.workers, initializer=begin_process) as pool:
         for row in pool.map(partial(kept_row, keep=args.keep), names):
             rows.append(row)
             print(f"{time.monotonic() - begin:.0f} s", row.log(), flush=True)  # noqa: T201

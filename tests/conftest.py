@@ -19,9 +19,11 @@ from project.frame.rooms import MissingRoomError, optional
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# Tests start processes that have a thread for each core, several at the same time. By default OpenMP's threads wait in
-# a loop, which takes the cores from the others: two fits at once took four times as long on two cores.
+# Tests start processes, several at the same time. OpenMP's threads would wait in a loop and take the cores from the
+# others: two fits at once took four times as long on two cores. So each worker's processes share its part of the cores.
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // WORKERS)))
 
 TINY = [
     "--model.net.width=0.25",
@@ -144,6 +146,25 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(num_threads)
+
+
+@pytest.fixture(autouse=True)
+def same_settings() -> Iterator[None]:
+    """A test leaves torch's settings as they were, because the next one in this process would run with them."""
+
+    def settings() -> dict[str, object]:
+        return {
+            "threads": torch.get_num_threads(),
+            "fast path of attention": torch.backends.mha.get_fastpath_enabled(),
+            "gradients": torch.is_grad_enabled(),
+            "type": torch.get_default_dtype(),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "oneDNN": torch.backends.mkldnn.enabled,
+        }
+
+    before = settings()
+    yield
+    assert settings() == before
 
 
 @pytest.fixture(scope="session")

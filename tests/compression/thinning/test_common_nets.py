@@ -43,6 +43,7 @@ FILES: dict[str, dict[str, Any]] = {
 def test_half_of_the_units_of_a_common_net(name: str) -> None:
     pytest.importorskip("timm")
     fast = torch.backends.mha.get_fastpath_enabled()
+    units_of_nets.begin_process()
     row = units_of_nets.look(name, peer=False)
     torch.backends.mha.set_fastpath_enabled(fast)
     assert not row.failure
