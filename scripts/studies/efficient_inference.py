@@ -46,6 +46,11 @@ from project.learning.classifier import Classifier
 from project.metrics import count_macs, count_nonzero
 from project.models import SmallInception
 
+METHOD_ROOMS = (
+    "compression/pruning, compression/weight_sharing, compression/low_rank, compression/low_bit, compression/winograd,"
+    " deployment/int8, deployment/packed"
+)
+"""Optional folders of the package that the methods need."""
 SHAPE = (1, 28, 28)
 WIDTH, NARROW = 0.5, 0.3
 """Widths of the net, and of the narrow net that trains as long."""
@@ -59,6 +64,8 @@ SMALLER, FASTER, ANY_FASTER, MULTIPLIES = 4.0, 1.5, 1.1, 0.8
 """Factors that count as smaller, as faster, as faster at all, and the share of a product that counts as the product."""
 FILES: dict[str, Format] = {"ONNX": "onnx", "packed": "packed", "int8": "onnx-int8"}
 DENSE, WINOGRAD = "dense", "Winograd"
+TRUST = ("plain_nets",)
+"""Modules whose nets a packed file may use."""
 
 
 @dataclass(frozen=True)
@@ -113,9 +120,9 @@ class Deploy(AfterFit):
             limit = math.inf if name == "int8" else None
             export_checkpoint(module, data, source, path, format=FILES[name], tolerance=limit, compare_speed=False)
             found["bytes"][name] = path.stat().st_size
-            found["accuracy"][name] = accuracy(ModelFile(path).logits, data, "test", self.limit_batches)
+            found["accuracy"][name] = accuracy(ModelFile(path, TRUST).logits, data, "test", self.limit_batches)
         net = packed_net(run)
-        found |= {"nonzero": count_nonzero(net), "macs": count_macs(net, SHAPE)}
+        found |= {"nonzero": count_nonzero(net), "macs": count_macs(net, data.image_shape)}
         write_whole(run.folder / "deployed.json", lambda part: part.write_text(json.dumps(found)))
 
 
@@ -215,25 +222,36 @@ def train(study: Study) -> dict[str, list[Trained]]:
 
 
 @dataclass
-class Measured:
-    """What was measured of one setting: one number a seed, and the latencies of the first seed's net."""
+class Deployed:
+    """What the files of a setting hold: one number a seed.
+
+    Args:
+        accuracies: test accuracy in the file's runtime, 0 to 1.
+        bytes: size of the file in bytes, above 0.
+    """
 
     accuracies: list[float]
     bytes: list[float]
+
+    def loss(self, dense: "Deployed") -> list[float]:
+        """Points of accuracy that the dense net of the same seed has more."""
+        return [100 * (a - b) for a, b in zip(dense.accuracies, self.accuracies, strict=True)]
+
+    def smaller(self, dense: "Deployed") -> float:
+        """How many times fewer bytes the file has than that of the dense net."""
+        return mean(dense.bytes) / mean(self.bytes)
+
+
+@dataclass
+class Measured(Deployed):
+    """What was measured of one setting: one number a seed, and the latencies of the first seed's net."""
+
     macs: list[float]
     nonzero: list[float]
     latency: dict[int, Latency]
     engine: dict[int, str]
     eager: dict[int, Latency]
     """In PyTorch alone."""
-
-    def loss(self, dense: "Measured") -> list[float]:
-        """Points of accuracy that the dense net of the same seed has more."""
-        return [100 * (a - b) for a, b in zip(dense.accuracies, self.accuracies, strict=True)]
-
-    def smaller(self, dense: "Measured") -> float:
-        """How many times fewer bytes the file has than that of the dense net."""
-        return mean(dense.bytes) / mean(self.bytes)
 
     def faster(self, dense: "Measured", batch: int = 64) -> float:
         """How many times less time a batch takes than in the dense net, each in its fastest engine."""
@@ -242,7 +260,7 @@ class Measured:
 
 def packed_net(run: Run) -> nn.Module:
     """The net of a run, from its packed file."""
-    return open_packed(run.model_file("packed"))[0].eval()
+    return open_packed(run.model_file("packed"), TRUST)[0].eval()
 
 
 def with_winograd(net: nn.Module, data: FashionMNIST) -> nn.Module:
@@ -326,12 +344,12 @@ def collect(runs: Mapping[str, Sequence[Trained]], once: Mapping[str, Any]) -> d
 # -- verdicts ---------------------------------------------------------------------------------------------------------
 
 
-def no_loss(dense: Measured, other: Measured) -> int:
+def no_loss(dense: Deployed, other: Deployed) -> int:
     """1 if the mean loss is below the limit, or if the seeds do not show it."""
     return 1 if mean(other.loss(dense)) < NO_LOSS or clearly(dense.accuracies, other.accuracies) != 1 else 0
 
 
-def little(dense: Measured, other: Measured) -> int:
+def little(dense: Deployed, other: Deployed) -> int:
     return int(mean(other.loss(dense)) < LITTLE)
 
 
@@ -571,7 +589,8 @@ def rules(study: Study) -> None:
         f"""One small net, one data set, {EPOCHS * STEPS:,} steps. [Recipes](../recipes.md) has the results of the same
         methods on a net of twice the width after 10 to 24 epochs of all images. The papers compress nets that are many
         times larger, and retrain them for as long as they were trained. Han et al. keep 32 shared values in fully
-        connected layers and 256 in convolutions. Rastegari et al. count the operations of a kernel for bits."""
+        connected layers and 256 in convolutions. Rastegari et al. count the operations of a kernel for bits.
+        [Another study](large_nets.md) looks at the claims on bytes with nets that have more weights than they need."""
     )
 
 
@@ -612,10 +631,8 @@ def draw(figure: Any, found: Mapping[str, Measured]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    rooms = "compression/pruning, compression/weight_sharing, compression/low_rank, compression/low_bit"
-    rooms += ", compression/winograd, deployment/int8, deployment/packed"
     study = Study(
-        "efficient_inference", "Efficient inference: six methods on one net", options(__doc__, arguments), rooms
+        "efficient_inference", "Efficient inference: six methods on one net", options(__doc__, arguments), METHOD_ROOMS
     )
     runs = train(study)
     once = measure_once(study, runs)

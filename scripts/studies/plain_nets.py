@@ -3,6 +3,7 @@
 They are kept here because a user is better served by the nets of :mod:`project.models`.
 """
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -100,6 +101,30 @@ class ConvThenLinear(nn.Module):
         hidden = self.hidden(self.dropouts[0](self.features(images).flatten(1)))
         normed = self.norm(hidden[..., None, None]).flatten(1)
         return self.fc(self.dropouts[1](self.act(normed)))
+
+
+class Perceptron(nn.Module):
+    """Two hidden linear layers with ReLU, one linear layer: ``[N, C, H, W] -> [N, num_classes]``.
+
+    With 300 and 100 hidden units it is LeNet-300-100 (LeCun et al. 1998).
+
+    Args:
+        num_classes: number of classes and of logits, at least 1.
+        image_shape: shape (C, H, W) of the images.
+        hidden: number of units of the two hidden layers, each at least 1.
+    """
+
+    def __init__(
+        self, num_classes: int, image_shape: tuple[int, int, int], *, hidden: tuple[int, int] = (300, 100)
+    ) -> None:
+        super().__init__()
+        first, second = hidden
+        self.layers = nn.Sequential(nn.Flatten(), nn.Linear(math.prod(image_shape), first), nn.ReLU())
+        self.layers.extend([nn.Linear(first, second), nn.ReLU(), nn.Linear(second, num_classes)])
+        init_weights_(self, nn.init.kaiming_normal_)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.layers(images)
 
 
 class BlockNet(nn.Module):

@@ -1,11 +1,12 @@
-"""The study of efficient inference: equal budgets, verdicts from numbers, refused chains, the picture, a small run."""
+"""The studies of efficient inference: equal budgets, verdicts from numbers, refused chains, pictures, a small run."""
 
 from itertools import combinations
 from typing import Any
 
 import efficient_inference
+import large_nets
 import pytest
-from efficient_inference import DENSE, SETTINGS, WINOGRAD, Measured
+from efficient_inference import DENSE, SETTINGS, WINOGRAD, Deployed, Measured
 from evidence import Study, options
 from matplotlib.figure import Figure
 from matplotlib.text import Text
@@ -145,3 +146,20 @@ def test_files_are_written_measured_and_timed_once(study, tmp_path, monkeypatch)
     assert max(map(abs, found[WINOGRAD].loss(dense))) < 2 and max(once["winograd"]["difference"]) < 1e-3
     efficient_inference.show(study, found)
     assert sum(line.startswith("| ") for line in study.lines) == 2 + len(names)
+
+
+def test_a_net_with_many_weights_loses_none_by_pruning_and_sharing():
+    kilobytes = {"dense": 1000, "narrow dense": 100, "weights pruned": 90, "weights shared": 110, "binary": 35}
+    accuracies = {name: [0.90, 0.91] for name in kilobytes} | {"narrow dense": [0.88, 0.89]}
+    kilobytes["weights pruned + shared"], accuracies["weights pruned + shared"] = 11, [0.90, 0.91]
+
+    def answers() -> list[str]:
+        study = Study("s", "S", options("", ["--seeds", "0", "1"]))
+        net = {name: Deployed(accuracies[name], [1000 * size, 1001 * size]) for name, size in kilobytes.items()}
+        large_nets.decide(study, {"net": net})
+        return [finding.answer for finding in study.findings]
+
+    assert answers() == ["reproduced"] * 6
+    accuracies["weights pruned"] = accuracies["weights pruned + shared"] = [0.87, 0.88]
+    kilobytes |= {"binary": 60, "weights pruned + shared": 20}
+    assert answers() == ["mixed", "not reproduced", "reproduced", "mixed", "not reproduced", "not reproduced"]
