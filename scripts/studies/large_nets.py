@@ -27,6 +27,8 @@ from efficient_inference import (
 from evidence import Study, by, options
 from verdicts import Claim, clearly, mean, spread, verdict
 
+from project.frame.plots import round_ticks
+
 DENSE, NARROW, PRUNED, SHARED, BOTH, BINARY = (
     "dense",
     "narrow dense",
@@ -213,6 +215,8 @@ def draw(figure: Any, found: Mapping[str, Mapping[str, Deployed]]) -> None:
             panel.plot([mean(each.bytes) / 1e3] * len(values), values, "o", color=f"C{color}", alpha=0.3, markersize=4)
             panel.plot(mean(each.bytes) / 1e3, mean(values), "o", color=f"C{color}", markersize=8, label=setting)
         panel.set(xscale="log", xlabel="kB of the file (logarithmic)", ylabel="test accuracy (%)", title=name)
+        sizes = [mean(each.bytes) for each in settings.values()]
+        round_ticks(panel, max(sizes) / min(sizes))
         panel.grid(alpha=0.3)
     panel.legend(fontsize=8)
 
