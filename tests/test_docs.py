@@ -14,7 +14,6 @@ import re
 import runpy
 import shlex
 import shutil
-import struct
 import subprocess
 import sys
 import time
@@ -25,6 +24,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.small_data import write_small_data
 
 import project
 from project.frame.rooms import optional
@@ -174,19 +174,7 @@ def test_the_index_of_docs_is_whole():
 def small_data(tmp_path_factory) -> Path:
     """A data folder: 720 training and 100 test images in the place of Fashion-MNIST and MNIST, easy to tell apart."""
     root = tmp_path_factory.mktemp("data")
-    generator = torch.Generator().manual_seed(0)
-    patterns = torch.rand(10, 7, 7, generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)
-    for name in ("FashionMNIST", "MNIST"):
-        folder = root / name / "raw"
-        folder.mkdir(parents=True)
-        for part, count in (("train", 720), ("t10k", 100)):
-            labels = torch.arange(count) % 10
-            noise = torch.rand(count, 28, 28, generator=generator)
-            images = (255 * (0.7 * patterns[labels] + 0.3 * noise)).to(torch.uint8)
-            head = struct.pack(">4I", 0x803, count, 28, 28)
-            (folder / f"{part}-images-idx3-ubyte").write_bytes(head + images.numpy().tobytes())
-            head = struct.pack(">2I", 0x801, count)
-            (folder / f"{part}-labels-idx1-ubyte").write_bytes(head + labels.to(torch.uint8).numpy().tobytes())
+    write_small_data(root, 720, 100)
     return root
 
 

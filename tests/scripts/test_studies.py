@@ -1,25 +1,33 @@
 """The studies: verdicts from numbers, grids that continue, the page and the index, each study in miniature."""
 
 import argparse
+import importlib
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import batch_norm
 import bottlenecks
+import evidence
 import pages
 import pytest
 import search
 import torch
+import yaml
 from evidence import Study, Trained, best_of, by, options
+from helpers.small_data import write_small_data
 from plain_nets import BlockNet, ConvThenLinear, PlainStack
 from torch import nn
 from verdicts import Claim, clearly, spread, verdict
+
+from project.tuning.dimension import read_dimension
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = {path.stem for path in (ROOT / "scripts/studies").glob("*.py")} - {*pages.HELPERS}
@@ -198,6 +206,50 @@ def test_a_study_that_was_killed_ends_with_the_same_page(tmp_path):
         subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
         pages.append(((output / "tiny.md").read_text(), (output / "tiny.png").read_bytes()))
     assert pages[0] == pages[1]
+
+
+@pytest.fixture(scope="module")
+def small_data(tmp_path_factory) -> Path:
+    """As many training images as Fashion-MNIST has, so that a study's shares of them are batches."""
+    root = tmp_path_factory.mktemp("data")
+    write_small_data(root, 60_000, 100)
+    return root
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["batch_norm_savings", "regularization"])  # the others take minutes also in miniature
+def test_a_study_writes_its_page(name, command, logs, small_data, tmp_path, monkeypatch):
+    """A run of two steps stands for all points and seeds of a grid; of ``trainer`` each value has a run of its own."""
+
+    def tune(study: Study, arm: str, base: dict[str, Any], options: dict[str, Any], workers: int = 1) -> list[Trained]:
+        space, is_grid = options["space"], all(isinstance(values, list) for values in options["space"].values())
+        if is_grid:
+            change = {"space": {key: values if key == "trainer" else values[:1] for key, values in space.items()}}
+        else:
+            change = {"sampler": "random", "trials": 1}
+        config = evidence._merged({"seed_everything": 0, **evidence._SHARED}, base)
+        config = {**evidence._merged(config, evidence._MINIATURE), **options, **change}
+        path = tmp_path / f"{arm}.yaml"
+        path.write_text(yaml.safe_dump(config, sort_keys=False))
+        status, _, err = command("tune", "--config", path, "--study", arm)
+        assert status == 0, err
+        runs = list(evidence._read_trials(logs / arm / "trials.csv", list(space)))
+        if not is_grid:
+            return runs
+        labels = [[evidence._value(str(label)) for label in read_dimension(*each).choices] for each in space.items()]
+        folders = {run.params.get("trainer"): run.folder for run in runs}
+        points = [dict(zip(space, point, strict=True)) for point in product(*labels)]
+        return [Trained(point, int(point["seed_everything"]), folders[point.get("trainer")]) for point in points]
+
+    monkeypatch.setattr(Study, "tune", tune)
+    monkeypatch.setenv("PROJECT_DATA_DIR", str(small_data))
+    script = importlib.import_module(name)
+    script.main(["--miniature", "--workers", "1", "--seeds", "0", "1", "--output", str(tmp_path / "docs")])
+    page, kept = ((folder / f"{name}.md").read_text() for folder in (tmp_path / "docs", ROOT / "docs/studies"))
+    assert re.findall(r"^## (.*)", page, re.MULTILINE) == re.findall(r"^## (.*)", kept, re.MULTILINE)
+    claims = re.compile(r"^\| \d+ \| ([^|]*) \| \*\*", re.MULTILINE)
+    assert claims.findall(page) == claims.findall(kept) and claims.findall(page)
+    assert all((tmp_path / f"docs/{name}.{end}").is_file() for end in ("csv", "png"))
 
 
 @pytest.mark.parametrize("name", STUDIES)
