@@ -1,4 +1,4 @@
-"""The studies: verdicts from numbers, grids that continue, the page and the index, each study in miniature."""
+"""The studies: verdicts from numbers, grids that continue, the page and the index, two studies in miniature."""
 
 import argparse
 import importlib
