@@ -59,7 +59,7 @@ class BatchDataset(Dataset[Batch], ABC):
         return self.__getitems__([position])
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        indices = self.indices[torch.as_tensor(positions)]
+        indices = self.indices[torch.as_tensor(positions, dtype=torch.int64)]
         return self.images_at(indices), self.all_labels[indices], indices
 
     def set_epoch(self, epoch: int) -> None:

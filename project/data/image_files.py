@@ -105,7 +105,7 @@ class ImageFiles(BatchDataset):
         self._epoch.fill_(epoch)
 
     def __getitems__(self, positions: Sequence[int]) -> Batch:
-        images, indices = self.decode(self.indices[torch.as_tensor(positions)])
+        images, indices = self.decode(self.indices[torch.as_tensor(positions, dtype=torch.int64)])
         return images, self.all_labels[indices], indices
 
     def images_at(self, indices: Tensor) -> Tensor:

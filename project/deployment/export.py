@@ -228,10 +228,15 @@ def export_checkpoint(
     recipe = recipe_of(module, checkpoint) if format == "packed" else None
     data.prepare_data()
     data.setup("test")
-    if format == "onnx-int8":
-        data.setup("validate")
     assert data.test_data is not None
-    pixels, *_ = data.test_data.__getitems__(list(range(min(num_images, len(data.test_data)))))
+    kind = "test" if len(data.test_data) else "training"
+    if format == "onnx-int8" or kind == "training":
+        data.setup("validate")
+    if kind == "test":
+        pixels, *_ = data.test_data.__getitems__(list(range(min(num_images, len(data.test_data)))))
+        images = data.normalize(pixels.float().div_(255))
+    else:
+        images, _ = data.sample(num_images)
     with tempfile.TemporaryDirectory() as folder:
         if format == "onnx-int8" and fp32 is None:  # once, for the int8 file and for the comparison of speeds
             fp32 = Path(folder) / "fp32.onnx"
@@ -240,7 +245,7 @@ def export_checkpoint(
             net,
             path,
             Metadata(module.class_names, module.image_shape, module.mean, module.std),
-            data.normalize(pixels.float().div_(255)),
+            images,
             format=format,
             tolerance=tolerance,
             calibration=data.sample(quantizer.num_images)[0] if quantizer and format == "onnx-int8" else None,
@@ -249,11 +254,12 @@ def export_checkpoint(
             recipe=recipe,
         )
         log.info(
-            "%s: %d bytes; on %d test images a logit differs by at most %.2g of the largest, and %.1f %% of the images "
+            "%s: %d bytes; on %d %s images a logit differs by at most %.2g of the largest, and %.1f %% of the images "
             "get the same class",
             exported.path,
             exported.path.stat().st_size,
-            len(pixels),
+            len(images),
+            kind,
             exported.difference,
             100 * exported.agreement,
         )

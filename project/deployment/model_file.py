@@ -20,7 +20,7 @@ from project.data import ImageDataModule
 from project.deployment.metadata import Metadata
 from project.deployment.onnx_file import onnx_engine
 from project.deployment.recipe import UntrustedError
-from project.frame.paths import write_whole
+from project.frame.paths import writable, write_whole
 from project.frame.prediction import image_loader, mark_unreadable_, write_predictions
 from project.frame.rooms import MissingRoomError, needed
 from project.models.net_check import channels_last_
@@ -155,11 +155,12 @@ def predict(model: str, images: str, output: str = "predictions.csv", trust: str
     Returns:
         Probabilities ``[num_images, num_classes]``, in the order of the CSV file.
     """
+    path = writable(Path(output))
     file = ModelFile(model, trust.split(","))
     loader, names = image_loader(images, file.metadata.image_shape, _BATCH)
     probabilities = torch.cat([file.probabilities(batch[0]) for batch in loader])
     mark_unreadable_(probabilities, loader)
-    write_predictions(Path(output), names, probabilities, file.metadata.class_names)
+    write_predictions(path, names, probabilities, file.metadata.class_names)
     return probabilities
 
 
@@ -209,12 +210,13 @@ def unpack(model: str, output: str = "net.pt", trust: str = "") -> None:
     Raises:
         ValueError: if the file is no packed file.
     """
+    path = writable(Path(output))
     file = ModelFile(model, trust.split(","))
     if file.net is None:
         raise ValueError(f"model is {model!r}, but only packed files can be unpacked: give a file ending in .packed.")
     state_dict = {name: tensor.contiguous() for name, tensor in file.net.state_dict().items()}
-    write_whole(Path(output), lambda part: torch.save(state_dict, part))
-    log.info("%d tensors, %d bytes: %s", len(state_dict), Path(output).stat().st_size, output)
+    write_whole(path, lambda part: torch.save(state_dict, part))
+    log.info("%d tensors, %d bytes: %s", len(state_dict), path.stat().st_size, output)
 
 
 Opened = tuple[Callable[[Tensor], Tensor], Mapping[str, str]]

@@ -9,6 +9,7 @@ from jsonargparse import auto_cli
 
 from project.deployment.model_file import predict, test, unpack
 from project.frame.parser import Parser
+from project.frame.yaml_text import read_yaml
 
 _VERBS: dict[str, Callable[..., object]] = {"predict": predict, "test": test, "unpack": unpack}
 
@@ -44,7 +45,7 @@ def _with_data_of_config(args: list[str]) -> list[str]:
         path = Path(value or (rest.pop(0) if rest else ""))
         if not path.is_file():
             raise ValueError(f"config is {str(path)!r}, but there is no such file.")
-        data = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("data")
+        data = yaml.safe_load(read_yaml(path)).get("data")
         done += ["--data", json.dumps(data)] if data else []
     if not any(option.partition("=")[0] in ("--data", "--help", "-h") for option in done):
         raise ValueError(

@@ -108,7 +108,7 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         if isinstance(args, list):
             words = getattr(Trainer, "_words", list)  # of the benchmark, which takes lists
-            self.config = parser.parse_args(words(_with_config_of_run(args)))
+            self.config = parser.parse_args(words(_with_config_of_run(args, self.subcommands())))
         else:
             self.config = parser.parse_object(args)
 
@@ -142,7 +142,10 @@ class CLI(LightningCLI):
         self.config_init = self.config
         self.datamodule = None
         self.model = Classifier.load_from_checkpoint(path, map_location="cpu", weights_only=True)
-        self.trainer = Trainer(logger=False, observe=False, enable_progress_bar=False, kernels=config.trainer.kernels)
+        kernels, accelerator = config.trainer.kernels, "cpu" if config.trainer.accelerator == "cpu" else "auto"
+        self.trainer = Trainer(
+            logger=False, observe=False, enable_progress_bar=False, kernels=kernels, accelerator=accelerator, devices=1
+        )
 
     def _instantiate_data_first(self, config: Namespace) -> None:
         """Build the data first, which give arguments of the net. Record the configuration before the net is built."""
@@ -241,7 +244,7 @@ def whole_config(parser: LightningArgumentParser, config: Namespace) -> str:
     return parser.dump(config, skip_none=False, skip_validation=True)
 
 
-def _with_config_of_run(args: list[str]) -> list[str]:
+def _with_config_of_run(args: list[str], verbs: dict[str, set[str]]) -> list[str]:
     """``verb --run DIR …`` -> ``verb --config DIR/config.yaml --run DIR …``. Options after it override its values.
 
     The configuration of a checkpoint below a run's folder is found in the same way, if there is no other.
@@ -249,13 +252,15 @@ def _with_config_of_run(args: list[str]) -> list[str]:
     words = [arg.partition("=") for arg in args]
     given = [(option, value or next(iter(args[index + 1 :]), "")) for index, (option, _, value) in enumerate(words)]
     trust.trusted[:] = ",".join(value for option, value in given if option == "--trust").split(",")
-    alone = args[:1] != ["fit"] and not any(word.startswith("--config") for word in args)
-    for option, value in given[1:]:
-        if option in ("--run", "--resume"):
-            return [args[0], "--config", trust.configuration(Run.find(value)), *args[1:]]
-        if option == "--ckpt_path" and alone:
-            check_checkpoint(value)
-            if not (run := Run(Path(value).resolve().parent.parent)).config.is_file():
-                raise ValueError(f"ckpt_path is {value!r}, and no config.yaml belongs to it: give --config or --run.")
-            return [args[0], "--config", trust.configuration(run), *args[1:]]
-    return args
+    place = next((index for index, word in enumerate(args) if word in verbs), 0)
+    options = dict(given[place + 1 :])
+    alone = args[place : place + 1] != ["fit"] and not any(word.startswith(("--config", "-c")) for word in args)
+    if named := options.get("--run") or options.get("--resume"):
+        run = Run.find(named)
+    elif (path := options.get("--ckpt_path")) is not None and alone:
+        check_checkpoint(path)
+        if not (run := Run(Path(path).resolve().parent.parent)).config.is_file():
+            raise ValueError(f"ckpt_path is {path!r}, and no config.yaml belongs to it: give --config or --run.")
+    else:
+        return args
+    return [*args[: place + 1], "--config", trust.configuration(run), *args[place + 1 :]]

@@ -161,8 +161,8 @@ class Run:
 
     @property
     def model_files(self) -> list[Path]:
-        """The exported models that a benchmark runs, sorted by name."""
-        return sorted([*self.folder.glob("*.onnx"), *self.folder.glob("*.packed")])
+        """The exported models that a benchmark runs, sorted by name. A name that begins with a dot is half written."""
+        return sorted([*self.folder.glob("[!.]*.onnx"), *self.folder.glob("[!.]*.packed")])
 
     @property
     def checkpoints(self) -> Path:
@@ -234,8 +234,9 @@ def writable(path: Path, remedy: str = "give --output FILE.") -> Path:
         ValueError: if no file can be made there.
     """
     folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"{path} cannot be written, because {folder} is read-only: {remedy}")
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "it is a folder" if path.is_dir() else f"{folder} is {'read-only' if folder.is_dir() else 'no folder'}"
+        raise ValueError(f"{path} cannot be written, because {reason}: {remedy}")
     return path
 
 

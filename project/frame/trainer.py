@@ -134,8 +134,8 @@ class RunTrainer(pl.Trainer):
         """The values that a study has chosen for this run."""
         self._wanted_loggers = logger
         self._csv: MetricsCSV | None = None
-        checkpoints = [c for c in self.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        self._without_folder = [c for c in checkpoints if c.dirpath is None]
+        checkpoints = self.checkpoint_callbacks
+        self._without_folder = [c for c in checkpoints if isinstance(c, ModelCheckpoint) and c.dirpath is None]
         counting = ModelCheckpoint | EarlyStopping | Timer
         self._as_made = [(c, copy.deepcopy(vars(c))) for c in self.callbacks if isinstance(c, counting)]  # type: ignore[attr-defined]
         self._has_begun = False
@@ -245,8 +245,7 @@ class RunTrainer(pl.Trainer):
             weights_only: whether checkpoints may hold plain values only; null is true.
             run: folder of a run; its configuration and best checkpoint are taken.
         """
-        ckpt_path = self._weights_of(run, ckpt_path)
-        return super().validate(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return super().validate(model, dataloaders, self._weights_of(run, ckpt_path), verbose, datamodule, weights_only)
 
     def test(  # type: ignore[override]
         self,
@@ -269,8 +268,7 @@ class RunTrainer(pl.Trainer):
             weights_only: whether checkpoints may hold plain values only; null is true.
             run: folder of a run; its configuration and best checkpoint are taken.
         """
-        ckpt_path = self._weights_of(run, ckpt_path)
-        return super().test(model, dataloaders, ckpt_path, verbose, datamodule, weights_only)
+        return super().test(model, dataloaders, self._weights_of(run, ckpt_path), verbose, datamodule, weights_only)
 
     def predict(  # type: ignore[override]
         self,

@@ -131,7 +131,7 @@ def take_weights_(module: Any, path: str | os.PathLike[str]) -> None:
     Raises:
         ValueError: if there is no such checkpoint, or if it belongs to another net.
     """
-    _fill_(module, read_checkpoint(path, argument="weights"))
+    _fill_(module, {**read_checkpoint(path, argument="weights"), "hyper_parameters": {}})  # its classes may be others
 
 
 def _is_whole(path: str | os.PathLike[str]) -> bool:

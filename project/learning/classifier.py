@@ -124,15 +124,11 @@ class Classifier(LightningModule):
         _keep_plain_(self.hparams)
         if "_instantiator" in self.hparams:  # the command line builds this classifier
             self.hparams["_instantiator"] = _INSTANTIATOR
-        self.net = net
-        self.num_classes = num_classes
+        self.net, self.num_classes = net, num_classes
         if class_names and len(class_names) != num_classes:
-            raise ValueError(
-                f"num_classes is {num_classes}, but there are {len(class_names)} class_names: correct one."
-            )
+            raise ValueError(f"num_classes is {num_classes}, but class_names are {len(class_names)}: correct one.")
         self.class_names = tuple(class_names or map(str, range(num_classes)))
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.loss = loss or CrossEntropy()
         self.penalties = penalties or Penalties()
         self.max_norm = max_norm or MaxNorm()
@@ -141,22 +137,15 @@ class Classifier(LightningModule):
         self.base_batch_size = base_batch_size
         self.channels_last = channels_last
         self.compile_net = compile
-        self.val_metrics = MetricCollection(
-            {
-                "val/loss": MeanMetric(),
-                "val/accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-            },
-            compute_groups=False,
-        )
+        accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.val_metrics = MetricCollection({"val/loss": MeanMetric(), "val/accuracy": accuracy}, compute_groups=False)
         self.test_loss = MeanMetric()
-        self.test_metrics = MetricCollection(
-            {
-                "test/accuracy": MulticlassAccuracy(num_classes, average="micro", validate_args=False),
-                "test/calibration_error": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
-                "per_class": MulticlassStatScores(num_classes, average="none", validate_args=False),
-            },
-            compute_groups=False,
-        )
+        test: dict[str, Any] = {
+            "test/accuracy": accuracy.clone(),
+            "test/calibration_error": MulticlassCalibrationError(num_classes, n_bins=15, validate_args=False),
+            "per_class": MulticlassStatScores(num_classes, average="none", validate_args=False),
+        }
+        self.test_metrics = MetricCollection(test, compute_groups=False)
         self.distillation: nn.Module | None = None
         """A teacher whose outputs are learned beside the labels, in training only; ``None`` without one."""
         self._is_checked = False
@@ -498,11 +487,12 @@ class Classifier(LightningModule):
         """Give the net the structure that the weights belong to.
 
         Raises:
-            ValueError: if the weights belong to another net. The message is one sentence instead of torch's list of all
-                keys.
+            ValueError: if the weights belong to another net, or their classes are others or in another order. The
+                message is one sentence instead of torch's list of all keys. A fit may move to other classes.
         """
         self._follow_surgeries(checkpoint.get("surgeries", []))
-        if checkpoint.get("lr_schedulers") and self._trainer is not None and self._trainer.state.fn == "fit":
+        fits = self._trainer is not None and self._trainer.state.fn == "fit"
+        if checkpoint.get("lr_schedulers") and fits:
             _multiply_rates_(checkpoint, self._lr_scale() / checkpoint.get("lr_scale", self._lr_scale()))
             self._schedule_before = {
                 "steps_per_epoch": checkpoint.get("steps_per_epoch"),
@@ -517,6 +507,12 @@ class Classifier(LightningModule):
             raise ValueError(
                 f"the checkpoint belongs to another net ({problem}): give the configuration that it was trained with, "
                 "as `--run DIR` does, or another checkpoint."
+            )
+        names = checkpoint.get("hyper_parameters", {}).get("class_names") or ()
+        wrong = next((pair for pair in zip(names, self.class_names, strict=False) if pair[0] != pair[1]), None)
+        if wrong and self.hparams.get("class_names") and not fits:
+            raise ValueError(
+                f"where the checkpoint has class {wrong[0]}, the data have {wrong[1]}: give the data it was trained on."
             )
 
 

@@ -80,6 +80,7 @@ def find_batch_size(
     Raises:
         ValueError: if an argument is outside its range, or a step with one image fails.
     """
+    datamodule.prepare_data()
     datamodule.setup("fit")
     most = len(datamodule.train_data)
     largest = most if largest is None else min(largest, most)

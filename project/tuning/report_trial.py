@@ -29,7 +29,7 @@ class ReportTrial(Callback):
         if trainer.sanity_checking:
             return
         for name, value in trainer.callback_metrics.items():
-            if name.startswith("val/"):
+            if name.startswith("val/") and not value.isnan():
                 better = min if name.endswith(("loss", "error")) else max
                 self.best[name] = better(value.item(), self.best.get(name, value.item()))
         if self.trial is None or not self.prune or self.monitor not in trainer.callback_metrics:

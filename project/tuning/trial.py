@@ -3,6 +3,7 @@
 import csv
 import gc
 import logging
+import math
 import statistics
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -55,7 +56,11 @@ def trial_config(config: Mapping[str, Any], plan: Plan, seed: int) -> dict[str, 
 
 
 def train(config: dict[str, Any], reporter: ReportTrial, plan: Plan, params: dict[str, Any]) -> tuple[Run, list[float]]:
-    """Train one run, and return it with the values of the objectives."""
+    """Train one run, and return it with the values of the objectives.
+
+    Raises:
+        ValueError: if an objective is NaN, or no validation has measured it.
+    """
     with quiet():
         cli = build(config)
         trainer, model = cli.trainer, cli.model
@@ -67,6 +72,9 @@ def train(config: dict[str, Any], reporter: ReportTrial, plan: Plan, params: dic
             known = {**{name: value.item() for name, value in trainer.callback_metrics.items()}, **reporter.best}
             known |= {name: value for name, value in read_summary(run.summary).items() if name.endswith("_seconds")}
             known |= _costs(model, run, plan)
+            for name in plan.objectives:
+                if math.isnan(known.get(name, math.nan)):
+                    raise ValueError(f"{name} is {known.get(name, 'missing')}, so the trial has no result")
             return run, [float(known[name]) for name in plan.objectives]
         finally:
             del cli, trainer, model  # free the memory before the next trial's net is made

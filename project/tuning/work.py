@@ -61,7 +61,7 @@ def fill(study: optuna.Study, plan: Plan) -> int:
         lost = [trial for trial in tries[ticket] if "double" not in trial.user_attrs]
         if any(trial.state != TrialState.FAIL for trial in lost) or len(lost) >= MAX_LOSSES:
             continue
-        study.enqueue_trial(lost[-1].params if lost else params, user_attrs={"ticket": ticket})
+        study.enqueue_trial({**params, **(lost[-1].params if lost else {})}, user_attrs={"ticket": ticket})
         num_filled += 1
     return num_filled
 

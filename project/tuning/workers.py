@@ -23,7 +23,11 @@ GONE = "the study's storage no longer answers: when it answers again, the same c
 
 
 def work_in_processes(plan: Plan, workers: int) -> None:
-    """Run worker processes until all of them end. A worker that is killed is replaced."""
+    """Run worker processes until all of them end. A worker that is killed is replaced.
+
+    Raises:
+        SystemExit: if a worker ended with an error, which it has logged.
+    """
     context = multiprocessing.get_context("spawn")
     before = dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -32,16 +36,20 @@ def work_in_processes(plan: Plan, workers: int) -> None:
     processes = [_start(context, plan, number) for number in range(workers)]
     in_main = threading.current_thread() is threading.main_thread()
     handler = signal.signal(signal.SIGTERM, _end) if in_main else None
+    failed = False
     try:
         while processes:
             multiprocessing.connection.wait([process.sentinel for process in processes])
             for index, process in [(i, p) for i, p in enumerate(processes) if not p.is_alive()]:
                 process.join()
+                failed = failed or (process.exitcode or 0) > 0
                 killed = process.exitcode is not None and process.exitcode < 0
                 if killed:
                     log.warning("a worker was killed by signal %d: its trial is run again", -(process.exitcode or 0))
                     processes[index] = _start(context, plan, index)
             processes = [process for process in processes if process.is_alive()]
+        if failed:
+            sys.exit(2)
     finally:
         for process in processes:
             process.terminate()

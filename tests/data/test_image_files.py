@@ -56,6 +56,18 @@ def test_centre_is_kept_and_proportions_too(tmp_path: Path) -> None:
     assert centre_box((30, 10), (20, 10)) == (5, 0, 25, 10) and centre_box((10, 40), (5, 5)) == (0, 15, 10, 25)
 
 
+@pytest.mark.parametrize("target", [(8, 8), (28, 28), (32, 32), (224, 224), (299, 299), (224, 160)], ids=str)
+def test_the_centre_lies_within_images_of_every_size(target: tuple[int, int]) -> None:
+    for side in range(1, 1000):
+        for size in ((side, side), (side, 2 * side), (side + 1, side)):
+            left, top, right, bottom = centre_box(size, target)
+            assert 0 <= left < right <= size[0] and 0 <= top < bottom <= size[1], (size, target)
+
+
+def test_photos_of_450_pixels_are_decoded(tmp_path: Path) -> None:
+    assert decode_image(write_image(tmp_path / "x.png", (600, 450)), (3, 224, 224)).shape == (3, 224, 224)
+
+
 def test_sixteen_bits_keep_the_upper_eight(tmp_path: Path) -> None:
     Image.fromarray(np.full((4, 4), 200 * 256 + 7, dtype=np.uint16)).save(tmp_path / "x.png")
     assert decode_image(tmp_path / "x.png", (1, 4, 4)).unique().tolist() == [200]

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from project.data import ImageFolder
+from project.frame.paths import Run
+from project.frame.verbs import VERBS
 from project.learning import Classifier
 
 
@@ -87,6 +89,32 @@ def test_without_test_images_a_fit_ends_well_and_a_test_is_refused(command, digi
     assert not any(key.startswith("test/") for key in summary)
     status, _, err = command("test", "--run", str(logs / "digits"))
     assert status == 2 and "the test set holds no images" in err and len(err.strip().splitlines()) == 1, err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["onnx", "onnx-int8", "pt2", "packed"])
+def test_without_test_images_a_file_is_checked_on_training_images(command, digits, logs, root, format):
+    pytest.importorskip("project.deployment.export")
+    for name in ("cat", "dog"):
+        write(root / name, 8)
+    assert command("fit", *options(digits, root, "--data.test_fraction=0"))[0] == 0
+    status, out, err = command("export", "--run", str(logs / "digits"), "--format", format)
+    assert status == 0 and "training images a logit differs" in out + err, err
+    assert Run.find(logs / "digits").model_file(format).is_file()
+
+
+def test_weights_for_other_classes_are_refused_but_a_fit_may_start_from_them(command, digits, logs, root):
+    for name in ("cat", "dog"):
+        write(root / name, 8)
+    assert command("fit", *options(digits, root))[0] == 0
+    run = Run.find(logs / "digits")
+    (root / "cat").rename(root / "elk")  # now the dog comes first
+    for verb in ("test", "validate", "export"):
+        if verb in VERBS or verb != "export":
+            status, _, err = command(verb, "--run", str(run.folder))
+            assert status == 2 and "class cat, the data have dog" in err and err.count("\n") == 1, err
+    status, _, err = command("fit", *options(digits, root, f"--weights={run.best_checkpoint}"))
+    assert status == 0, err
 
 
 @pytest.mark.slow

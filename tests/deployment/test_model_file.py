@@ -243,3 +243,23 @@ def test_three_runtimes_agree_on_real_images(command, digits, logs) -> None:  # 
         expected = torch.from_numpy(logits).argmax(1)
         for engine in (ModelFile(path).logits, openvino_engine(path)):
             assert (engine(images).argmax(1) == expected).float().mean() >= 0.997  # one of 359 may tie
+
+
+@pytest.mark.parametrize(("text", "answer"), [("data: [1, 2", "is no YAML"), ("- a", "holds no keys")])
+def test_a_damaged_configuration_is_refused(folder: Path, text: str, answer: str, tmp_path: Path, command) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "c.yaml").write_text(text)
+    status, _, err = command("test", "--model", str(folder / "model.onnx"), "--config", str(tmp_path / "c.yaml"))
+    assert status == 2 and "c.yaml" in err and answer in err and err.count("\n") == 1, err
+
+
+def test_a_place_or_name_that_no_file_can_have_is_refused_first(
+    folder: Path, tmp_path: Path, command, digits, logs
+) -> None:  # type: ignore[no-untyped-def]
+    Image.new("L", (28, 28)).save(tmp_path / "x.png")
+    for verb in (["predict", "--model", str(folder / "model.onnx"), "--images", str(tmp_path / "x.png")],
+                 ["unpack", "--model", str(folder / "model.packed")]):  # fmt: skip
+        status, _, err = command(*verb, "--output", str(tmp_path))
+        assert status == 2 and "it is a folder: give --output FILE" in err and err.count("\n") == 1, err
+    assert command("fit", *digits, "--trainer.max_epochs=1")[0] == 0
+    status, _, err = command("export", "--run", str(logs / "digits"), "--output", str(tmp_path / "m.pt2"))
+    assert status == 2 and "a file of format onnx ends in .onnx" in err and not (tmp_path / "m.pt2").exists(), err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from project.frame.errors import sentence
 from project.frame.paths import Run
@@ -289,3 +290,24 @@ def test_a_checkpoint_alone_brings_its_configuration(command, digits, logs, here
     moved.parent.mkdir()
     run.best_checkpoint.rename(moved)
     assert "no config.yaml belongs to it: give --config or --run" in refusal(command("test", f"--ckpt_path={moved}"))
+    expected = command("test", f"--run={run.folder}", "--ckpt_path", str(moved))
+    assert expected[0] == 0 and command("test", "--ckpt_path", str(moved), f"--run={run.folder}") == expected
+    assert command("test", "-c", str(run.config), "--ckpt_path", str(moved)) == expected
+
+
+def test_a_run_is_found_behind_a_configuration_before_the_verb(command, digits, logs, here):
+    assert command("fit", *digits, "--trainer.max_epochs=1")[0] == 0
+    (here / "whole.yaml").write_text("fit: {trainer: {max_epochs: 2}}")
+    status, out, err = command("--config", "whole.yaml", "fit", "--resume", str(logs / "digits"))
+    assert status == 0 and [run.name for run in (logs / "digits").iterdir()] == ["version_0"], err
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(command, digits, logs, here):
+    (here / "folder").mkdir()
+    (here / "file").touch()
+    Image.new("L", (8, 8)).save(here / "x.png")
+    assert command("fit", *digits, "--trainer.max_epochs=1")[0] == 0
+    predict = ("predict", "--run", str(logs / "digits"), "--images", "x.png", "--output")
+    assert "it is a folder: give --output FILE" in refusal(command(*predict, "folder"))
+    assert "file is no folder: give --output FILE" in refusal(command(*predict, "file/x.csv"))
+    assert command(*predict, "new/x.csv")[0] == 0

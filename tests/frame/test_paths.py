@@ -49,3 +49,10 @@ def test_write_whole_leaves_the_old_file_when_writing_fails(tmp_path):
     with pytest.raises(OSError, match="disk full"):
         write_whole(path, fail)
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_half_written_is_no_model_file(tmp_path):
+    run = Run(tmp_path)
+    for name in ("model.onnx", ".42.model.onnx", "model.packed", ".42.model.packed"):
+        (tmp_path / name).touch()
+    assert [path.name for path in run.model_files] == ["model.onnx", "model.packed"]

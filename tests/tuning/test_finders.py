@@ -258,3 +258,26 @@ def test_a_net_that_asks_for_the_version_of_its_weights_gets_them_back(tiny):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     assert find_batch_size(tiny.trainer(max_epochs=1), model, data, mode="power", first=16, largest=32) == 32
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+LATE = """
+from pathlib import Path
+from project.data import Digits
+
+class Late(Digits):
+    def prepare_data(self):
+        Path("ready").touch()
+
+    def load(self, train):
+        if not Path("ready").exists():
+            raise ValueError("not prepared")
+        return super().load(train)
+"""
+
+
+def test_data_are_prepared_before_they_are_read(command, logs, tmp_path, monkeypatch):
+    (tmp_path / "own_late_data.py").write_text(LATE)
+    monkeypatch.chdir(tmp_path)
+    options = ["--data=own_late_data.Late", "--data.batch_size=16", "--model.net=project.models.SmallInception"]
+    status, _, err = command("find_batch_size", *options, "--first=16", "--largest=16")
+    assert status == 0, err

@@ -3,6 +3,7 @@
 import csv
 import os
 import signal
+import warnings
 from pathlib import Path
 
 import optuna
@@ -26,6 +27,15 @@ TINY = {
     "data": {"init_args": {"batch_size": 128}},
     "trainer": {"max_epochs": 1, "observe": False, "callbacks": ["project.callbacks.HParams"]},
 }
+
+BREAKS = """
+from lightning.pytorch import Callback
+
+class Break(Callback):
+    def on_train_start(self, trainer, module):
+        if not trainer.fast_dev_run:
+            raise KeyError("a bug of mine")
+"""
 
 
 @pytest.fixture
@@ -98,6 +108,30 @@ def test_a_point_that_cannot_be_trained_counts_as_the_worst(command, fragment, l
     with (logs / "s" / "trials.csv").open(newline="") as file:
         states = {(row["data.init_args.batch_size"], row[LR]): row["state"] for row in csv.DictReader(file)}
     assert states == {("128", "0.1"): "complete", ("128", "1e+30"): "pruned", ("5000", ""): "pruned"}
+
+
+def test_a_trial_without_a_validation_or_with_a_nan_counts_as_not_trained(command, fragment, logs):
+    rates = {"choices": [0.1, 1.0e30], "when": {"trainer.max_epochs": 2}}
+    search = {"space": {"trainer.max_epochs": [2, 1], LR: rates}, "sampler": "grid", "objective": "val/loss"}
+    more = ["--trainer.check_val_every_n_epoch=2", "--trainer.limit_train_batches=1", "--trainer.callbacks=[]"]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Encountered `nan` values")
+        status, out, err = command("tune", *fragment(search), *more)
+    assert status == 0, err
+    assert "val/loss is missing, so the trial has no result" in out and "3 of 3 trials done" in out
+    with (logs / "s" / "trials.csv").open(newline="") as file:
+        states = {(row["trainer.max_epochs"], row[LR]): row["state"] for row in csv.DictReader(file)}
+    assert states == {("2", "0.1"): "complete", ("2", "1e+30"): "pruned", ("1", ""): "pruned"}
+
+
+@pytest.mark.slow
+def test_workers_that_end_with_an_error_end_the_command_with_one(command, fragment, logs, monkeypatch, tmp_path):
+    (tmp_path / "own_break.py").write_text(BREAKS)
+    monkeypatch.chdir(tmp_path)
+    search = {"space": {LR: [0.1, 0.2]}, "sampler": "grid"}
+    options = ["--workers=2", "--trainer.callbacks+=own_break.Break", "--trainer.fast_dev_run=false"]
+    status, _, _ = command("tune", *fragment(search), *options)
+    assert status == 2
 
 
 @pytest.mark.slow

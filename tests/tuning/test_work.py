@@ -72,6 +72,15 @@ def test_a_silent_trial_is_lost_and_comes_back_until_it_has_killed_too_often(pla
         assert fill(study, plan) == (attempt < MAX_LOSSES)
 
 
+def test_a_ticket_lost_before_its_values_were_drawn_comes_back_with_its_point(plan):
+    study = open_study(plan)
+    fill(study, plan)
+    study.tell(take(study), state=TrialState.FAIL)
+    assert fill(study, plan) == 1
+    points = [plan.space.suggest(trial)["a"] for trial in iter(lambda: take(study), None)]
+    assert sorted(points) == [1, 2, 3]
+
+
 def test_pictures_number_trials_as_the_table_does_when_one_was_lost(plan):
     study = open_study(plan)
     fill(study, plan)

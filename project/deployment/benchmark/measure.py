@@ -238,6 +238,7 @@ def _count_right(entries: Sequence[Entry], data: ImageDataModule, num_images: in
 
 def _test_batches(data: ImageDataModule, num_images: int | None) -> Iterator[tuple[Tensor, Tensor]]:
     """The first test images, uint8 ``[n, C, H, W]`` with n of at most 64, and labels ``[n]``."""
+    data.prepare_data()
     data.setup("test")
     left = sys.maxsize if num_images is None else num_images
     for pixels, labels, _ in data.test_dataloader():

@@ -40,12 +40,16 @@ def peak_memory(
         batch_size: number of images in the batch; 1 or more.
     """
     with tempfile.TemporaryDirectory() as folder:
-        tasks = []
+        tasks, failed = [], dict[int, str]()
         for index, (name, net) in enumerate(engines):
             path, module = net, name.partition("-")[0]
             if isinstance(net, nn.Module):
                 path, module = Path(folder) / f"{index}.pt", type(net).__module__
-                torch.save(net, path)
+                try:
+                    torch.save(net, path)
+                except Exception as error:  # a parametrized weight or a lambda, for example
+                    failed[index] = _reason(error)
+                    continue
             tasks.append({"name": name, "path": str(path), "module": module, "images": [batch_size, *image_shape]})
         done = subprocess.run(
             [sys.executable, "-c", "from project.deployment.benchmark.memory import main; main()"],
@@ -57,9 +61,11 @@ def peak_memory(
         )
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or [f"the process ended with status {done.returncode}"])[-1]
-        return [reason] * len(tasks)
-    found: list[int | str] = json.loads(done.stdout.splitlines()[-1])
-    return found
+        found: list[int | str] = [reason] * len(tasks)
+    else:
+        found = json.loads(done.stdout.splitlines()[-1])
+    measured = iter(found)
+    return [failed[index] if index in failed else next(measured) for index in range(len(engines))]
 
 
 def main() -> None:
@@ -85,6 +91,10 @@ def _measure(task: dict[str, Any], num_threads: int) -> int:
     return torch.cuda.max_memory_allocated() if task["name"].startswith("cuda") else _peak() - before
 
 
+def _reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def _in_a_fork(function: Callable[[], int]) -> int | str:
     read, write = os.pipe()
     process = os.fork()
@@ -92,7 +102,7 @@ def _in_a_fork(function: Callable[[], int]) -> int | str:
         try:
             result: int | str = function()
         except BaseException as error:
-            result = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            result = _reason(error)
         os.write(write, json.dumps(result).encode())
         os._exit(0)
     os.close(write)

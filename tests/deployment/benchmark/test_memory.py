@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from project.deployment.benchmark.memory import peak_memory
 from project.deployment.export import export_onnx
@@ -28,3 +29,12 @@ def test_memory_grows_with_weights_and_images_and_a_failure_is_a_sentence(tmp_pa
     activations = 4 * 512 * (16 * 30 * 30)
     assert isinstance(many, int) and many - light > 0.8 * activations
     assert torch.get_num_threads() >= 1
+
+
+def test_a_net_that_cannot_be_pickled_leaves_the_others_measured() -> None:
+    normed = nn.Sequential(weight_norm(nn.Conv2d(16, 4, 3)), nn.Flatten(), nn.LazyLinear(2))
+    normed(torch.zeros(1, *SHAPE))
+    plain = nn.Sequential(nn.Flatten(), nn.LazyLinear(2))
+    plain(torch.zeros(1, *SHAPE))
+    refused, measured = peak_memory([("eager", normed), ("eager", plain)], SHAPE)
+    assert isinstance(refused, str) and "RuntimeError" in refused and isinstance(measured, int)
