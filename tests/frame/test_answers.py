@@ -298,7 +298,7 @@ def test_a_checkpoint_alone_brings_its_configuration(command, digits, logs, here
 def test_a_run_is_found_behind_a_configuration_before_the_verb(command, digits, logs, here):
     assert command("fit", *digits, "--trainer.max_epochs=1")[0] == 0
     (here / "whole.yaml").write_text("fit: {trainer: {max_epochs: 2}}")
-    status, out, err = command("--config", "whole.yaml", "fit", "--resume", str(logs / "digits"))
+    status, _, err = command("--config", "whole.yaml", "fit", "--resume", str(logs / "digits"))
     assert status == 0 and [run.name for run in (logs / "digits").iterdir()] == ["version_0"], err
 
 

@@ -121,6 +121,10 @@ class DistillFrom(Callback):
             pl_module.distillation = self._net = None
             self._has_teacher = False
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do what ``teardown`` does, which Lightning does not call after an error."""
+        self.teardown(trainer, pl_module, "fit")
+
     def _teach(self, module: Classifier, net: nn.Module) -> None:
         if module.channels_last:
             channels_last_(net)

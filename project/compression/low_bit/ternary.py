@@ -230,7 +230,11 @@ class Freezing:
             weight = net.get_submodule(name).get_parameter("weight")
             rounded = self.low_bit.rounded(name, weight)
             if name in self.targets:  # not the first part: use the scale of the first rounding
-                scale = self.targets[name].abs().flatten(1).amax(1).view(-1, *[1] * (weight.dim() - 1))
+                scale = self.targets[name].abs()
+                if self.low_bit.method == "bwn":  # one scale for each filter; twn has one for the whole layer
+                    scale = scale.flatten(1).amax(1).view(-1, *[1] * (weight.dim() - 1))
+                else:
+                    scale = scale.amax()
                 rounded = rounded.sign() * scale
             frozen = self.frozen.get(name, torch.zeros_like(weight, dtype=torch.bool))
             size = weight.abs().masked_fill(frozen, torch.inf).flatten()  # frozen weights come first
@@ -252,6 +256,15 @@ class Freezing:
         for name, frozen in self.frozen.items():
             weight = net.get_submodule(name).get_parameter("weight")
             weight.copy_(torch.where(frozen, self.targets[name], weight))
+
+    def to_(self, device: torch.device) -> None:
+        """Move the masks and the rounded values to a device.
+
+        Args:
+            device: device of the net's weights.
+        """
+        self.frozen = {name: each.to(device) for name, each in self.frozen.items()}
+        self.targets = {name: each.to(device) for name, each in self.targets.items()}
 
     def state_dict(self) -> dict[str, dict[str, Tensor]]:
         """The masks and the rounded values, as plain tensors."""

@@ -13,12 +13,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 
 from project.callbacks.checkpoint import forget_best, keep_best_as
+from project.callbacks.ema import EMA
 from project.callbacks.places import run_of
 from project.compression.company import Company, check_company
 from project.compression.low_bit.ternary import Freezing, LowBitWeights, Method
+from project.compression.low_bit.xnor import BinaryInput
 from project.compression.norm_folding import fold_norms_
 from project.compression.plain_layers import check_weights
 from project.compression.report import Step, add_step_row, report_steps
+from project.compression.saved_epochs import check_saved
 from project.data import ImageDataModule
 from project.frame.paths import Run
 from project.learning.checkpoints import fresh_checkpoint, save_checkpoint, with_weights
@@ -73,6 +76,7 @@ class TernaryWeights(Callback):
             "integer training": "both round the weights, and eight bits hold two or three values without it: remove "
             "one of the two",
             "shared weights": "the two or three values of a layer are shared already: remove one of the two",
+            "low bit": "both round the weights: remove one of the two",
             "low rank": "thin layers would replace the rounded layers: remove one of the two",
         },
         before={"integer file": "it would quantize the float weights: put it after the rounding"},
@@ -121,10 +125,25 @@ class TernaryWeights(Callback):
         if not trainer.fast_dev_run and 0 <= epochs < self.begin_epoch + max(parts, 1):  # type: ignore[attr-defined]
             given = f"begin_epoch is {self.begin_epoch}{f' and freeze has {parts} parts' if parts else ''}"
             raise ValueError(f"{given}, but training ends after {epochs} epochs: begin earlier, or train longer.")
+        if self.method == "ttq" and trainer.precision == "16-mixed":
+            raise ValueError(
+                "precision is 16-mixed, but only the run's own optimizer skips steps with overflowing gradients, and "
+                "the values of ttq have another one: choose bf16-mixed or 32-true."
+            )
+        check_saved(trainer, max(self._begins(trainer), default=self.begin_epoch))
         check_company(trainer.callbacks, self)  # type: ignore[attr-defined]
         self.low_bit = LowBitWeights(self.method, self._layers(pl_module.net))
         self.freezing = None if self.freeze is None else Freezing(self.low_bit)
         self._optimizer, self._saved = None, {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Follow a restored checkpoint: it may have changed the names of the layers, and its tensors are on the CPU."""
+        assert isinstance(pl_module, Classifier) and self.low_bit is not None
+        self.low_bit.layers = self._layers(pl_module.net)
+        values = {name: each.detach().to(pl_module.device) for name, each in self.low_bit.values.items()}
+        self.low_bit.values = {name: each.requires_grad_() for name, each in values.items()}
+        if self.freezing is not None:
+            self.freezing.to_(pl_module.device)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Classifier)
@@ -135,6 +154,9 @@ class TernaryWeights(Callback):
             forget_best(trainer)
         if self.freezing is not None and (portion := self._portion(trainer)) is not None:
             self.freezing.freeze_(pl_module.net, portion)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, EMA):  # its averages have values of before the rounding
+                    callback.restart()
             forget_best(trainer)
             log.info("%g %% of the weights of each layer are now rounded for good", 100 * portion)
 
@@ -142,7 +164,7 @@ class TernaryWeights(Callback):
         self._attach(trainer, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.training or trainer.validating:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self._attach(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -222,28 +244,34 @@ class TernaryWeights(Callback):
         layers = [name for name, module in net.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)]
         if not layers:
             raise ValueError(f"{type(net).__name__} has no convolution and no linear layer to round.")
-        exclude = [f"^{re.escape(name)}$" for name in (layers[0], layers[-1])] if self.exclude is None else self.exclude
+        inside = {f"{name}.layer" for name, module in net.named_modules() if isinstance(module, BinaryInput)}
+        known = {
+            name: name.removesuffix(".layer") if name in inside else name for name in layers
+        }  # by their first name
+        ends = known[layers[0]], known[layers[-1]]
+        exclude = [f"^{re.escape(name)}$" for name in ends] if self.exclude is None else self.exclude
         for argument, patterns in (("include", self.include or []), ("exclude", self.exclude or [])):
             for pattern in patterns:
-                if not any(re.search(pattern, name) for name in layers):
-                    raise ValueError(
-                        f"{argument} has {pattern!r}, which matches no layer: the layers are {', '.join(layers)}."
-                    )
+                if not any(re.search(pattern, name) for name in known.values()):
+                    names = ", ".join(known.values())
+                    raise ValueError(f"{argument} has {pattern!r}, which matches no layer: the layers are {names}.")
         chosen = [
             name
             for name in layers
-            if any(re.search(pattern, name) for pattern in self.include or [".*"])
-            and not any(re.search(pattern, name) for pattern in exclude)
+            if any(re.search(pattern, known[name]) for pattern in self.include or [".*"])
+            and not any(re.search(pattern, known[name]) for pattern in exclude)
         ]
         check_weights(net, chosen, type(self).__name__)
         return chosen
 
     def _portion(self, trainer: Trainer) -> float | None:
         """The share of the weights to freeze at the start of this epoch; None if this epoch freezes nothing."""
-        assert self.freeze is not None
-        length = (trainer.max_epochs or 0) - self.begin_epoch
-        begins = [self.begin_epoch + number * length // len(self.freeze) for number in range(len(self.freeze))]
-        return dict(zip(begins, self.freeze, strict=True)).get(trainer.current_epoch)
+        return dict(zip(self._begins(trainer), self.freeze or [], strict=True)).get(trainer.current_epoch)
+
+    def _begins(self, trainer: Trainer) -> list[int]:
+        """The epochs at whose start a share of the weights is frozen; none without ``freeze``."""
+        parts, length = len(self.freeze or []), (trainer.max_epochs or 0) - self.begin_epoch
+        return [self.begin_epoch + number * length // parts for number in range(parts)]
 
     def _attach(self, trainer: Trainer, module: LightningModule) -> None:
         """Let the net compute with rounded weights, once ``begin_epoch`` is reached."""
@@ -274,6 +302,9 @@ class TernaryWeights(Callback):
             weights = small.state_dict()
             best.write_(weights, prefix="net.")
             small.load_state_dict(weights)
+        else:
+            self.freezing.to_(torch.device("cpu"))
+            self.freezing.hold_(small.net)  # averages of EMA may hold steps of before the weights were set again
         fold_norms_(small.net)  # saves 6 of 102 kB of a file of configs/fashion_mnist.yaml
         finished = fresh_checkpoint(small, checkpoint) | {_FINISHED: self.step}
         save_checkpoint(finished, run.best_checkpoint)

@@ -86,7 +86,7 @@ class BinaryInput(nn.Module):
         self.bias: Tensor | None = None
         if input_scale:
             self.bias, layer.bias = layer.bias, None
-        self.norm.to(layer.weight.device)
+        self.norm.to(layer.weight.device, layer.weight.dtype)
         self.train(layer.training)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -74,11 +74,6 @@ class XNORNet(TernaryWeights):
         self.begun = False
         pl_module.phase = self._phase(trainer)
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Look up the layer names again, since a restored checkpoint may have wrapped the layers already."""
-        assert isinstance(pl_module, Classifier) and self.low_bit is not None
-        self.low_bit.layers = self._layers(pl_module.net)
-
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_epoch_start(trainer, pl_module)
         if self.begun or trainer.current_epoch < self.begin_epoch:
@@ -99,6 +94,11 @@ class XNORNet(TernaryWeights):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, Classifier):
             pl_module.phase = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do what ``teardown`` does, which Lightning does not call after an error."""
+        super().on_exception(trainer, pl_module, exception)
+        self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
         return super().state_dict() | {"begun": self.begun}

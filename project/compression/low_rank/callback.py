@@ -10,11 +10,12 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from project.callbacks.checkpoint import BestAndLast
+from project.callbacks.checkpoint import forget_best
 from project.callbacks.places import run_of
 from project.compression.company import Company, check_company
 from project.compression.low_rank.factorizer import Factorizer, load_
 from project.compression.report import Step, report_steps
+from project.compression.saved_epochs import check_saved
 from project.data import ImageDataModule
 from project.frame.paths import write_whole
 from project.learning.checkpoints import fresh_checkpoint, load_with_weights, read_checkpoint, save_checkpoint
@@ -89,6 +90,7 @@ class LowRank(Callback):
             return
         check_company(trainer.callbacks, self)  # type: ignore[attr-defined]
         _check(trainer, pl_module, self.begin_epoch, self.factorizer.num_images)
+        check_saved(trainer, self.begin_epoch)
         assert isinstance(pl_module, Classifier)
         self.begun = False
         pl_module.phase = self._phase(trainer)
@@ -114,9 +116,7 @@ class LowRank(Callback):
         self.begun = True
         pl_module.phase = self._phase(trainer)
         trainer.strategy.setup_optimizers(trainer)
-        for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, BestAndLast):
-                callback.forget_best()
+        forget_best(trainer)
         for name, kind in surgery.kinds.items():
             log.info("%-40s %-8s rank %s", name, kind, ", ".join(map(str, surgery.ranks[name])))
         after = count_macs(pl_module.net, pl_module.image_shape)
@@ -142,6 +142,10 @@ class LowRank(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and isinstance(pl_module, Classifier):
             pl_module.phase = None
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Do what ``teardown`` does, which Lightning does not call after an error."""
+        self.teardown(trainer, pl_module, "fit")
 
     def state_dict(self) -> dict[str, Any]:
         return {"begun": self.begun}

@@ -113,11 +113,17 @@ def errors_of(weight: Tensor, kind: Kind, moment: Tensor | None = None) -> Tenso
         energy = core.square().sum(dim=(2, 3)).T
         kept = torch.zeros(energy.shape[0] + 1, energy.shape[1] + 1, dtype=torch.float64)
         kept[1:, 1:] = energy.cumsum(0).cumsum(1)
-        return 1 - kept / energy.sum().clamp(min=1e-300)
+        return _lost(kept, energy)
     matrix = matrix_of(weight, kind)
     energy = torch.linalg.eigvalsh(matrix @ matrix.T if moment is None else moment).flip(0).clamp(min=0)
     kept = torch.cat([energy.new_zeros(1), energy.cumsum(0)])
-    return (1 - kept / energy.sum().clamp(min=1e-300))[: min(matrix.shape) + 1]
+    return _lost(kept, energy)[: min(matrix.shape) + 1]
+
+
+def _lost(kept: Tensor, energy: Tensor) -> Tensor:
+    """The share of the energy that is not kept; a weight of zeros loses nothing at any rank."""
+    whole = energy.sum()
+    return 1 - kept / whole if whole.is_meta or whole > 0 else torch.zeros_like(kept)
 
 
 def _exact(weight: Tensor) -> Tensor:

@@ -243,7 +243,10 @@ class IterativeMagnitudePruning(Callback):
                 )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the trainer and the model back as they were, since Lightning calls no ``teardown`` after an error."""
         self._held.release()
+        if getattr(pl_module, "phase", None) is not None:  # ``setup`` has come to its end
+            self.teardown(trainer, pl_module, "fit")
 
     # -- state ---------------------------------------------------------------------------------------------------
 

@@ -1,15 +1,15 @@
 """Checks before the first step of a pruning run: they find what would otherwise fail in its last round."""
 
-import math
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
 
-from project.callbacks.checkpoint import BestAndLast
 from project.compression.pruning.masks import Group
 from project.compression.pruning.pruner import Pruner
+from project.compression.pruning.saliency import check_norm_scales
 from project.compression.pruning.schedules import Gradual, Rounds
+from project.compression.saved_epochs import epochs_between_checkpoints
 from project.data import ImageDataModule
 from project.learning.classifier import Classifier
 
@@ -18,13 +18,18 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
     """Check that the run trains a Classifier for a number of epochs and that nothing ends it early.
 
     Raises:
-        ValueError: if the model is no Classifier, if there is an EarlyStopping callback, if ``max_epochs`` is missing,
-            or if ``max_steps`` is set.
+        ValueError: if the model is no Classifier, if there is an EarlyStopping callback or one of Lightning that
+            averages weights, if ``max_epochs`` is missing, or if ``max_steps`` is set.
     """
     if not isinstance(module, Classifier):
         raise ValueError(
             f"the model is a {type(module).__name__}, but IterativeMagnitudePruning prunes the net of a Classifier: "
             "use project.learning.Classifier or a subclass."
+        )
+    if any(isinstance(callback, WeightAveraging | StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+        raise ValueError(
+            "callbacks hold one of Lightning's that average weights, which does not follow the masks: use "
+            "project.callbacks.EMA."
         )
     if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError(
@@ -40,11 +45,14 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
 
 
 def check_end(schedule: Rounds | Gradual, pruner: Pruner, groups: Sequence[Group], module: Classifier) -> None:
-    """Check that the layers can lose the share that the schedule ends with.
+    """Check that the criterion can score the layers, and that they can lose the share that the schedule ends with.
 
     Raises:
-        ValueError: if ``keep`` and ``round_to``, or one weight a layer, are more than the schedule leaves.
+        ValueError: if units have no norm but the criterion is ``norm_scale``, or if ``keep`` and ``round_to``, or one
+            weight a layer, are more than the schedule leaves.
     """
+    if pruner.criterion == "norm_scale":
+        check_norm_scales(module.net, {group.layer: group.units for group in groups if group.units is not None})
     if pruner.scope != "global":
         return
     end = schedule.final if isinstance(schedule, Gradual) else schedule.level(-1)
@@ -75,8 +83,7 @@ def check_run(
             f"criterion is {pruner.criterion!r}, which needs training images for its gradients, but there is no "
             "ImageDataModule: give one, or choose the criterion magnitude."
         )
-    best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
-    every = 1 if best is None else math.lcm(best._every_n_epochs, trainer.check_val_every_n_epoch or 1)
+    every = epochs_between_checkpoints(trainer)
     last = dense_epochs // every * every  # the last epoch after which a checkpoint is written
     if isinstance(schedule, Gradual):
         if schedule.end_epoch >= last:

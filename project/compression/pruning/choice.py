@@ -45,13 +45,19 @@ def choose_layers(
 
 
 def groups_of_weights(
-    net: nn.Module, chosen: Sequence[str], image_shape: tuple[int, int, int], *, dead_ends: bool
+    net: nn.Module,
+    chosen: Sequence[str],
+    excluded: Sequence[str],
+    image_shape: tuple[int, int, int],
+    *,
+    dead_ends: bool,
 ) -> list[Group]:
-    """A group for each chosen layer.
+    """A group for each chosen layer; one for all layers that share a weight, and none if one of them is excluded.
 
     Args:
         net: net with the layers; it is not changed.
         chosen: names of the layers in the order of the net.
+        excluded: regular expressions of the layers that keep their weights.
         image_shape: shape (C, H, W) of an image.
         dead_ends: whether the groups get their units, and the biases and norms that are pruned with a dead end.
 
@@ -60,8 +66,13 @@ def groups_of_weights(
     """
     check_weights(net, chosen, "pruning")
     known = trace(net, image_shape).groups if dead_ends else {}
+    layers = [(name, layer.weight) for name, layer in net.named_modules() if isinstance(layer, _WEIGHT_LAYERS)]
+    done = {id(weight) for name, weight in layers if _finds(excluded, [name])}
     groups = []
     for layer in chosen:
+        if id(weight := net.get_parameter(f"{layer}.weight")) in done:
+            continue
+        done.add(id(weight))
         units = known.get(layer)
         others = [name for name in units.parameters if net.get_parameter(name).dim() == 1] if units else []
         groups.append(Group(layer, (f"{layer}.weight", *others), units))

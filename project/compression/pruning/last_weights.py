@@ -31,7 +31,9 @@ def last_weights(groups: Sequence[Group], scores: Mapping[str, Tensor], left: Ma
         score, candidates = scores[group.layer], left[group.layer]
         alive: Tensor | bool = True
         if group.units is not None:
-            alive = read_units(group.units, read).to(score.device).view(-1, *[1] * (score.dim() - 1))
+            rows = torch.ones(len(score), dtype=torch.bool)  # a unit may be several rows, as in a group of a norm
+            rows[group.units.slices[f"{group.layer}.weight", 0]] = read_units(group.units, read)[:, None]
+            alive = rows.to(score.device).view(-1, *[1] * (score.dim() - 1))
         if dead := not (candidates & alive).any():
             alive = True
         score = score.masked_fill(~(candidates & alive), -1)  # no score is below 0

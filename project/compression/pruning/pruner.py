@@ -191,7 +191,7 @@ class Pruner:
         if self.structure == "units":
             groups = groups_of_units(net, chosen, excluded, image_shape, named=self.include is not None)
         else:
-            groups = groups_of_weights(net, chosen, image_shape, dead_ends=self.budget == "effective")
+            groups = groups_of_weights(net, chosen, excluded, image_shape, dead_ends=self.budget == "effective")
         if not groups:
             raise ValueError(
                 f"no layer is left to prune with include {self.include or ['.*']} and exclude {excluded}: include more "

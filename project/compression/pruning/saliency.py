@@ -188,9 +188,17 @@ def _distances(units: Units, weights: Parameters) -> Tensor:
     return total
 
 
-def _norm_scales(net: nn.Module, units: Mapping[str, Units]) -> dict[str, Tensor]:
-    """The sum of the absolute scales of each unit's norms."""
-    scales = {name: scale.detach().abs() for name, scale in norm_scales(net).items()}
+def check_norm_scales(net: nn.Module, units: Mapping[str, Units]) -> None:
+    """Check that each layer's units have a norm with scales.
+
+    Args:
+        net: net with the units; it is not changed.
+        units: the units of each layer, by its name.
+
+    Raises:
+        ValueError: if a layer has no such norm.
+    """
+    scales = norm_scales(net)
     without = {
         layer: "no norm scales its units"
         for layer, each in units.items()
@@ -201,6 +209,12 @@ def _norm_scales(net: nn.Module, units: Mapping[str, Units]) -> dict[str, Tensor
             f"criterion is norm_scale, but it cannot score {name_layers(without)}: exclude these layers, or choose "
             "another criterion, such as obd."
         )
+
+
+def _norm_scales(net: nn.Module, units: Mapping[str, Units]) -> dict[str, Tensor]:
+    """The sum of the absolute scales of each unit's norms."""
+    check_norm_scales(net, units)
+    scales = {name: scale.detach().abs() for name, scale in norm_scales(net).items()}
     return {layer: _sums(each, scales) for layer, each in units.items()}
 
 

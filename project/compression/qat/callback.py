@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from project.callbacks.checkpoint import forget_best
 from project.compression.plain_layers import name_layers
 from project.compression.qat.fake_quantization import FakeQuantization
+from project.compression.saved_epochs import check_saved
 from project.learning.classifier import Classifier
 
 log = logging.getLogger(__name__)
@@ -62,12 +63,17 @@ class QuantizationAwareTraining(Callback):
         if stage != "fit":
             return
         self.begun = False
-        if trainer.max_epochs is not None and 0 < trainer.max_epochs <= (self.begin_epoch or 0):
+        if not isinstance(pl_module, Classifier):
+            raise ValueError(
+                f"the model is a {type(pl_module).__name__}, but QuantizationAwareTraining needs a Classifier."
+            )
+        ends = trainer.max_epochs is not None and 0 < trainer.max_epochs <= (self.begin_epoch or 0)
+        if ends and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
                 f"begin_epoch is {self.begin_epoch}, but training ends after {trainer.max_epochs} epochs: begin "
                 "earlier, or train longer."
             )
-        assert isinstance(pl_module, Classifier)
+        check_saved(trainer, self.begin_epoch or 0)
         if left := self.fake.left_out(pl_module.net, pl_module.image_shape):
             log.warning("these layers are not rounded in training: %s", name_layers(left))
 

@@ -221,6 +221,11 @@ class WeightSharing(Callback):
             trainer.fit_loop.max_epochs = min(trainer.max_epochs or 0, self._begin)  # pruning has reset it already
             pl_module.phase = None
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Give the trainer and the model back as they were, since Lightning calls no ``teardown`` after an error."""
+        if getattr(pl_module, "phase", None) is not None:  # ``setup`` has come to its end
+            self.teardown(trainer, pl_module, "fit")
+
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

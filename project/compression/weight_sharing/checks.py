@@ -1,12 +1,11 @@
 """Checks before the first training step: which settings and callbacks weight sharing cannot be combined with."""
 
-import math
-
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from project.callbacks.checkpoint import BestAndLast
 from project.compression.company import Company, check_company
+from project.compression.saved_epochs import epochs_between_checkpoints
 from project.learning.classifier import Classifier
+from project.losses.penalties import MaxNorm
 
 _INTEGERS = (
     "integers with a scale per channel replace the shared values of a layer, so that the accuracy suffers twice and no "
@@ -49,7 +48,8 @@ def check_sharing(trainer: Trainer, module: LightningModule, sharing: Callback, 
     steps = trainer.max_steps > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if trainer.max_epochs is None or trainer.max_epochs < 0 or steps:
         raise ValueError("weight sharing counts epochs, not steps: set trainer.max_epochs, and leave max_steps out.")
-    if module.max_norm.conv is not None or module.max_norm.fc is not None:
+    limit = module.max_norm
+    if type(limit) is not MaxNorm or limit.conv is not None or limit.fc is not None:
         raise ValueError(
             "max_norm is set, but it scales each unit by itself, so that units no longer share values: remove max_norm."
         )
@@ -58,10 +58,9 @@ def check_sharing(trainer: Trainer, module: LightningModule, sharing: Callback, 
             "precision is 16-mixed, but only the run's own optimizer skips steps with overflowing gradients, and the "
             "shared values have another one: choose bf16-mixed or 32-true."
         )
-    check_company(trainer.callbacks, sharing)
-    best = next((c for c in trainer.checkpoint_callbacks if isinstance(c, BestAndLast)), None)
-    every = 1 if best is None else math.lcm(best._every_n_epochs, trainer.check_val_every_n_epoch or 1)
-    if epochs < every and not trainer.fast_dev_run:
+    check_company(trainer.callbacks, sharing)  # type: ignore[attr-defined]
+    every = epochs_between_checkpoints(trainer)
+    if epochs < every and not trainer.fast_dev_run:  # type: ignore[attr-defined]
         raise ValueError(
             f"checkpoints are written every {every} epochs, but weight sharing trains for {epochs}: write checkpoints "
             "more often, or choose a larger number of epochs for WeightSharing."
