@@ -183,9 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         f"""Ioffe & Szegedy train Inception on ImageNet. Here a net of two convolutions (16 and 32 channels) and a
         hidden layer of 128 units trains on {IMAGES:,} images of Fashion-MNIST for {EPOCHS} epochs, with SGD, momentum
         0.9 and batches of 64. Batch norm stands after each convolution and after the hidden layer. The other
-        claims on batch norm have [a page of their own](batch_norm.md). For the stack of 8 convolutions of that page,
-        the verdict on the decay changed with the processor, and neither dropout nor L2 was cheaper to leave out with
-        batch norm."""
+        claims on batch norm have [a page of their own](batch_norm.md)."""
     )
     study.write(
         lambda figure: draw(figure, study, parts),

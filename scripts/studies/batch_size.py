@@ -70,7 +70,10 @@ def convergence(study: Study, groups: Groups, best: dict[int, float]) -> None:
         batch of {BATCHES[-1]:,}, each at its best rate""",
     )
     study.head("Time to converge")
-    study.say(f"Until {100 * target:.1f} % of 2,000 validation images are right. Each batch size has its best rate.")
+    study.say(
+        f"""The time until a net classifies {100 * target:.1f} % of 2,000 validation images correctly. This is the
+        lowest accuracy at the end of the full batch over the seeds. Each batch size has its best rate."""
+    )
     rows = [[str(each), f"{best[each]:g}", spread(epochs[each], 1), spread(seconds[each], 1)] for each in BATCHES]
     study.show(["batch size", "learning rate", "epochs", "seconds of training"], rows)
 
@@ -115,7 +118,9 @@ def fixed_rate(study: Study, groups: Groups, best: dict[int, float]) -> float:
     study.say(
         f"""The rate begins at {rate:g}, the best one of batches of {small}. All runs have {EPOCHS} epochs, but one
         group has {LONG}: after so few steps a large batch is far from a minimum. Sharpness is metric 2.1 of Keskar et
-        al. in the full space, on 1,024 training images, with batch norm in training mode."""
+        al. in the full space, on 1,024 training images, with batch norm in training mode. With batch norm the loss does
+        not depend on the scale of the weights, and larger weights look flatter. Small batches take more steps, after
+        which weights are larger. This study does not tell the two effects apart (Dinh et al. 2017)."""
     )
     study.show(
         ["batch size", "test accuracy, %", *(f"sharpness, ε = {eps:g}" for eps in EPSILONS), "training loss"],
@@ -147,8 +152,9 @@ def best_rates(study: Study, groups: Groups, best: dict[int, float]) -> None:
     )
     study.head("All rates")
     study.say(
-        """Test accuracy in percent. The claim is reproduced if the best rate never falls from one batch size to the
-        next, and the last one is larger than the first."""
+        """Test accuracy in percent. The best rate of a batch size has the best accuracy on 5,000 validation images, so
+        it need not be the best of its column. The claim is reproduced if the best rate never falls from one batch
+        size to the next, and the last one is larger than the first."""
     )
     rows = [[f"{rate:g}", *(spread(accuracies(groups[batch, rate]), 1, 100) for batch in BATCHES)] for rate in RATES]
     study.show(["learning rate", *(f"batch {batch:,}" for batch in BATCHES)], rows)
@@ -173,7 +179,7 @@ def linear_scaling(study: Study, groups: Groups, rate: float) -> None:
         gaps = {name: [100 * (a - b) for a, b in zip(whole, values, strict=True)] for name, values in arms.items()}
         rows += [[name, spread(values, 2, 100), spread(gaps[name])] for name, values in arms.items()]
         gap, *_, left = gaps.values()
-        signs += [clearly(gap, left), 1 if mean(left) < mean(gap) / 4 else 0]
+        signs.append(min(clearly(gap, left), int(mean(left) < mean(gap) / 4)))
         texts.append(f"to {large:,}: {spread(gap)} points at the same rate, {spread(left)} with the rule and warm-up")
     study.find(
         Claim("the linear scaling rule closes the gap, with warm-up", "Goyal et al. 2017, sec. 2, table 1"),
@@ -183,7 +189,9 @@ def linear_scaling(study: Study, groups: Groups, rate: float) -> None:
     study.head("The linear scaling rule")
     study.say(
         f"""The warm-up takes {WARM_UP} of the {EPOCHS} epochs. The gap is the test accuracy of batches of {small} minus
-        that of the setting. The rule closes it if the gap is clearly smaller, and less than a quarter is left."""
+        that of the setting. The rule closes it if the gap is clearly smaller, and less than a quarter is left.
+        The largest rate is one at which no batch size trains without warm-up: there the rule is tested beyond the rates
+        of this net."""
     )
     study.show(["setting", "test accuracy, %", "gap, points"], rows)
 
@@ -232,9 +240,10 @@ def throughput(study: Study) -> dict[int, list[list[float]]]:
     study.head("Images a second")
     study.say(
         f"""Training steps of the same net, {rounds - 1} interleaved rounds after one that does not count. ± is over the
-        rounds, and in brackets are the times as many as with batches of {sizes[0]}. A batch size counts as faster if
-        the difference is above two standard errors over the rounds. A processor of two cores is little parallel: a GPU
-        would show far more."""
+        rounds. The brackets have the ratio to batches of {sizes[0]}. A batch size counts as faster if
+        the difference is above two standard errors over the rounds. These are speeds and not times
+        to an accuracy, which are in the first table. A processor of two cores is little parallel: a GPU would show far
+        more."""
     )
     rows = []
     for count in threads:

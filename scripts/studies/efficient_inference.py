@@ -360,7 +360,7 @@ def decide(study: Study, found: Mapping[str, Measured], once: Mapping[str, Any])
         return "loss of points: " + ", ".join(f"{name} {spread(found[name].loss(dense))}" for name in names)
 
     def smaller(*names: str) -> str:
-        return "times smaller: " + ", ".join(f"{name} {found[name].smaller(dense):.1f}" for name in names)
+        return "times smaller: " + ", ".join(f"{name} {found[name].smaller(dense):.3g}" for name in names)
 
     def faster(*names: str) -> str:
         texts = [f"{name} {found[name].faster(dense, 64):.2f} ({found[name].faster(dense, 1):.2f})" for name in names]
@@ -407,7 +407,7 @@ def decide(study: Study, found: Mapping[str, Measured], once: Mapping[str, Any])
     )
     find(
         "16 shared values a layer (4 bits a weight) cost no accuracy",
-        "Han et al. 2016",
+        "after Han et al. 2016, who keep 32 and 256",
         [no_loss(dense, found["weights shared"])],
         loses("weights shared"),
         smaller("weights shared"),
@@ -572,10 +572,10 @@ def rules(study: Study) -> None:
     study.say(
         f"""A setting has no loss if its mean loss is below {NO_LOSS:g} points, or if the loss is within two standard
         errors over the seeds. A little loss is below {LITTLE:g} point. Smaller means {SMALLER:g} times or more, and
-        {0.875 * 4:g} times for three quarters of the bytes. Faster means {FASTER:g} times or more with 64 images. Up to
-        {ANY_FASTER:g} times is not faster; Winograd is faster if it is above this limit in PyTorch, beside direct
-        convolution. Savings multiply if the chain reaches {100 * MULTIPLIES:g} % of the product. Latencies are of one
-        seed and one machine."""
+        {0.875 * 4:g} times for three quarters of the bytes. Faster means {FASTER:g} times or more with 64 images. A net
+        "does not become faster" if it is at most {ANY_FASTER:g} times as fast.
+        Winograd is faster if it is above this limit in PyTorch, beside direct convolution. Savings multiply if the
+        chain reaches {100 * MULTIPLIES:g} % of the product. Latencies are of one seed and one machine."""
     )
     study.head("Chains that are left out")
     study.say(

@@ -42,8 +42,9 @@ FURTHER = {
 """Studies whose pages people write: the name, which is that of the page, the title, and the rooms that it needs."""
 
 _INDEX = """Each study is one command, and its page is made by its code alone. A claim is *reproduced* if what it says
-holds in each setting that decides, *mixed* if it holds in some of them, else *not reproduced*. A difference holds if it
-is in the claimed direction by more than two standard errors over the seeds; where a page has another rule, it says so.
+holds in each setting that decides, *mixed* if only a part of it holds, or if it holds in some settings, else *not
+reproduced*. A difference holds if it is in the claimed direction by more than two standard errors over the seeds; where
+a page has another rule, it says so. With three seeds, chance alone makes such a difference in 9 % of the cases.
 All nets and data are small: a verdict is about these settings, and each page says what was scaled down."""
 
 
@@ -192,7 +193,7 @@ def _write_picture(draw: Callable[[Any], None], path: Path, size: tuple[float, f
     figure = Figure(figsize=size, layout="constrained")
     draw(figure)
     dpi = min(110, int(1200 / size[0]))  # as wide as a page shows it
-    image = Image.fromarray(figure_to_image(figure, dpi=dpi)).quantize(64)  # a small file
+    image = Image.fromarray(figure_to_image(figure, dpi=dpi)).quantize(256)  # a small file
     write_whole(path, lambda part: image.save(part, format="PNG", optimize=True))
 
 

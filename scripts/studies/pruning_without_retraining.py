@@ -152,21 +152,19 @@ def decide(study: Study, curves: Curves) -> None:
         verdict([1 if min(free[net, "weights", "retrained"]) >= 0.9 else 0 for net in NETS]),
         f"largest share within one point of the dense net: {shares('weights', 'retrained')}",
     )
-    at = 1 + SHARES.index(0.8)
+    means = {key: [mean(row[1:]) for row in rows] for key, rows in curves.items()}
     study.find(
         Claim("whole units cost more accuracy than the same share of single weights", "Li et al. 2017, sec. 3"),
         verdict(
             [
-                clearly(
-                    [row[at] for row in curves[net, "weights", how]], [row[at] for row in curves[net, "units", how]]
-                )
+                clearly(means[net, "weights", how], means[net, "units", how])
                 for net in NETS
                 for how in ("at once", "retrained")
             ]
         ),
         "; ".join(
-            f"80 % of {structure}, {how}: "
-            + ", ".join(f"{net} {spread([row[at] for row in curves[net, structure, how]], 1)} %" for net in NETS)
+            f"mean accuracy over all shares, {structure}, {how}: "
+            + ", ".join(f"{net} {spread(means[net, structure, how], 1)} %" for net in NETS)
             for how in ("at once", "retrained")
             for structure in STRUCTURES
         ),
@@ -178,7 +176,9 @@ def show(study: Study, curves: Curves) -> None:
     study.say(
         """At once: the dense net is pruned in one step and not trained. Retrained: the same run goes on with 2 epochs
         of 100 steps after each share. The share of units is that of each layer's units; the weights that read them go
-        too, so that a larger share of the weights is gone. At least one unit of a layer stays."""
+        too, so that a larger share of the weights is gone. At least one unit of a layer stays. The first two claims
+        hold for a net if its accuracy stays, with every seed, within one point of the dense net's up to half, and up to
+        nine tenths, of the weights. The third compares the mean over all shares."""
     )
     for net in NETS:
         rows = [
