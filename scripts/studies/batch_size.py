@@ -119,8 +119,8 @@ def fixed_rate(study: Study, groups: Groups, best: dict[int, float]) -> float:
         f"""The rate begins at {rate:g}, the best one of batches of {small}. All runs have {EPOCHS} epochs, but one
         group has {LONG}: after so few steps a large batch is far from a minimum. Sharpness is metric 2.1 of Keskar et
         al. in the full space, on 1,024 training images, with batch norm in training mode. With batch norm the loss does
-        not depend on the scale of the weights, and larger weights look flatter. Small batches take more steps, after
-        which weights are larger. This study does not tell the two effects apart (Dinh et al. 2017)."""
+        not depend on the scale of the weights, and larger weights look flatter. Small batches take more steps, and
+        their weights may be larger in the end. This study does not tell the two effects apart (Dinh et al. 2017)."""
     )
     study.show(
         ["batch size", "test accuracy, %", *(f"sharpness, ε = {eps:g}" for eps in EPSILONS), "training loss"],
