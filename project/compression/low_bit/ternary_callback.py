@@ -122,15 +122,15 @@ class TernaryWeights(Callback):
             )
         epochs = trainer.max_epochs or 0
         parts = len(self.freeze or [])
+        given = f"begin_epoch is {self.begin_epoch}{f' and freeze has {parts} parts' if parts else ''}"
         if not trainer.fast_dev_run and 0 <= epochs < self.begin_epoch + max(parts, 1):  # type: ignore[attr-defined]
-            given = f"begin_epoch is {self.begin_epoch}{f' and freeze has {parts} parts' if parts else ''}"
             raise ValueError(f"{given}, but training ends after {epochs} epochs: begin earlier, or train longer.")
         if self.method == "ttq" and trainer.precision == "16-mixed":
             raise ValueError(
                 "precision is 16-mixed, but only the run's own optimizer skips steps with overflowing gradients, and "
                 "the values of ttq have another one: choose bf16-mixed or 32-true."
             )
-        check_saved(trainer, max(self._begins(trainer), default=self.begin_epoch))
+        check_saved(trainer, max(self._begins(trainer), default=self.begin_epoch), given)
         check_company(trainer.callbacks, self)  # type: ignore[attr-defined]
         self.low_bit = LowBitWeights(self.method, self._layers(pl_module.net))
         self.freezing = None if self.freeze is None else Freezing(self.low_bit)

@@ -1,6 +1,7 @@
 """Training through binary and ternary weights: what is validated is what is left; a resumed run ends in its bits."""
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from project.callbacks import (
 from project.compression.report import accuracy
 from project.compression.report_rows import read_report
 from project.learning.checkpoints import load_net
+from project.models import Classifier
 
 LAYER = "conv2.conv.weight"
 """What is left when the first and the last layer stay float."""
@@ -96,6 +98,20 @@ def test_a_resumed_run_ends_in_the_same_bits(tmp_path: Path, options: dict[str, 
     assert weights_of(half.run.best_checkpoint).keys() == weights_of(fit(tmp_path, epochs=1).run.best_checkpoint).keys()
 
 
+@pytest.mark.parametrize("options", [{"method": "ttq"}, {"freeze": [1.0]}])
+def test_restored_tensors_move_to_the_device_of_the_net(tmp_path: Path, options: dict[str, Any]) -> None:
+    callback = TernaryWeights(report=False, **options)
+    outcome = fit(tmp_path, callback, epochs=1)
+    callback.load_state_dict(callback.state_dict())
+    callback.on_train_start(outcome.trainer, outcome.model.to("meta"))
+    assert callback.low_bit is not None
+    values = list(callback.low_bit.values.values())
+    frozen = [] if callback.freezing is None else [callback.freezing.frozen, callback.freezing.targets]
+    tensors = values + [tensor for kind in frozen for tensor in kind.values()]
+    assert tensors and all(tensor.is_meta for tensor in tensors)
+    assert all(tensor.is_leaf and tensor.requires_grad for tensor in values)
+
+
 @pytest.mark.parametrize(
     ("others", "sentence"),
     [
@@ -129,3 +145,14 @@ def test_company_that_makes_no_sense_is_refused(tmp_path: Path, others: list[Cal
 def test_what_makes_no_sense_is_refused(tmp_path: Path, options: dict[str, Any], sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         fit(tmp_path, TernaryWeights(**options), epochs=3)
+
+
+def test_a_last_part_without_a_checkpoint_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="freeze has 3 parts, but the last checkpoint is written after epoch 2"):
+        fit(tmp_path, TernaryWeights(freeze=[0.3, 0.6, 1.0]), epochs=3, check_val_every_n_epoch=2)
+
+
+def test_gradients_that_may_overflow_are_refused() -> None:
+    trainer: Any = SimpleNamespace(max_epochs=2, fast_dev_run=False, precision="16-mixed")
+    with pytest.raises(ValueError, match="choose bf16-mixed"):
+        TernaryWeights("ttq").setup(trainer, Classifier(torch.nn.Linear(2, 2)), "fit")

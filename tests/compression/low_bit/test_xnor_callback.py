@@ -26,6 +26,7 @@ from project.callbacks import (
     LowRank,
     PostTrainingQuantization,
     QuantizationAwareTraining,
+    TernaryWeights,
     WeightSharing,
     XNORNet,
 )
@@ -131,6 +132,13 @@ def test_it_starts_from_a_trained_net_and_from_its_own(tmp_path: Path) -> None:
     rows = weights_of(second.best_checkpoint)[LAYER].flatten(1)
     assert all(len(row.abs().unique()) == 1 for row in rows)
     assert differences(weights_of(first.best_checkpoint), weights_of(second.best_checkpoint))
+
+
+def test_ternary_weights_find_the_layers_of_a_binary_net(tmp_path: Path) -> None:
+    ternary = TernaryWeights(report=False)
+    run, _ = go_on(fit(tmp_path, XNORNet(report=False), epochs=1).run, ternary, epochs=1)
+    assert ternary.low_bit is not None and ternary.low_bit.layers == ["conv2.conv.layer"]
+    assert len(weights_of(run.best_checkpoint)[LAYER].unique()) == 3
 
 
 @pytest.mark.parametrize(
