@@ -6,10 +6,9 @@
 The first renames the package, its command, and the words for both in documentation, configurations, scripts and tests.
 Run it once, in a fresh clone. Runs and packed files that were made under the old name are read under the new one. The
 second deletes folders of the package with their tests, configurations, scripts, dependencies and lines of the
-documentation; rooms that build on a deleted one go with it. Both ask for a clean git working tree, so that
-``git checkout .`` undoes them (and ``rm -r acme`` the first), and both change nothing if they refuse. Afterwards
-install and test the fork:
-``pip install -e '.[dev]' && pytest``.
+documentation; rooms that build on a deleted one go with it. Both ask for a clean git working tree, and both change
+nothing if they refuse. ``git checkout . && rm -r acme`` undoes the first, ``git checkout .`` the second. Afterwards
+install and test the fork: ``pip install -e '.[dev]' && pytest``.
 """
 
 import argparse
