@@ -7,7 +7,8 @@ A callback may have two attributes:
 
 - ``stages``: words for what the callback does; other callbacks refer to them. These are in use: ``smaller net`` (the
   weights or layers of the net change for good), ``pruning``, ``low rank``, ``shared weights``,
-  ``low bit``, ``integer training``, ``integer file``, ``own teacher`` and ``early stopping``.
+  ``low bit``, ``integer training``, ``integer file``, ``own teacher``, ``early stopping`` and ``averaged weights``
+  (averages of Lightning, which do not follow a net that changes).
 - ``company``: a :class:`Company` with the stages that the callback cannot run with and those that must come before or
   after it.
 """
@@ -16,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def stages_of(callback: Callback) -> tuple[str, ...]:
     """
     if isinstance(callback, EarlyStopping):
         return ("early stopping",)
+    if isinstance(callback, WeightAveraging | StochasticWeightAveraging):
+        return ("averaged weights",)
     return tuple(getattr(callback, "stages", ()))
 
 

@@ -122,8 +122,12 @@ class DistillFrom(Callback):
             self._has_teacher = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Do what ``teardown`` does, which Lightning does not call after an error."""
-        self.teardown(trainer, pl_module, "fit")
+        """Take the teacher away, since Lightning calls no ``teardown`` after an error.
+
+        A checkpoint that another callback saves after this hook still says that the epoch has a teacher.
+        """
+        if isinstance(pl_module, Classifier):
+            pl_module.distillation = self._net = None
 
     def _teach(self, module: Classifier, net: nn.Module) -> None:
         if module.channels_last:

@@ -4,6 +4,7 @@ Rastegari et al. 2016 (arXiv:1603.05279); the mathematics is in :mod:`project.co
 """
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -47,6 +48,15 @@ class XNORNet(TernaryWeights):
     Raises:
         ValueError: if ``begin_epoch`` is negative.
     """
+
+    company = replace(
+        TernaryWeights.company,
+        never={
+            **TernaryWeights.company.never,
+            "averaged weights": "Lightning's average does not follow the norms that are added: use "
+            "project.callbacks.EMA",
+        },
+    )
 
     def __init__(
         self,

@@ -59,6 +59,7 @@ class LowRank(Callback):
     company = Company(
         never={
             "early stopping": "it could end the run before or after the factorisation: leave EarlyStopping out",
+            "averaged weights": "Lightning's average does not follow the factorisation: use project.callbacks.EMA",
             "pruning": "the pruning's masks would belong to layers that are gone: do the first of the two in a run of "
             "its own, and start the second from best.ckpt of that run (--ckpt_path)",
         }

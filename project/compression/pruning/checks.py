@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.callbacks import EarlyStopping
 
+from project.compression.company import stages_of
 from project.compression.pruning.masks import Group
 from project.compression.pruning.pruner import Pruner
 from project.compression.pruning.saliency import check_norm_scales
@@ -26,7 +27,7 @@ def check_trainer(trainer: Trainer, module: LightningModule) -> None:
             f"the model is a {type(module).__name__}, but IterativeMagnitudePruning prunes the net of a Classifier: "
             "use project.learning.Classifier or a subclass."
         )
-    if any(isinstance(callback, WeightAveraging | StochasticWeightAveraging) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+    if any("averaged weights" in stages_of(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
         raise ValueError(
             "callbacks hold one of Lightning's that average weights, which does not follow the masks: use "
             "project.callbacks.EMA."

@@ -52,7 +52,10 @@ def groups_of_weights(
     *,
     dead_ends: bool,
 ) -> list[Group]:
-    """A group for each chosen layer; one for all layers that share a weight, and none if one of them is excluded.
+    """A group for each chosen layer; none if an excluded layer has the same weight.
+
+    Layers that share a weight are one group. It has the name of the first of them, chosen or not, since that is the
+    weight's name in ``named_parameters``.
 
     Args:
         net: net with the layers; it is not changed.
@@ -68,11 +71,13 @@ def groups_of_weights(
     known = trace(net, image_shape).groups if dead_ends else {}
     layers = [(name, layer.weight) for name, layer in net.named_modules() if isinstance(layer, _WEIGHT_LAYERS)]
     done = {id(weight) for name, weight in layers if _finds(excluded, [name])}
+    first = {id(weight): name for name, weight in reversed(layers)}
     groups = []
-    for layer in chosen:
-        if id(weight := net.get_parameter(f"{layer}.weight")) in done:
+    for name in chosen:
+        if (weight := id(net.get_parameter(f"{name}.weight"))) in done:
             continue
-        done.add(id(weight))
+        done.add(weight)
+        layer = first[weight]
         units = known.get(layer)
         others = [name for name in units.parameters if net.get_parameter(name).dim() == 1] if units else []
         groups.append(Group(layer, (f"{layer}.weight", *others), units))

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.pruning_run import STEPS, TinyNet, differences, fit, pruning, weights_of
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from project.callbacks import BestAndLast, DistillFrom
 from project.compression import OneShot
@@ -91,6 +93,20 @@ def test_a_run_that_is_resumed_within_an_epoch_has_its_teacher_again(own: bool, 
     resumed = run("resumed", None, watch := Teachers(), _configured(tmp_path))
     assert watch.steps == [True] * 3
     assert not differences(weights_of(resumed.last_checkpoint), weights_of(whole.last_checkpoint))
+
+
+def test_an_error_ends_the_teaching_but_its_checkpoint_has_the_teacher(teacher: Run, tmp_path: Path) -> None:
+    class Module(Callback):
+        def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+            self.seen = pl_module
+
+    module = Module()
+    saved = ModelCheckpoint(tmp_path / "saved", save_on_exception=True)
+    with pytest.raises(RuntimeError, match="no power"):
+        fit(tmp_path, DistillFrom(str(teacher.folder)), module, FailAt(STEPS + 3), saved)
+    assert module.seen.distillation is None
+    (path,) = (tmp_path / "saved").glob(f"*step={STEPS + 3}.ckpt")
+    assert torch.load(path, weights_only=True)["callbacks"]["DistillFrom"] == {"has_teacher": True}
 
 
 def test_the_file_of_a_later_epoch_teaches_no_earlier_one(tmp_path: Path) -> None:

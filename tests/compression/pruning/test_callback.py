@@ -27,9 +27,9 @@ from helpers.pruning_run import (
 )
 from helpers.slow import fast
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, StochasticWeightAveraging, Timer
 
-from project.callbacks import EMA, BestAndLast, IterativeMagnitudePruning
+from project.callbacks import EMA, BestAndLast, IterativeMagnitudePruning, LowRank, XNORNet
 from project.compression import Gradual, Iterative, OneShot, Pruner, QualityFactors, Sparsities
 from project.compression.pruning.schedules import share_to_take
 from project.compression.thinning.carry import thin_state
@@ -591,6 +591,14 @@ def test_early_stopping_is_refused_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match="callbacks hold EarlyStopping") as error:
         fit(tmp_path, pruning(), EarlyStopping("val/loss"))
     assert "\n" not in str(error.value)
+    assert not list(tmp_path.glob("*/version_*"))
+
+
+@pytest.mark.parametrize("average", [lambda: EMAWeightAveraging(decay=0.9), lambda: StochasticWeightAveraging(0.1)])
+@pytest.mark.parametrize("technique", [pruning, lambda: LowRank(1), lambda: XNORNet(1)])
+def test_averages_that_do_not_follow_the_net_are_refused_before_the_first_step(tmp_path, technique, average):
+    with pytest.raises(ValueError, match=r"average.*: use project\.callbacks\.EMA"):
+        fit(tmp_path, technique(), average(), epochs=3)
     assert not list(tmp_path.glob("*/version_*"))
 
 

@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
+from helpers import coupled_nets
 from torch import Tensor, nn
 
 from project.compression import (
@@ -297,6 +298,18 @@ def test_include_and_exclude_are_searched_for():
     assert layers_of(net, exclude=["blocks"]) == ["stem.0.conv", "stem.1.conv", "fc"]  # in the place of the default
     assert layers_of(net, exclude=[])[-1] == "fc"
     assert layers_of(net, structure="units", include=["^stem"], exclude=["1"]) == ["stem.0.conv"]
+
+
+@pytest.mark.parametrize("include", [["block.a"], ["block.b"]])
+@pytest.mark.parametrize("criterion", ["magnitude", "obd", "taylor", "gradient"])
+def test_a_shared_weight_has_its_first_name_whichever_layer_is_included(include, criterion):
+    net, data = coupled_nets.make("tied weights"), torch.Generator().manual_seed(0)
+    pruner = Pruner(criterion=criterion, include=include)
+    images, labels = torch.randn(8, *coupled_nets.SHAPE, generator=data), torch.arange(8) % 5
+    masks: dict[str, Tensor] = {}
+    for level in (0.5, 0.75):  # a pruning sees what the one before has left
+        masks = pruner.prune(net, pruner.groups(net, coupled_nets.SHAPE), masks, 0.5, images=images, labels=labels)
+        assert list(masks) == ["block.a.weight"] and sparsity(masks, net) == level
 
 
 @pytest.mark.parametrize("options", [{"include": ["conv9"]}, {"exclude": ["conv9"]}])
