@@ -488,11 +488,11 @@ class Classifier(LightningModule):
 
         Raises:
             ValueError: if the weights belong to another net, or their classes are others or in another order. The
-                message is one sentence instead of torch's list of all keys. A fit may move to other classes.
+                message is one sentence instead of torch's list of all keys. Only a fit with ``weights`` moves to other
+                classes.
         """
         self._follow_surgeries(checkpoint.get("surgeries", []))
-        fits = self._trainer is not None and self._trainer.state.fn == "fit"
-        if checkpoint.get("lr_schedulers") and fits:
+        if checkpoint.get("lr_schedulers") and self._trainer is not None and self._trainer.state.fn == "fit":
             _multiply_rates_(checkpoint, self._lr_scale() / checkpoint.get("lr_scale", self._lr_scale()))
             self._schedule_before = {
                 "steps_per_epoch": checkpoint.get("steps_per_epoch"),
@@ -510,9 +510,10 @@ class Classifier(LightningModule):
             )
         names = checkpoint.get("hyper_parameters", {}).get("class_names") or ()
         wrong = next((pair for pair in zip(names, self.class_names, strict=False) if pair[0] != pair[1]), None)
-        if wrong and self.hparams.get("class_names") and not fits:
+        if wrong and self.hparams.get("class_names"):
             raise ValueError(
-                f"where the checkpoint has class {wrong[0]}, the data have {wrong[1]}: give the data it was trained on."
+                f"where the checkpoint has class {wrong[0]}, the data have {wrong[1]}: give the data that it was trained "
+                "on, or begin a fit with its --weights."
             )
 
 

@@ -113,6 +113,9 @@ def test_weights_for_other_classes_are_refused_but_a_fit_may_start_from_them(com
         if verb in VERBS or verb != "export":
             status, _, err = command(verb, "--run", str(run.folder))
             assert status == 2 and "class cat, the data have dog" in err and err.count("\n") == 1, err
+    for more in (["--resume", str(run.folder)], [*options(digits, root), f"--ckpt_path={run.last_checkpoint}"]):
+        status, _, err = command("fit", *more, "--trainer.max_epochs=2")
+        assert status == 2 and "or begin a fit with its --weights" in err and err.count("\n") == 1, err
     status, _, err = command("fit", *options(digits, root, f"--weights={run.best_checkpoint}"))
     assert status == 0, err
 
