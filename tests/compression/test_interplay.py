@@ -7,7 +7,7 @@ import torch
 from helpers.pruning_run import DigitsOnce, TinyNet, fit, pruning, sgd, weights_of
 from helpers.stop_after import StopAfter
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from project.callbacks import EMA, LowRank, QuantizationAwareTraining, TernaryWeights, WeightSharing, XNORNet
@@ -57,12 +57,6 @@ def test_averages_of_frozen_weights_have_three_values(tmp_path, ema_first):
     callbacks = [TernaryWeights("twn", freeze=[0.5, 1.0], report=False), EMA(0.9)]
     run = fit(tmp_path, *(reversed(callbacks) if ema_first else callbacks), epochs=4).run
     assert len(weights_of(run.best_checkpoint)["conv2.conv.weight"].unique()) == 3
-
-
-@pytest.mark.parametrize("other", [EMAWeightAveraging(decay=0.9), StochasticWeightAveraging(0.1)], ids=["EMA", "SWA"])
-def test_averages_that_do_not_follow_the_masks_are_refused(tmp_path, other):
-    with pytest.raises(ValueError, match=r"does not follow the masks: use project\.callbacks\.EMA"):
-        fit(tmp_path, pruning(schedule=OneShot(0.8)), other, epochs=2)
 
 
 def test_two_roundings_are_refused(tmp_path):

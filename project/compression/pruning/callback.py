@@ -21,6 +21,7 @@ from torch import Tensor
 from project.callbacks.checkpoint import BestAndLast, forget_best, keep_best_as
 from project.callbacks.ema import EMA
 from project.callbacks.places import run_of, show_figure, tensorboard
+from project.compression.company import Company, check_company
 from project.compression.pruning.checkpoint import keep_fresh
 from project.compression.pruning.checks import check_end, check_run, check_trainer
 from project.compression.pruning.held_masks import HeldMasks, mask_gradients_
@@ -88,6 +89,15 @@ class IterativeMagnitudePruning(Callback):
         ValueError: if a number is outside its range, or if two arguments contradict each other.
     """
 
+    stages = ("pruning", "smaller net")
+    company = Company(
+        never={
+            "early stopping": "it could end the run before its last round: leave it out (the best epoch of each level "
+            "is kept anyway), or shorten the dense training with a smaller max_epochs",
+            "averaged weights": "Lightning's average does not follow the masks: use project.callbacks.EMA",
+        }
+    )
+
     def __init__(
         self,
         schedule: Rounds | Gradual | None = None,
@@ -133,15 +143,11 @@ class IterativeMagnitudePruning(Callback):
 
     # -- during a run --------------------------------------------------------------------------------------------
 
-    @property
-    def stages(self) -> tuple[str, ...]:
-        """The words by which other callbacks know this one, see :mod:`project.compression.company`."""
-        return ("pruning", "smaller net")
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
         check_trainer(trainer, pl_module)
+        check_company(trainer.callbacks, self)  # type: ignore[attr-defined]
         assert isinstance(pl_module, Classifier)
         fast = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
         self.round, self.masks, self.rewound, self.rewound_at, self.levels = 0, {}, {}, 0.0, []

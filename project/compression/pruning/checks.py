@@ -3,9 +3,7 @@
 from collections.abc import Sequence
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
 
-from project.compression.company import stages_of
 from project.compression.pruning.masks import Group
 from project.compression.pruning.pruner import Pruner
 from project.compression.pruning.saliency import check_norm_scales
@@ -16,26 +14,15 @@ from project.learning.classifier import Classifier
 
 
 def check_trainer(trainer: Trainer, module: LightningModule) -> None:
-    """Check that the run trains a Classifier for a number of epochs and that nothing ends it early.
+    """Check that the run trains a Classifier for a number of epochs.
 
     Raises:
-        ValueError: if the model is no Classifier, if there is an EarlyStopping callback or one of Lightning that
-            averages weights, if ``max_epochs`` is missing, or if ``max_steps`` is set.
+        ValueError: if the model is no Classifier, if ``max_epochs`` is missing, or if ``max_steps`` is set.
     """
     if not isinstance(module, Classifier):
         raise ValueError(
             f"the model is a {type(module).__name__}, but IterativeMagnitudePruning prunes the net of a Classifier: "
             "use project.learning.Classifier or a subclass."
-        )
-    if any("averaged weights" in stages_of(callback) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(
-            "callbacks hold one of Lightning's that average weights, which does not follow the masks: use "
-            "project.callbacks.EMA."
-        )
-    if any(isinstance(callback, EarlyStopping) for callback in trainer.callbacks):  # type: ignore[attr-defined]
-        raise ValueError(
-            "callbacks hold EarlyStopping, which could end the run before its last round: leave it out (the best epoch "
-            "of each level is kept anyway), or shorten the dense training with a smaller max_epochs."
         )
     steps = trainer.max_steps > 0 and not trainer.fast_dev_run  # type: ignore[attr-defined]
     if trainer.max_epochs is None or trainer.max_epochs < 1 or steps:

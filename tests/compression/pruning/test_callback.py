@@ -588,7 +588,7 @@ def test_what_does_not_fit_the_run_is_refused_before_the_first_step(tmp_path, ca
 
 
 def test_early_stopping_is_refused_before_the_first_step(tmp_path):
-    with pytest.raises(ValueError, match="callbacks hold EarlyStopping") as error:
+    with pytest.raises(ValueError, match="callbacks hold IterativeMagnitudePruning and EarlyStopping") as error:
         fit(tmp_path, pruning(), EarlyStopping("val/loss"))
     assert "\n" not in str(error.value)
     assert not list(tmp_path.glob("*/version_*"))
