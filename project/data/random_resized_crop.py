@@ -86,6 +86,7 @@ class RandomResizedCrop:
 def centre_box(size: tuple[int, int], target: tuple[int, int]) -> Box:
     """The largest centred part of an image of ``size`` (width, height) with the proportions of ``target``."""
     scale = min(size[0] / target[0], size[1] / target[1])
-    width, height = (min(side, wanted * scale) for side, wanted in zip(size, target, strict=True))  # rounding
+    # Rounding must not make the part larger than the image.
+    width, height = (min(side, wanted * scale) for side, wanted in zip(size, target, strict=True))
     left, top = (size[0] - width) / 2, (size[1] - height) / 2
     return left, top, left + width, top + height

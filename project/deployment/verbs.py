@@ -53,7 +53,7 @@ class Verbs(RunTrainer):
         target = Path(output) if output else Run.find(run).model_file(format) if run else Path(MODEL_FILES[format])
         writable(target)
         if target.suffix != (suffix := Path(MODEL_FILES[format]).suffix):
-            raise ValueError(f"output is {output!r}, but the name of a file of format {format} ends in {suffix}.")
+            raise ValueError(f"output is {output!r}, but files of format {format} end in {suffix}: rename it.")
         path = self._weights_of(run, ckpt_path)
         assert path is not None
         return export_checkpoint(

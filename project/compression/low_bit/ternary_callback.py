@@ -245,9 +245,8 @@ class TernaryWeights(Callback):
         if not layers:
             raise ValueError(f"{type(net).__name__} has no convolution and no linear layer to round.")
         inside = {f"{name}.layer" for name, module in net.named_modules() if isinstance(module, BinaryInput)}
-        known = {
-            name: name.removesuffix(".layer") if name in inside else name for name in layers
-        }  # by their first name
+        # Users know a layer by the name that it had before XNORNet put a sign in front of it.
+        known = {name: name.removesuffix(".layer") if name in inside else name for name in layers}
         ends = known[layers[0]], known[layers[-1]]
         exclude = [f"^{re.escape(name)}$" for name in ends] if self.exclude is None else self.exclude
         for argument, patterns in (("include", self.include or []), ("exclude", self.exclude or [])):
