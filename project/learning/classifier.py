@@ -512,8 +512,8 @@ class Classifier(LightningModule):
         wrong = next((pair for pair in zip(names, self.class_names, strict=False) if pair[0] != pair[1]), None)
         if wrong and self.hparams.get("class_names"):
             raise ValueError(
-                f"where the checkpoint has class {wrong[0]}, the data have {wrong[1]}: give the data that it was trained "
-                "on, or begin a fit with its --weights."
+                f"where the checkpoint has class {wrong[0]}, the data have {wrong[1]}: give the data that it was "
+                "trained on, or begin a fit with its --weights."
             )
 
 
